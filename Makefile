@@ -1,0 +1,61 @@
+# make notebooks | make test | make lab. Everything lives in .venv, made on the first call.
+
+PYTHON ?= python3
+# auto (by the hardware), smoke, demo or full.
+NF_PRESET ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Unit tests and notebooks run in parallel processes of one thread each.
+PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+# Jupyter refuses root unless told; a container's only user often is root.
+ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+# Jupyter's own files stay in the environment; a kernel of the same name elsewhere is not used.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.DELETE_ON_ERROR:
+.PHONY: help install notebooks test lab doctor clean
+
+help:
+	@echo "make notebooks   install, then run the notebooks; writes their outputs back when a run ends well"
+	@echo "make test        install, then lint, unit tests, kernels, notebooks (smoke) and the browser test"
+	@echo "make lab         install, then open JupyterLab"
+	@echo "make doctor      install, then print versions, devices and scan backends"
+	@echo "make clean       remove .venv and build/"
+	@echo
+	@echo "NF_PRESET=smoke|demo|full   size of the notebooks (default: full on a GPU of 8 GB or more, else demo)"
+	@echo "PYTHON=python3.12           the interpreter that makes .venv (3.11 or newer)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
+	    echo "nfhelpers needs Python 3.11.4 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[notebooks,dev]"
+	@touch $@
+
+notebooks: $(STAMP)
+	NF_PRESET=$(NF_PRESET) $(BIN)/python notebooks/run_all.py
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PARALLEL) tests --ignore tests/test_browser.py
+	@# Triton's interpreter is chosen at import, so its tests need a process of their own.
+	@if [ -f tests/test_triton.py ]; then \
+	    echo 'TRITON_INTERPRET=1 pytest tests/test_triton.py'; \
+	    TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py; fi
+	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
+	$(BIN)/python -m pytest tests/test_browser.py
+
+lab: $(STAMP)
+	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
+
+doctor: $(STAMP)
+	$(BIN)/python -m nfhelpers doctor
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,291 @@
+"""The command line: python -m nfhelpers doctor | train | evaluate.
+
+    python -m nfhelpers doctor
+    python -m nfhelpers train v1 --preset demo --data photos
+    accelerate launch -m nfhelpers train v1 --preset full
+    python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
+
+Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or training met
+a loss that is not finite; 2 an error of the user's; 130 interrupted.
+"""
+
+import argparse
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import torch
+
+from nfhelpers import evaluate, images, kernels, models, plots, run, samplers, train
+
+SELF_CHECK_TOLERANCE = 1e-4
+"""Largest relative error, against the float64 reference, that `doctor` takes for rounding in float32."""
+
+
+def main(arguments=None):
+    """Parse the command line and run it; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = build_parser().parse_args(arguments)
+    command = shlex.join(["python", "-m", "nfhelpers", *arguments])
+    try:
+        return options.function(options, command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser():
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nfhelpers", description="State space models for continuous neural fields."
+    )
+    commands = parser.add_subparsers(required=True, metavar="doctor | train | evaluate")
+
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="versions, devices and scan backends, each checked against the reference",
+        description="Print versions, devices and scan backends; check each backend's outputs and gradients "
+        "against the float64 reference. Ends with 1 if one that loads computes wrongly.",
+    )
+    doctor_parser.set_defaults(function=doctor)
+
+    train_parser = commands.add_parser(
+        "train",
+        help="train a model, or go on with a run that was stopped",
+        description="Train a model on sparse pixels by flow matching. A run that was stopped is resumed from "
+        "its output folder; Ctrl-C leaves a usable checkpoint. "
+        "On many GPUs: accelerate launch -m nfhelpers train ...",
+    )
+    train_parser.add_argument("model", choices=trainable(), help="which model")
+    train_parser.add_argument(
+        "--preset", help="smoke, demo, full or auto, by the hardware (default: NF_PRESET, else auto)"
+    )
+    train_parser.add_argument(
+        "--data", help="photos, cifar10, a folder of images or an .npz file (default: the preset's)"
+    )
+    train_parser.add_argument("--output", type=Path, help="folder of the run (default: runs/MODEL/PRESET)")
+    train_parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a setting of presets.toml: train.epochs=3, model.d_model=256; may be repeated",
+    )
+    train_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    train_parser.add_argument(
+        "--precision", choices=sorted(train.PRECISIONS), help="default: bf16 on a GPU, else fp32"
+    )
+    train_parser.add_argument("--seed", type=int, help="default: the preset's")
+    train_parser.set_defaults(function=train_model)
+
+    evaluate_parser = commands.add_parser(
+        "evaluate",
+        help="PSNR, SSIM and speckle of a checkpoint at several sizes, beside classical interpolation",
+        description="Reconstruct test images at several sizes from the same observed pixels and print "
+        "a table: the model's posterior mean and sample, classical interpolators, upsampled 32 px result.",
+    )
+    evaluate_parser.add_argument(
+        "checkpoint", type=Path, help="folder of a saved model, such as checkpoints/v1-photos"
+    )
+    evaluate_parser.add_argument(
+        "--scales", type=int, nargs="+", default=[32, 64, 96, 128], metavar="SIDE", help="sides in pixels"
+    )
+    evaluate_parser.add_argument(
+        "--sample-scales",
+        type=int,
+        nargs="*",
+        metavar="SIDE",
+        help="sides at which posterior samples, many steps each, are drawn too (default: all; none if empty)",
+    )
+    evaluate_parser.add_argument(
+        "--steps", type=int, default=50, help="solver steps of a sample (default: %(default)s)"
+    )
+    evaluate_parser.add_argument("--method", choices=sorted(samplers.SAMPLERS), default="heun", help="solver")
+    evaluate_parser.add_argument(
+        "--data", default="photos", help="source of test images (default: %(default)s)"
+    )
+    evaluate_parser.add_argument("--images", type=int, default=16, help="how many (default: %(default)s)")
+    evaluate_parser.add_argument(
+        "--observed", type=float, default=0.2, help="fraction of pixels observed (default: %(default)s)"
+    )
+    evaluate_parser.add_argument(
+        "--out", type=Path, help="also write the table, with command and versions, as JSON"
+    )
+    evaluate_parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also draw the first image at all sizes"
+    )
+    evaluate_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    evaluate_parser.add_argument(
+        "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
+    )
+    evaluate_parser.set_defaults(function=evaluate_checkpoint)
+    return parser
+
+
+def trainable():
+    """Names of the models that have a section of settings in presets.toml."""
+    return [name for name in models.FIELD_MODELS if name in run.SECTIONS.values()]
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def doctor(options, command):
+    """Print versions, devices and the state of every scan backend; 1 if one of them computes wrongly."""
+    print("versions")
+    for name, number in run.versions().items():
+        print(f"  {name:<10} {number or 'not installed'}")
+    print("devices")
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    for device in devices:
+        print(f"  {run.describe_device(device)}")
+    default = run.default_device()
+    print(
+        f"selective scan (* used on {default.type}; float32's relative error against the float64 reference)"
+    )
+    chosen = kernels.choose_backend(default)
+    wrong = []
+    for name, status in kernels.backend_status().items():
+        mark = "*" if name == chosen else " "
+        if status != "ok":
+            print(f"{mark} {name:<10} off: {status}")
+            continue
+        error = kernels.self_check(name, default)
+        line = f"{mark} {name:<10} ok   forward {error['forward']:.1e}   backward {error['backward']:.1e}"
+        if not all(value < SELF_CHECK_TOLERANCE for value in error.values()):  # NaN is wrong too
+            wrong.append(name)
+            line += f"   WRONG: above {SELF_CHECK_TOLERANCE:.0e}"
+        print(line)
+    if wrong:
+        print(f"do not use {', '.join(wrong)}: choose another backend with NF_SCAN_BACKEND", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+# ---------------------------------------------------------------- train
+
+
+def train_model(options, command):
+    """Train or resume; 130 if interrupted."""
+    preset = run.resolve_preset(options.preset)
+    overrides = parse_overrides(options.set)
+    for key, value in (("data.source", options.data), ("seed", options.seed)):
+        if value is not None:
+            overrides[key] = value
+    settings = run.load_settings(options.model, preset, overrides)
+    device = pick_device(options.device)
+    precision = options.precision or run.default_precision(device)
+    output = options.output or Path("runs") / options.model / preset
+    seed, data = settings["seed"], settings["data"]
+    config = train.TrainConfig(
+        output_dir=output, seed=seed, precision=precision, cpu=device.type == "cpu", **settings["train"]
+    )
+
+    run.seed_everything(seed)
+    model_class, config_class = models.FIELD_MODELS[options.model]
+    model = model_class(config_class(**settings["model"]))
+    datasets = [
+        images.SparseFields(
+            images.load_images(data["source"], split, data["size"], limit),
+            data["observed"],
+            data["queries"],
+            seed=None if split == "train" else seed,
+        )
+        for split, limit in (("train", data["train_images"]), ("test", data["validation_images"]))
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    train_data, validation_data = datasets
+    print(f"model     {options.model}, {parameters:,} parameters, preset {preset}")
+    print(f"data      {data['source']}, {len(train_data):,} images, {len(validation_data):,} to validate")
+    print(f"device    {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
+    print(f"output    {output}", flush=True)
+
+    result = train.fit(model, datasets, config)
+    losses = result.history["val_loss"]
+    score = (
+        f", validation loss {losses[-1]:.4f}, PSNR {result.history['val_psnr'][-1]:.2f} dB" if losses else ""
+    )
+    print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}{score}")
+    print(f"best {result.best}, latest {result.latest}")
+    return 130 if result.interrupted else 0
+
+
+def parse_overrides(pairs):
+    """["train.epochs=3"] -> {"train.epochs": 3}: values in TOML's syntax, anything else is text.
+
+    Raises ValueError for a pair without "=".
+    """
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r} has no '='; write --set train.epochs=3")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            overrides[key.strip()] = text
+    return overrides
+
+
+def pick_device(name):
+    """The named device, or the default; raises ValueError for cuda without a GPU."""
+    if name is None:
+        return run.default_device()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; pass --device cpu, or see `doctor`")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate_checkpoint(options, command):
+    """Print the table of `evaluate.multiscale`; write JSON and figures where asked for."""
+    device = pick_device(options.device)
+    model = models.load_model(options.checkpoint).to(device)
+    pictures = {}  # scale -> method -> the first image's field
+
+    def keep_first(scale, method, fields, target):
+        pictures.setdefault(scale, {})[method] = fields[0]
+        if target is not None:
+            pictures[scale]["target"] = target[0]
+
+    rows = evaluate.multiscale(
+        model,
+        options.data,
+        scales=tuple(options.scales),
+        sample_scales=options.sample_scales,
+        steps=options.steps,
+        method=options.method,
+        images=options.images,
+        observed=options.observed,
+        seed=options.seed,
+        device=device,
+        progress=sys.stderr.isatty(),
+        callback=keep_first if options.figures else None,
+    )
+    print(evaluate.format_table(rows))
+    if options.out:
+        settings = {
+            name: value for name, value in vars(options).items() if name not in ("function", "out", "figures")
+        }
+        settings["checkpoint"] = str(options.checkpoint)
+        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=settings)}")
+    if options.figures:
+        options.figures.mkdir(parents=True, exist_ok=True)
+        path = options.figures / f"{options.checkpoint.resolve().name}_multiscale.png"
+        heading = f"{options.data}, {options.observed:.0%} of pixels observed"
+        plots.multiscale_grid(pictures, title=heading).savefig(path, bbox_inches="tight")
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

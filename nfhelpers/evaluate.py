@@ -1,0 +1,685 @@
+"""Evaluation: whole fields from sparse pixels, at several sizes, beside classical interpolation.
+
+Two things hold in every number of this module:
+
+- **Observed pixels are kept.** At the resolution at which pixels were observed every method returns them
+  unchanged (it knows them). A model is asked for the other pixels only, which is also how it was trained. At
+  any other size no pixel of the output was observed and all of them are asked for.
+- **A posterior mean and a posterior sample are never mixed.** A sample has about twice the squared error of
+  the mean (3 dB less PSNR) by construction, so every row carries `kind`: "mean", "sample" or "classical".
+"""
+
+import copy
+import json
+import math
+import platform
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.interpolate import (
+    CloughTocher2DInterpolator,
+    LinearNDInterpolator,
+    NearestNDInterpolator,
+    RBFInterpolator,
+)
+from scipy.spatial import QhullError
+from skimage.restoration import inpaint_biharmonic
+from skimage.transform import resize
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from nfhelpers import images as image_sources
+from nfhelpers import metrics, samplers
+from nfhelpers.images import grid_coords, to_image
+from nfhelpers.kernels.chunked import CHUNK
+from nfhelpers.models import ssm
+from nfhelpers.run import versions
+
+CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
+"""Keys of `classical_baselines`, in the order in which they are printed."""
+
+TOKENS_PER_FORWARD = 32_768
+"""Images are grouped so that one forward pass sees about this many tokens (queries and inputs together)."""
+
+
+# ---------------------------------------------------------------- classical interpolation
+
+
+def _as_points(input_coords, input_values):
+    """The two point arrays as checked float64 NumPy arrays."""
+    coords = np.asarray(input_coords, dtype=np.float64)
+    values = np.asarray(input_values, dtype=np.float64)
+    if coords.ndim != 2 or coords.shape[1] != 2:
+        raise ValueError(f"input_coords has shape {coords.shape}; pass (Ni, 2), the (x, y) of each pixel")
+    if values.shape != (len(coords), 3):
+        raise ValueError(
+            f"input_values has shape {values.shape}; pass ({len(coords)}, 3), one RGB value a point"
+        )
+    if len(coords) < 3:
+        raise ValueError(f"{len(coords)} observed points do not span a plane; pass at least 3")
+    if not (np.isfinite(coords).all() and coords.min() >= 0 and coords.max() <= 1):
+        raise ValueError(
+            "input_coords has entries outside [0, 1]; pass pixel centres such as images.grid_coords(32, 32)"
+        )
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            "input_values has entries outside [0, 1]; images.to_image converts from the model's [-1, 1]"
+        )
+    return coords, values
+
+
+def resize_field(field, height, width, order=3):
+    """Resample a field (H, W, C) in [0, 1] to (height, width, C) by splines with aligned pixel centres.
+
+    `order` is 1 (bilinear) or 3 (bicubic). The result is clipped to [0, 1]; a
+    smaller size is low-pass filtered first.
+    """
+    field = np.asarray(field, dtype=np.float64)
+    if field.ndim != 3:
+        raise ValueError(f"field has shape {field.shape}; pass (H, W, C)")
+    if order not in (1, 3):
+        raise ValueError(f"order={order!r} is unknown; pass 1 (bilinear) or 3 (bicubic)")
+    if field.shape[:2] == (height, width):
+        return field.clip(0, 1)
+    shrinks = height < field.shape[0] or width < field.shape[1]
+    resized = resize(field, (height, width), order=order, mode="edge", anti_aliasing=shrinks)
+    return resized.clip(0, 1)
+
+
+def classical_baselines(input_coords, input_values, height, width, *, observed_size=None):
+    """Fields interpolated from scattered observed pixels, without learning.
+
+    Args:
+        input_coords: (Ni, 2) pixel centres (x, y) in [0, 1] of the observed pixels.
+        input_values: (Ni, 3) their values in [0, 1].
+        height, width: size of the fields to return.
+        observed_size: (H, W) of the grid from which the pixels were observed; (height, width) if None.
+            Only the biharmonic inpainting needs it: it fills that grid, then resamples it bicubically.
+
+    Returns:
+        dict of (height, width, 3) float64 arrays clipped to [0, 1]:
+        "linear", on the Delaunay triangles, and "cubic", Clough-Tocher on the same triangles (both take the
+        nearest observed pixel outside the convex hull); "rbf", thin-plate spline through all points;
+        "biharmonic".
+
+    Raises ValueError for wrong shapes, values outside [0, 1], fewer than three points or points on one line,
+    and for points that do not lie on the observed grid.
+
+    Sources: scipy.interpolate and skimage.restoration.inpaint_biharmonic (Damelin and Hoang, 2018).
+    """
+    coords, values = _as_points(input_coords, input_values)
+    if height < 1 or width < 1:
+        raise ValueError(f"the size {height}x{width} is empty; pass positive sizes such as 32, 32")
+    query = grid_coords(height, width).numpy().astype(np.float64)  # (H*W, 2)
+
+    try:
+        linear = LinearNDInterpolator(coords, values)(query)
+        cubic = CloughTocher2DInterpolator(coords, values)(query)
+        rbf = RBFInterpolator(coords, values, kernel="thin_plate_spline")(query)
+    except (QhullError, np.linalg.LinAlgError) as error:
+        raise ValueError(
+            f"the {len(coords)} observed points cannot be triangulated (all on one line?); pass points that "
+            "span the plane"
+        ) from error
+    nearest = NearestNDInterpolator(coords, values)(query)
+    outside = np.isnan(linear).any(axis=1)
+    linear[outside] = nearest[outside]
+    outside = np.isnan(cubic).any(axis=1)
+    cubic[outside] = nearest[outside]
+
+    grid = observed_size or (height, width)
+    filled = _biharmonic(coords, values, *grid)
+    return {
+        "linear": linear.reshape(height, width, 3).clip(0, 1),
+        "cubic": cubic.reshape(height, width, 3).clip(0, 1),
+        "rbf": rbf.reshape(height, width, 3).clip(0, 1),
+        "biharmonic": resize_field(filled, height, width, order=3),
+    }
+
+
+def _biharmonic(coords, values, height, width):
+    """Biharmonic inpainting of the (height, width) grid on which the points lie."""
+    position = coords * [width, height] - 0.5  # (Ni, 2), whole numbers on the grid
+    column, row = position.round().astype(int).T
+    if np.abs(position - position.round()).max() > 1e-3 or column.max() >= width or row.max() >= height:
+        raise ValueError(
+            f"the observed points are not pixel centres of a {height}x{width} grid; pass the grid they were "
+            "observed on as observed_size=(H, W)"
+        )
+    field = np.zeros((height, width, 3))
+    missing = np.ones((height, width), dtype=bool)
+    field[row, column] = values
+    missing[row, column] = False
+    if not missing.any():
+        return field
+    return inpaint_biharmonic(field, missing, channel_axis=-1).clip(0, 1)
+
+
+# ---------------------------------------------------------------- reconstruction with a model
+
+
+def observe_images(images, observed=0.2, seed=0):
+    """Observe a fraction of each image's pixels, image i with seed (seed, i) as in `images.SparseFields`.
+
+    Args:
+        images: (N, H, W, 3) uint8, or floats in [0, 1].
+        observed: fraction of the pixels, in (0, 1].
+        seed: int.
+
+    Returns:
+        dict with input_coords (N, Ni, 2), input_values (N, Ni, 3) in [-1, 1], mask (N, H, W) bool, True where
+        observed, and images (N, H, W, 3) float32 in [0, 1]: the same for every method that is compared.
+    """
+    images = _as_images(images)
+    drawn = [image_sources.observe(image, observed, (seed, index)) for index, image in enumerate(images)]
+    coords, values, masks = zip(*drawn, strict=True)
+    return {
+        "input_coords": torch.stack(coords),
+        "input_values": torch.stack(values),
+        "mask": torch.stack(masks),
+        "images": torch.from_numpy(images),
+    }
+
+
+def _as_images(images):
+    """Images as a checked float32 array (N, H, W, 3) in [0, 1]."""
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
+        raise ValueError(f"images has shape {images.shape}; pass (N, H, W, 3) with N >= 1")
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 255
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images has dtype {images.dtype}; pass uint8 or floats in [0, 1]")
+    if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+        raise ValueError("images has values outside [0, 1]; pass uint8 or floats in [0, 1]")
+    return images.astype(np.float32)
+
+
+def reconstruct(
+    model,
+    images,
+    observed=0.2,
+    size=None,
+    *,
+    kind="mean",
+    draws=1,
+    method="heun",
+    steps=None,
+    seed=0,
+    device=None,
+    callback=None,
+):
+    """Observe a fraction of each image's pixels and reconstruct the whole field with a sparse-field model.
+
+    Args:
+        model: a sparse-field velocity model (`nfhelpers.models`).
+        images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict that `observe_images` returns.
+        observed: fraction of pixels to observe, in (0, 1]; not used when `images` is already observed.
+        size: side of the square field to return; the images' own size if None. At the images' own size the
+            observed pixels are kept and only the others are asked for.
+        kind: "mean", the posterior mean and its standard deviation, or "sample", one posterior draw.
+        draws: for "mean", how many draws are averaged (the standard deviation of one draw is undefined: NaN).
+        method: ODE solver of "sample", a key of `samplers.SAMPLERS`.
+        steps: solver steps; 1 for "mean" (the one-step estimate) and 50 for "sample" if None. A mean of draws
+            with many steps each is the mean of that many samples, and only then is `std` the spread of the
+            posterior.
+        seed: of the noise and, when `images` is not yet observed, of the observed pixels.
+        device: where to compute; the model's device if None.
+        callback: of the solver of a sample, callback(step, t, x) with x (N, asked pixels, 3) in [-1, 1].
+
+    Returns:
+        dict: fields (N, h, w, 3) float32 in [0, 1]; std (N, h, w, 3) in the same units, 0 where observed,
+        None for a sample; mask (N, H, W); images (N, H, W, 3) in [0, 1].
+
+    Raises ValueError for wrong shapes and values, an unknown kind or method, steps or draws below 1.
+    """
+    if kind not in ("mean", "sample"):
+        raise ValueError(f"kind={kind!r} is unknown; pass 'mean' or 'sample'")
+    if kind == "sample" and draws != 1:
+        raise ValueError(f"kind='sample' with draws={draws}; a sample is one draw, pass draws=1")
+    if steps is None:
+        steps = 1 if kind == "mean" else 50
+    fields = images if isinstance(images, dict) else observe_images(images, observed, seed)
+    count, height, width = fields["mask"].shape
+    shape = (height, width) if size is None else (size, size)
+    keep = shape == (height, width)
+    device = torch.device(device) if device is not None else model_device(model)
+
+    grid = grid_coords(*shape)  # (h*w, 2)
+    if keep:
+        # Each image is asked for its own unobserved pixels; their number is the same,
+        # as the observed number is.
+        ask = ~fields["mask"].reshape(count, -1)  # (N, h*w)
+    else:
+        ask = torch.ones(count, shape[0] * shape[1], dtype=torch.bool)
+    asked = int(ask[0].sum())
+    query = grid.expand(count, -1, -1)[ask].reshape(count, asked, 2)
+
+    generator = torch.Generator(device).manual_seed(seed)
+    if asked:
+        batch = [part.to(device) for part in (query, fields["input_coords"], fields["input_values"])]
+        options = {
+            "steps": steps,
+            "generator": generator,
+            "max_batch": max(1, TOKENS_PER_FORWARD // (asked + fields["input_coords"].shape[1])),
+        }
+        if kind == "mean":
+            values, spread = samplers.posterior_mean(model, *batch, draws=draws, **options)
+        else:
+            values = samplers.sample(model, *batch, method=method, callback=callback, **options)
+
+    out = torch.zeros(count, shape[0] * shape[1], 3)
+    deviation = torch.zeros_like(out) if kind == "mean" else None
+    if keep:
+        out[~ask] = fields["images"].reshape(count, -1, 3)[~ask]
+    if asked:
+        out[ask] = to_image(values).float().cpu().reshape(-1, 3)
+        if kind == "mean":
+            deviation[ask] = spread.float().cpu().reshape(-1, 3) / 2  # [-1, 1] is twice as wide as [0, 1]
+    result = (count, *shape, 3)
+    return {
+        "fields": out.reshape(result).numpy(),
+        "std": None if deviation is None else deviation.reshape(result).numpy(),
+        "mask": fields["mask"].numpy(),
+        "images": fields["images"].numpy(),
+    }
+
+
+def model_device(model):
+    """The device of a model's first parameter; the CPU for a model without parameters."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+# ---------------------------------------------------------------- tables of results
+
+
+def _score(prediction, target):
+    """PSNR, SSIM and speckle of each image, (N,) arrays in a dict; every value NaN without a target."""
+    if target is None:
+        return {name: np.full(len(prediction), np.nan) for name in ("psnr", "ssim", "speckle")}
+    return {
+        "psnr": metrics.psnr(prediction, target),
+        "ssim": metrics.ssim(prediction, target),
+        "speckle": metrics.speckle(prediction, target),
+    }
+
+
+def _mean_and_error(values):
+    """Mean and its standard error; None where undefined: no ground truth, a perfect score, one value."""
+    return tuple(x if math.isfinite(x) else None for x in metrics.mean_and_error(values))
+
+
+def _row(method, kind, scores, **extra):
+    row = {"method": method, "kind": kind, **extra, "images": len(scores["psnr"])}
+    for name in ("psnr", "ssim", "speckle"):
+        row[name], row[f"{name}_se"] = _mean_and_error(scores[name])
+    return row
+
+
+def multiscale(
+    model,
+    source="photos",
+    *,
+    scales=(32, 64, 96, 128),
+    sample_scales=None,
+    steps=50,
+    method="heun",
+    draws=1,
+    images=16,
+    observed=0.2,
+    observed_size=32,
+    seed=0,
+    device=None,
+    progress=False,
+    callback=None,
+):
+    """Reconstruct test images at several sizes from the same observed pixels, by the model and without it.
+
+    Every method sees the same pixels, a fraction `observed` of each image at `observed_size`, and is compared
+    with the real image at each scale (`images.load_images(source, "test", scale)`), so differences between
+    methods are paired. Where the source has no finer ground truth, fields are made all the same and the row
+    says "no ground truth".
+
+    Args:
+        model: a sparse-field velocity model.
+        source: of `images.load_images`.
+        scales: sides of the square fields.
+        sample_scales: scales at which posterior samples (many steps each) are drawn too; all if None.
+        steps, method: of the posterior samples.
+        draws: one-step estimates averaged for the posterior mean.
+        images: how many test images.
+        observed, observed_size: fraction of observed pixels and the side of the grid they are observed on.
+        seed: of observed pixels and noise.
+        device: the model's if None.
+        progress: show a bar.
+        callback: callback(scale, method, fields (N, h, w, 3), target (N, h, w, 3) or None), to keep pictures.
+
+    Returns:
+        list of dicts, one a scale and method: scale, method, kind ("mean", "sample", "classical"), images,
+        psnr, ssim and speckle with their standard errors `*_se`, versus_biharmonic (mean paired difference of
+        PSNR in dB) and versus_biharmonic_se, seconds (all images), note.
+    """
+    truth = _ground_truth(source, scales, observed_size, images)
+    fields = observe_images(truth[observed_size], observed, seed)
+    sample_scales = scales if sample_scales is None else sample_scales
+    low = _model_mean(model, fields, observed_size, draws, seed, device)  # upsampled for the larger scales
+    rows = []
+    for scale in tqdm(scales, desc="scales", disable=not progress):
+        target = truth[scale]
+        predictions = []  # (method, kind, fields, seconds)
+
+        def add(name, kind, make, predictions=predictions):
+            start = time.perf_counter()
+            predictions.append((name, kind, make(), time.perf_counter() - start))
+
+        add(
+            "posterior mean (1 step)",
+            "mean",
+            lambda s=scale: _model_mean(model, fields, s, draws, seed, device),
+        )
+        if scale in sample_scales:
+            add(
+                f"sample ({method}, {steps} steps)",
+                "sample",
+                lambda s=scale: reconstruct(
+                    model, fields, size=s, kind="sample", method=method, steps=steps, seed=seed, device=device
+                )["fields"],
+            )
+        start = time.perf_counter()
+        classical = _classical_fields(fields, scale)
+        seconds = time.perf_counter() - start
+        predictions += [(name, "classical", classical[name], seconds / len(CLASSICAL)) for name in CLASSICAL]
+        if scale != observed_size:
+            for name, order in (("bilinear", 1), ("bicubic", 3)):
+                add(
+                    f"{name} of {observed_size} px mean",
+                    "mean",
+                    lambda s=scale, o=order: np.stack([resize_field(f, s, s, o) for f in low]),
+                )
+
+        reference = _score(classical["biharmonic"], target)["psnr"]
+        for name, kind, prediction, seconds in predictions:
+            scores = _score(prediction, target)
+            row = {"scale": scale, **_row(name, kind, scores)}
+            row["versus_biharmonic"], row["versus_biharmonic_se"] = _mean_and_error(
+                scores["psnr"] - reference
+            )
+            row["seconds"] = seconds
+            row["note"] = "" if target is not None else "no ground truth"
+            rows.append(row)
+            if callback is not None:
+                callback(scale, name, prediction, target)
+    return rows
+
+
+def _ground_truth(source, scales, observed_size, count):
+    """Dict of scale -> test images (N, scale, scale, 3) in [0, 1], None above what the source holds."""
+    truth = {observed_size: _as_images(image_sources.load_images(source, "test", observed_size, limit=count))}
+    for scale in scales:
+        try:
+            truth[scale] = _as_images(image_sources.load_images(source, "test", scale, limit=count))
+        except ValueError:
+            # The same call has just succeeded at the observed size: what it refuses is the larger size.
+            if scale <= observed_size:
+                raise
+            truth[scale] = None
+    return truth
+
+
+def _model_mean(model, fields, scale, draws, seed, device):
+    return reconstruct(model, fields, size=scale, draws=draws, seed=seed, device=device)["fields"]
+
+
+def _classical_fields(fields, scale):
+    """Classical baselines of every observed image, dict of (N, scale, scale, 3); observed pixels kept."""
+    height, width = fields["mask"].shape[1:]
+    values = to_image(fields["input_values"])
+    every = [
+        classical_baselines(coords, value, scale, scale, observed_size=(height, width))
+        for coords, value in zip(fields["input_coords"], values, strict=True)
+    ]
+    stacked = {name: np.stack([one[name] for one in every]) for name in CLASSICAL}
+    if (scale, scale) == (height, width):
+        mask, known = fields["mask"].numpy(), fields["images"].numpy()
+        for field in stacked.values():
+            field[mask] = known[mask]
+    return stacked
+
+
+def steps_curve(
+    model,
+    images,
+    *,
+    steps=(1, 2, 5, 10, 20, 50),
+    method="euler",
+    draws=8,
+    observed=0.2,
+    seed=0,
+    device=None,
+    progress=False,
+):
+    """Quality of posterior samples against the number of solver steps, beside the posterior mean: the trade
+    between distortion and perception (Blau and Michaeli, 2018).
+
+    One Euler step from noise *is* the one-step estimate of the mean, so with `method="euler"` the curve
+    starts there and falls by about 3 dB as the samples become real samples, whose squared error is twice that
+    of the mean.
+
+    Args:
+        model: a sparse-field velocity model.
+        images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict of `observe_images`.
+        steps: numbers of solver steps to try.
+        method: ODE solver, a key of `samplers.SAMPLERS`.
+        draws: K of the mean of K samples, each drawn with the largest number of steps; 0 leaves that row out.
+        observed, seed, device: as in `reconstruct`.
+        progress: show a bar.
+
+    Returns:
+        list of dicts: method, kind, steps, draws, images, psnr, ssim and speckle with `*_se`. The rows of
+        kind "mean" are "posterior mean (1 step)" and "mean of K samples".
+    """
+    fields = images if isinstance(images, dict) else observe_images(images, observed, seed)
+    target = fields["images"].numpy()
+    options = {"seed": seed, "device": device}
+    rows = []
+    for count in tqdm(steps, desc="steps", disable=not progress):
+        sampled = reconstruct(model, fields, kind="sample", method=method, steps=count, **options)["fields"]
+        rows.append(_row(f"sample ({method})", "sample", _score(sampled, target), steps=count, draws=1))
+    mean = reconstruct(model, fields, **options)["fields"]
+    rows.append(_row("posterior mean (1 step)", "mean", _score(mean, target), steps=1, draws=1))
+    if draws:
+        mean = reconstruct(model, fields, draws=draws, steps=max(steps), **options)["fields"]
+        rows.append(
+            _row(f"mean of {draws} samples", "mean", _score(mean, target), steps=max(steps), draws=draws)
+        )
+    return rows
+
+
+def calibrate(model, images, *, observed=0.2, draws=8, steps=20, seed=0, device=None):
+    """Does the spread of posterior samples match the error of their mean? Over unobserved pixels only.
+
+    Args:
+        images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict of `observe_images`.
+        draws, steps: number of samples and solver steps of each.
+
+    Returns:
+        (result of `reconstruct`, dict of `metrics.calibration`).
+    """
+    if draws < 2:
+        raise ValueError(f"draws={draws} has no spread; pass at least 2")
+    result = reconstruct(model, images, observed, draws=draws, steps=steps, seed=seed, device=device)
+    hidden = ~result["mask"]
+    points = [result[name][hidden][None, None] for name in ("fields", "std", "images")]  # (1, 1, M, 3) each
+    return result, metrics.calibration(*points)
+
+
+def format_table(rows):
+    """Rows of `multiscale` or `steps_curve` as an aligned text table; "-" where a number is undefined."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of multiscale or steps_curve")
+    names = [name for name in ("scale", "method", "kind", "steps", "draws", "images") if name in rows[0]]
+    numbers = [
+        ("PSNR (dB)", "psnr", 2),
+        ("SSIM", "ssim", 3),
+        ("speckle", "speckle", 4),
+        ("PSNR - biharmonic", "versus_biharmonic", 2),
+    ]
+    numbers = [(head, key, digits) for head, key, digits in numbers if key in rows[0]]
+    notes = any(row.get("note") for row in rows)
+    lines = [[*names, *(head for head, _, _ in numbers), *(["note"] if notes else [])]]
+    for row in rows:
+        line = [str(row[name]) for name in names]
+        line += [
+            _plus_minus(row[key], row[f"{key}_se"], digits, "versus" in key) for _, key, digits in numbers
+        ]
+        lines.append([*line, *([row["note"]] if notes else [])])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _plus_minus(value, error, digits, signed):
+    if value is None:
+        return "-"
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def write_results(rows, path, *, command, config=None):
+    """Write rows as JSON with what is needed to repeat them: command, config, versions and kind of device.
+
+    Args:
+        rows: list of row dicts.
+        path: file to write; its folder is made.
+        command: the command line that produced the rows, as a user would type it in the repository.
+        config: settings worth keeping, JSON-able.
+
+    Returns the Path. Raises ValueError if a value is not finite (write None for undefined ones).
+    """
+    path = Path(path)
+    document = {
+        "command": command,
+        "config": config or {},
+        "versions": {**versions(), **{name: version(name) for name in ("numpy", "scipy", "scikit-image")}},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU ({platform.machine()})",
+        "rows": rows,
+    }
+    text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- cost before training
+
+
+def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
+    """Parameters, FLOPs and training memory of a sparse-field model, from shapes alone: nothing is computed.
+
+    The forward pass runs on the meta device. Matrix products are counted by PyTorch's FlopCounterMode (a
+    multiply and an add are two). The selective scan, which it does not know, adds `9 B L D N + 2 B L D` per
+    call, the usual count of the recurrence, its exponentials and its gate (VMamba, Liu et al. 2024).
+    Pointwise operations are not counted. Activation memory is what autograd keeps for the backward pass, each
+    storage once, parameters not counted; the scan keeps its inputs and the states at chunk borders.
+
+    Args:
+        model: torch module with a velocity field's forward.
+        n_inputs, n_queries: observed points and queries of each image.
+        batch_size: images.
+
+    Returns:
+        dict: parameters; flops_forward and, of these, flops_scan, for the whole batch; activation_bytes
+        (float32); training_bytes, the activations plus weights, gradients, two Adam moments and an EMA copy;
+        estimate, a text saying how the bytes were obtained. Workspaces inside operations and fragmentation
+        come on top.
+
+    Raises ValueError for sizes below 1.
+    """
+    for name, value in (("n_inputs", n_inputs), ("n_queries", n_queries), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} is below 1; pass a positive number such as 204")
+    parameters = list(model.parameters())
+    # A copy of the model in which every tensor, shared ones once, is of its shape only.
+    shapes_only = {id(p): torch.nn.Parameter(_shape_of(p), p.requires_grad) for p in parameters}
+    shapes_only |= {id(buffer): _shape_of(buffer) for buffer in model.buffers()}
+    own = {tensor.untyped_storage()._cdata for tensor in shapes_only.values()}
+    twin = copy.deepcopy(model, shapes_only).train()  # as in training: dropout keeps its masks
+    shapes = ((n_queries, 3), (n_queries, 2), (), (n_inputs, 2), (n_inputs, 3))
+    batch = [torch.empty(batch_size, *shape, device="meta") for shape in shapes]
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # holding the storage keeps its identity unique
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        _scan_by_shape() as scans,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        twin(*batch)
+    count = sum(p.numel() for p in parameters)
+    activations = sum(storage.nbytes() for storage in kept.values())
+    return {
+        "parameters": count,
+        "flops_forward": counter.get_total_flops() + sum(scans),
+        "flops_scan": sum(scans),
+        "activation_bytes": activations,
+        "training_bytes": activations + 5 * 4 * count,
+        "estimate": "float32 tensors that autograd saves (meta device), plus 5 copies of the parameters",
+    }
+
+
+def _shape_of(tensor):
+    """A tensor without data, float32 where it is floating."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, device="meta", dtype=dtype)
+
+
+class _ScanByShape(torch.autograd.Function):
+    """A selective scan of meta tensors that keeps for the backward pass what the chunked scan keeps."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, z):
+        batch, channels, length = u.shape
+        starts = u.new_empty(math.ceil(length / CHUNK), batch, channels, A.shape[1])
+        ctx.save_for_backward(*(x for x in (u, delta, A, B, C, z, starts) if x is not None))
+        return torch.empty_like(u)
+
+
+@contextmanager
+def _scan_by_shape():
+    """Replace the model's scan by its shapes inside; yields the list of the FLOPs of each call.
+
+    The scan loops over time, and tracing thousands of steps on the meta device would take longer than the
+    answer is worth to someone who moves a slider.
+    """
+    flops = []
+
+    def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        batch, channels, length = u.shape
+        flops.append(batch * length * channels * (9 * A.shape[1] + 2))
+        return _ScanByShape.apply(u, delta, A, B, C, z)
+
+    real = ssm.selective_scan
+    ssm.selective_scan = scan
+    try:
+        yield flops
+    finally:
+        ssm.selective_scan = real

@@ -1,0 +1,148 @@
+"""Orders in which a scan visits points of the plane or pixels of a grid, and their inverses.
+
+An order is a permutation `order` of the L token positions: token `order[k]` is visited at step k. So
+`x.gather(1, order[..., None].expand_as(x))` sorts tokens (B, L, D), and gathering with `inverse_order(order)`
+puts them back.
+"""
+
+import re
+
+import torch
+
+POINT_ORDERS = ("row", "column", "diagonal", "antidiagonal", "serpentine", "hilbert")
+_HILBERT_BITS = 16
+
+
+def point_order(coords, kind):
+    """Scan order of a batch of point sets.
+
+    Points on a line that the scan follows (a row, a diagonal ...) are told apart from those on the next line
+    with a tolerance of four rounding errors, so that a diagonal of a regular grid is one line although its
+    sums x + y differ in their last bits. Points that coincide keep the order they came in. Serpentine counts
+    the rows that hold a point and walks every second one backwards.
+
+    Args:
+        coords: (B, L, 2) floating, (x, y) in [0, 1]. Hilbert order takes points outside as on the border.
+        kind: "row", "column", "diagonal" (x + y, then x), "antidiagonal" (x - y, then x), "serpentine",
+            "hilbert".
+
+    Returns:
+        (B, L) int64, one permutation of 0 ... L-1 a sample.
+
+    Raises:
+        ValueError: a shape other than (B, L, 2), a dtype that is not floating, an unknown kind.
+
+    Source: the four directions of seed 001; Hilbert, "Ueber die stetige Abbildung einer Linie auf ein
+    Flaechenstueck", 1891.
+    """
+    if kind not in POINT_ORDERS:
+        raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
+    if coords.dim() != 3 or coords.shape[-1] != 2 or 0 in coords.shape:
+        raise ValueError(
+            f"coords has shape {tuple(coords.shape)}; pass (B, L, 2) such as (8, 204, 2), not empty"
+        )
+    if not coords.is_floating_point():
+        raise ValueError(f"coords is {coords.dtype}; pass (x, y) in [0, 1] as float32")
+    coords = coords.detach()
+    if coords.dtype not in (torch.float32, torch.float64):
+        coords = coords.float()
+    x, y = coords.unbind(-1)  # (B, L) each
+    if kind == "row":
+        return _sort_by(_lines(y), x)
+    if kind == "column":
+        return _sort_by(_lines(x), y)
+    if kind == "diagonal":
+        return _sort_by(_lines(x + y), x)
+    if kind == "antidiagonal":
+        return _sort_by(_lines(x - y), x)
+    if kind == "serpentine":
+        row = _lines(y)
+        return _sort_by(row, torch.where(row % 2 == 0, x, -x))
+    return torch.argsort(_hilbert_index(x, y), dim=-1, stable=True)
+
+
+def _sort_by(major, minor):
+    """Order by `major`, then `minor`, then position: stable sorts by the least significant key first."""
+    order = torch.argsort(minor, dim=-1, stable=True)
+    return order.gather(-1, torch.argsort(major.gather(-1, order), dim=-1, stable=True))
+
+
+def _lines(key):
+    """Number the distinct values of each row of key (B, L) in rising order; a gap of rounding size is no gap.
+
+    Rounding to a fixed raster would tear apart equal values that happen to lie at a raster boundary.
+    """
+    ordered, order = key.sort(dim=-1)
+    gap = torch.diff(ordered, dim=-1, prepend=ordered[:, :1]) > 4 * torch.finfo(key.dtype).eps
+    return torch.empty_like(order).scatter_(-1, order, gap.cumsum(-1))
+
+
+def _hilbert_index(x, y):
+    """Position along the Hilbert curve of 2^16 x 2^16 cells: two bits a level, coarsest quadrant first.
+
+    Rounding (not flooring) to cells keeps pixel centres of grids below 2^16 off the cell boundaries.
+    """
+    side = 2**_HILBERT_BITS
+    x, y = ((side * value).round().long().clamp(0, side - 1) for value in (x, y))
+    index = torch.zeros_like(x)
+    for bit in reversed(range(_HILBERT_BITS)):
+        right, upper = (x >> bit) & 1, (y >> bit) & 1
+        index = (index << 2) | ((3 * right) ^ upper)
+        # Turn the quadrant so that the curve inside it has the orientation of the whole.
+        mirror = right * (1 - upper) * (side - 1)
+        x, y = x ^ mirror, y ^ mirror
+        swap = (x ^ y) * (1 - upper)
+        x, y = x ^ swap, y ^ swap
+    return index
+
+
+def grid_order(height, width, kind):
+    """Scan order of the pixels of a grid, whose positions count row by row.
+
+    Args:
+        height, width: at least 1.
+        kind: "h" row by row, "v" column by column, "w<N>" windows of N x N pixels, row by row inside a window
+            and from window to window, windows at the far edges cut short; each with "_flip", which walks
+            backwards.
+
+    Returns:
+        (height * width,) int64 permutation.
+
+    Raises:
+        ValueError: a size below 1 or an unknown kind.
+
+    Source: LocalMamba, Huang et al., 2024 (seed 000).
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"height={height}, width={width}; both must be at least 1, such as 32, 32")
+    match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
+    if match is None:
+        raise ValueError(
+            f"kind={kind!r} is not an order of a grid; pass 'h', 'v' or 'w<N>' such as 'w7', or 'h_flip'"
+        )
+    pixels = torch.arange(height * width)
+    if match[1] == "h":
+        order = pixels
+    elif match[1] == "v":
+        order = pixels.view(height, width).T.flatten()
+    else:
+        size = int(match[2])
+        row, column = pixels // width, pixels % width
+        window = row // size * -(-width // size) + column // size
+        order = torch.argsort(window, stable=True)
+    return order.flip(0) if match[3] else order
+
+
+def inverse_order(order):
+    """The permutation that undoes `order`: inverse[order[k]] = k.
+
+    Args:
+        order: (..., L) int64, a permutation of 0 ... L-1 along the last dimension.
+
+    Raises:
+        ValueError: not int64, or no dimension.
+    """
+    if order.dtype != torch.int64 or order.dim() == 0:
+        raise ValueError(f"order is {order.dtype} of shape {tuple(order.shape)}; pass int64 (..., L)")
+    steps = torch.arange(order.shape[-1], device=order.device)
+    return torch.empty_like(order).scatter_(-1, order, steps.expand_as(order))

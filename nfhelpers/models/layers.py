@@ -1,0 +1,77 @@
+"""Embeddings shared by every model.
+
+Glossary
+    b  batch
+    l  tokens (points of a field)
+    f  random Fourier frequencies
+    d  model width (d_model)
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class FourierFeatures(nn.Module):
+    """Random Fourier features of coordinates (Tancik et al. 2020; seed 002).
+
+    The frequencies are drawn once from N(0, scale^2), in cycles per image side, and saved with the weights.
+    The inner product of two feature vectors approaches ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how
+    far apart two points may be and still look alike to the network.
+    """
+
+    def __init__(self, num_features: int, scale: float):
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(2, num_features))  # (2, F)
+
+    def forward(self, coords: torch.Tensor) -> torch.Tensor:
+        """Coordinates (B, L, 2) in [0, 1] -> features (B, L, 2F), cosines then sines."""
+        phase = 2 * math.pi * coords.float() @ self.frequencies.float()  # (B, L, F)
+        return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, L, 2F)
+
+
+class PointEmbedding(nn.Module):
+    """Tokens of points: a projection of the Fourier features of where they are, plus one of their values.
+
+    One linear map of the concatenation, as in seed 002, but each part starts at the scale of its own fan-in:
+    otherwise three values drown among hundreds of features, and training idles until they surface.
+    """
+
+    def __init__(self, num_features: int, d_model: int):
+        super().__init__()
+        self.coord_proj = nn.Linear(num_features, d_model)
+        self.value_proj = nn.Linear(3, d_model)
+
+    def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Fourier features (B, L, num_features) and values (B, L, 3) -> tokens (B, L, D)."""
+        return self.coord_proj(features) + self.value_proj(values)  # (B, L, D)
+
+
+def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sinusoidal embedding of the flow time (Vaswani et al. 2017), at ``1000 t`` so that [0, 1] is resolved.
+
+    t (B,) in [0, 1] -> (B, dim); `dim` is even. Periods run geometrically from 2 pi to 20,000 pi.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (dim/2,)
+    phase = 1000 * t.float()[:, None] * frequencies  # (B, dim/2)
+    return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, dim)
+
+
+class TimeEmbedding(nn.Module):
+    """Flow time -> conditioning vector: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """t (B,) in [0, 1] -> (B, D)."""
+        return self.mlp(sinusoidal_embedding(t, self.dim))  # (B, D)
+
+
+def mlp(dim: int, hidden: int, out: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear, GELU, dropout, linear: the token-wise network of every block."""
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))

@@ -1,0 +1,962 @@
+"""The one training loop: flow matching of a field model, on Hugging Face Accelerate.
+
+All randomness is a function of (seed, epoch) or (seed, step), drawn for the whole batch and then sliced by
+process and by accumulation step. So a resumed run continues the same loss curve without any saved generator
+state, and the number of processes or accumulation steps changes the result by float error only (dropout
+excepted).
+
+What a run writes into `output_dir`:
+
+    state.safetensors   everything needed to resume: weights, their average, optimizer, step, settings
+    latest/             the model with the averaged weights, for `from_pretrained`
+    best/               the same, of the lowest validation loss
+    epoch_*/            the same, every `save_every` epochs
+    log.csv             one row a step; validation rows hold val_loss and val_psnr
+    fields/epoch_*.png  loss curve and full fields as they are reconstructed
+    tb/                 the log again, for TensorBoard
+
+Sources: seed 002 (Adam, 1e-4, cosine); Loshchilov & Hutter, "SGDR", ICLR 2017 (cosine schedule); Karras et
+al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024 (averaged weights).
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from nfhelpers.flow import check_field, flow_matching_loss
+from nfhelpers.images import grid_coords, to_image
+from nfhelpers.metrics import psnr
+from nfhelpers.samplers import posterior_mean
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+LOG_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "queries", "val_loss", "val_psnr")
+
+# Streams of random numbers: the first word after the seed, so that no two of them coincide.
+_SHUFFLE, _STEP, _DROPOUT, _VALIDATION, _FIELDS = range(5)
+
+# Settings that a resumed run may change: they move files, memory or time, not the curve (beyond float error).
+_FREE_SETTINGS = {
+    "output_dir",
+    "num_workers",
+    "progress",
+    "cpu",
+    "compile",
+    "gradient_checkpointing",
+    "gradient_accumulation",
+    "visualise_every",
+    "save_every",
+    "save_every_steps",
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `fit`.
+
+    output_dir: folder of the run; a run that was stopped there is resumed. epochs; batch_size: samples an
+    optimizer step, over all processes and accumulation steps together. learning_rate: peak, reached after
+    warmup_fraction (in [0, 1)) of all steps, then a cosine down to 0. weight_decay: AdamW's, on matrices
+    only (not on biases, norms or parameters marked `_no_weight_decay`). clip_norm: largest global gradient
+    norm, math.inf for none; ema_decay: of the averaged weights, in [0, 1). gradient_accumulation: slices of
+    a batch that pass through the model one after the other. precision: "fp32", "bf16" or "fp16" (GPU only);
+    gradient_checkpointing, compile: memory against time. vary_queries: each step keeps a random subset of
+    the query points, between min_query_fraction (in (0, 1]) and all of them, because a scan sees other
+    sequences when it is later asked for a full field. evaluate_every, visualise_every, save_every: in
+    epochs (the last epoch is always evaluated and drawn); save_every_steps: also save the resumable state
+    after this many steps, None for once an epoch. field_images: validation images of the full-field PSNR
+    and picture. num_workers: of the data loader. cpu: train on the CPU even where a GPU is present;
+    progress: progress bar and, in a notebook, live figure.
+
+    Raises ValueError on illegal values, TypeError on unknown names.
+    """
+
+    output_dir: str
+    epochs: int = 100
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    gradient_accumulation: int = 1
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    vary_queries: bool = True
+    min_query_fraction: float = 0.25
+    evaluate_every: int = 2
+    visualise_every: int = 5
+    save_every: int = 10
+    save_every_steps: int | None = None
+    field_images: int = 8
+    num_workers: int = 0
+    seed: int = 0
+    cpu: bool = False
+    progress: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "output_dir", str(self.output_dir))
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is unknown; pass one of {sorted(PRECISIONS)}")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not a bool; pass {field.default}")
+            if field.type is int or (name == "save_every_steps" and value is not None):
+                least = 0 if name in ("num_workers", "seed") else 1
+                if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                    legal = 100 if field.default is None else field.default
+                    raise ValueError(f"{name}={value!r} is not an integer >= {least}; pass {legal}")
+            if name in _RANGES:
+                legal, inside = _RANGES[name]
+                if isinstance(value, bool) or not isinstance(value, int | float) or not inside(value):
+                    raise ValueError(f"{name}={value!r} is outside {legal}; pass {field.default}")
+
+
+_RANGES = {
+    "learning_rate": ("(0, inf)", lambda x: 0 < x < math.inf),
+    "warmup_fraction": ("[0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": ("[0, inf)", lambda x: 0 <= x < math.inf),
+    "clip_norm": ("(0, inf]", lambda x: x > 0),
+    "ema_decay": ("[0, 1)", lambda x: 0 <= x < 1),
+    "min_query_fraction": ("(0, 1]", lambda x: 0 < x <= 1),
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `fit` returns.
+
+    history: dict of lists. One entry a step: step (1 is the first), loss, learning_rate, gradient_norm; one
+    entry an evaluation: val_step, val_loss, val_psnr (dB, of the one-step posterior mean on the full field;
+    NaN if the validation dataset has no `images`). best, latest: model folders, None where not written yet.
+    steps: optimizer steps done, those of the runs that this one resumed included. interrupted: stopped by
+    KeyboardInterrupt.
+    """
+
+    history: dict
+    best: Path | None
+    latest: Path | None
+    steps: int
+    interrupted: bool
+
+
+@dataclass
+class _Progress:
+    """Where a run is: optimizer steps done, epochs finished (evaluation included), lowest validation loss."""
+
+    step: int = 0
+    epoch: int = 0
+    best: float = math.inf
+
+
+def cosine_schedule(step, total_steps, warmup_steps):
+    """Factor on the learning rate of the optimizer step with this number (0 is the first), in (0, 1].
+
+    Linear from 1/warmup_steps to 1 over the first warmup_steps, then half a cosine, which would reach 0 at
+    total_steps. Source: Loshchilov & Hutter 2017, without restarts.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+
+
+def fit(model, data, config, *, callback=None):
+    """Train a field model by flow matching; resume if `config.output_dir` holds the state of an earlier run.
+
+    model: nn.Module with the signature of the field models and `save_pretrained` (see nfhelpers.models);
+    data: (train dataset, validation dataset), map-style, with the dict items of `images.SparseFields`; a
+    train dataset with `set_epoch` draws afresh each epoch, a validation dataset with `images` (N, H, W, 3)
+    is also reconstructed in full. config: TrainConfig. callback(epoch, history, fields), if given, is
+    called on the main process after each epoch (1 is the first); fields is None unless the epoch was
+    evaluated or drawn, else a dict of sparse, reconstruction (one-step posterior mean) and target, each (k,
+    H, W, 3) in [0, 1] (None without images).
+
+    On return the model is on the training device, in eval mode, and holds the averaged (EMA) weights. An
+    interrupt (Ctrl-C, a stopped cell) is not raised: the state and `latest` are written and the result says
+    interrupted. Incomplete last batches of an epoch are left out. Runs unchanged under `accelerate launch`
+    on many processes. Returns TrainResult.
+
+    Raises ValueError on data, model or settings that do not fit, on a state file that is damaged or belongs
+    to other settings; FloatingPointError on a loss or gradient that is not finite, naming step and layer,
+    in which case the saved state stays as it was.
+    """
+    train_data, validation_data = data
+    accelerator = _accelerator(config)
+    slice_size = _check_setup(model, train_data, validation_data, config, accelerator)
+    folder = Path(config.output_dir)
+    identity = {
+        "config": {k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS},
+        "model": _model_settings(model),
+        "data": {"train": len(train_data), "validation": len(validation_data)},
+    }
+    saved = _load_state(folder / "state.safetensors", identity, accelerator)
+    steps_per_epoch = len(train_data) // config.batch_size
+
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    if saved is not None:
+        _restore_model(model, optimizer, saved[0])
+    network = torch.compile(model) if config.compile else model
+    # Accelerate wraps (autocast, DDP) what it prepares. It gets the objective, so that the model itself keeps
+    # its own forward.
+    objective, prepared = accelerator.prepare(_Objective(network), optimizer)
+    ema = EMAModel(model.parameters(), decay=config.ema_decay)
+    if saved is not None:
+        _restore_average(model, ema, accelerator.scaler, *saved)
+    progress = _Progress() if saved is None else _Progress(**saved[1]["progress"])
+    del saved
+
+    log = _Log(folder, progress, write=accelerator.is_main_process)
+    run = _Run(
+        model=model,
+        train_data=train_data,
+        validation_data=validation_data,
+        config=config,
+        accelerator=accelerator,
+        slice_size=slice_size,
+        steps_per_epoch=steps_per_epoch,
+        folder=folder,
+        identity=identity,
+        objective=objective,
+        optimizer=optimizer,
+        prepared=prepared,
+        ema=ema,
+        progress=progress,
+        log=log,
+    )
+    show = config.progress and accelerator.is_main_process
+    live = _LiveFigure(show)
+    bar = tqdm(total=config.epochs * steps_per_epoch, initial=progress.step, disable=not show, desc="train")
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    interrupted = False
+    with torch.random.fork_rng(devices=cuda), _checkpointing(model, config.gradient_checkpointing), log, bar:
+        try:
+            while progress.epoch < config.epochs:
+                for slices in _epoch_batches(run):
+                    loss = _step(run, slices)
+                    bar.update()
+                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                field = _finish_epoch(run, live)
+                if callback is not None and accelerator.is_main_process:
+                    callback(progress.epoch, log.history, field)
+        except KeyboardInterrupt:
+            interrupted = True
+            _save(run)
+    if not interrupted:
+        accelerator.wait_for_everyone()  # on return, the files are there for every process
+    ema.copy_to(model.parameters())
+    model.eval()
+    paths = [folder / name if (folder / name).is_dir() else None for name in ("best", "latest")]
+    return TrainResult(log.history, *paths, steps=progress.step, interrupted=interrupted)
+
+
+# -------------------------------------------------------------------------------- steps and epochs
+
+
+@dataclass
+class _Run:
+    """What the parts of one call of `fit` share."""
+
+    model: nn.Module
+    train_data: object
+    validation_data: object
+    config: TrainConfig
+    accelerator: Accelerator
+    slice_size: int  # samples that pass through the model at once, on each process
+    steps_per_epoch: int
+    folder: Path
+    identity: dict  # what a resumed run must have in common with this one
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    prepared: object  # the optimizer as Accelerate wraps it: with the loss scaler of fp16
+    ema: EMAModel
+    progress: _Progress
+    log: "_Log"
+
+
+def _step(run, slices):
+    """One optimizer step; returns the loss of the whole batch."""
+    config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
+    loss = _accumulate(run, slices)
+    run.accelerator.unscale_gradients(run.prepared)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters])
+    loss, norm_value = torch.stack([loss, norm]).tolist()
+    # The loss scaler of fp16 finds its scale by overflowing now and then; it skips such a step.
+    scaler = run.accelerator.scaler
+    skipped = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm_value) or skipped):
+        _raise_non_finite(run, slices, loss, norm_value)
+    rate = config.learning_rate * cosine_schedule(
+        progress.step, total_steps, round(config.warmup_fraction * total_steps)
+    )
+    with _deferred_interrupt():
+        if math.isfinite(norm_value):
+            clip_grads_with_norm_(parameters, config.clip_norm, norm)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.prepared.step()
+        if not run.prepared.step_was_skipped:
+            run.ema.step(run.model.parameters())
+        progress.step += 1
+        run.log.add(
+            step=progress.step,
+            epoch=progress.epoch + 1,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm_value,
+            queries=slices[0].noise.shape[1],
+        )
+    if config.save_every_steps and progress.step % config.save_every_steps == 0:
+        _save(run)
+    return loss
+
+
+def _finish_epoch(run, live):
+    """Evaluate, draw and save what is due after this epoch; returns the full fields if they were made."""
+    config, progress, main = run.config, run.progress, run.accelerator.is_main_process
+    epoch = progress.epoch + 1
+    evaluate, visualise = (
+        epoch % every == 0 or epoch == config.epochs
+        for every in (config.evaluate_every, config.visualise_every)
+    )
+    field = None
+    if evaluate or visualise:
+        with _averaged(run.ema, run.model):
+            val_loss = _validate(run) if evaluate else None
+            if evaluate and not math.isfinite(val_loss):
+                raise FloatingPointError(
+                    f"epoch {epoch}: the validation loss is {val_loss}; "
+                    "look for NaN in the validation data, or lower learning_rate"
+                )
+            field = _reconstruct(run)
+    names = [f"epoch_{epoch:04d}"] if epoch % config.save_every == 0 else []
+    with _deferred_interrupt():
+        progress.epoch = epoch
+        if evaluate:
+            val_psnr = math.nan
+            if field is not None:
+                val_psnr = float(psnr(field["reconstruction"], field["target"]).mean())
+            run.log.add(step=progress.step, epoch=epoch, val_loss=val_loss, val_psnr=val_psnr)
+            if val_loss < progress.best:
+                progress.best = val_loss
+                names.append("best")
+        if main and names:
+            with _averaged(run.ema, run.model):
+                for name in names:
+                    _save_model(run.model, run.folder / name)
+        _save(run)
+    if main and (evaluate or visualise):
+        picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
+        live.draw(run.log.history, field, f"epoch {epoch}, reconstruction: one-step posterior mean", picture)
+    return field
+
+
+def _save(run):
+    """The resumable state and `latest`, on the main process."""
+    if not run.accelerator.is_main_process:
+        return
+    with _deferred_interrupt():
+        run.log.flush()
+        _save_state(run)
+        with _averaged(run.ema, run.model):
+            _save_model(run.model, run.folder / "latest")
+
+
+@contextmanager
+def _checkpointing(model, enabled):
+    """Gradient checkpointing as asked inside, as it was afterwards. Only for models that offer the switch."""
+    if not hasattr(model, "gradient_checkpointing"):
+        yield
+        return
+    before, model.gradient_checkpointing = model.gradient_checkpointing, enabled
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing = before
+
+
+# ---------------------------------------------------------------------------------------------- set-up
+
+
+def _accelerator(config):
+    # Accelerate keeps the device and precision of a process's first Accelerator; a notebook trains often.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(mixed_precision=PRECISIONS[config.precision], cpu=config.cpu)
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision='fp16' needs a GPU and this run is on the CPU; pass 'fp32' or 'bf16'")
+    sharded = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharded:
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, but each process needs the "
+            "whole model here; launch with --multi_gpu"
+        )
+    return accelerator
+
+
+def _check_setup(model, train_data, validation_data, config, accelerator):
+    """Check what `fit` was given before anything is written; returns the samples per forward pass."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "save_pretrained"):
+        raise ValueError(f"model is a {type(model).__name__}; pass a field model of nfhelpers.models")
+    if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing"):
+        raise ValueError(
+            f"{type(model).__name__} cannot checkpoint gradients; pass gradient_checkpointing=False"
+        )
+    parts = accelerator.num_processes * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not divide among {accelerator.num_processes} processes and "
+            f"{config.gradient_accumulation} accumulation steps; pass a multiple of {parts}"
+        )
+    if len(train_data) < config.batch_size:
+        raise ValueError(
+            f"the train dataset has {len(train_data)} items, fewer than batch_size={config.batch_size}; "
+            f"pass batch_size={max(1, len(train_data))} or less"
+        )
+    if len(validation_data) == 0:
+        raise ValueError("the validation dataset is empty; pass at least one item")
+    for dataset, name in ((train_data, "train"), (validation_data, "validation")):
+        item = dataset[0]
+        wanted = {"input_coords", "input_values", "query_coords", "query_values"}
+        if not isinstance(item, dict) or not wanted <= set(item):
+            raise ValueError(
+                f"items of the {name} dataset lack some of {sorted(wanted)}; pass images.SparseFields"
+            )
+        check_field(*(item[key][None] for key in ("query_coords", "input_coords", "input_values")))
+        if item["query_values"].shape != (len(item["query_coords"]), item["input_values"].shape[-1]):
+            raise ValueError(
+                f"query_values of the {name} dataset have shape {tuple(item['query_values'].shape)}; "
+                f"pass {(len(item['query_coords']), item['input_values'].shape[-1])}, one value a query point"
+            )
+    return config.batch_size // parts
+
+
+def _model_settings(model):
+    settings = getattr(model, "config", None)
+    settings = asdict(settings) if is_dataclass(settings) else {}
+    return {"class": type(model).__name__, **settings}
+
+
+def _parameter_groups(model, weight_decay):
+    decayed, others = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+            (others if plain else decayed).append(parameter)
+    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+class _Objective(nn.Module):
+    """The loss as a module, because autocast and DDP wrap modules."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch, t, noise):
+        return flow_matching_loss(self.network, batch, t=t, noise=noise)
+
+
+# ------------------------------------------------------------------------- one batch, whoever draws it
+
+
+def _seed(*words):
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _generator(*words):
+    return torch.Generator().manual_seed(_seed(*words))
+
+
+def _epoch_batches(run):
+    """The slices of each step that is left of this epoch, on this process."""
+    config, accelerator = run.config, run.accelerator
+    order = torch.randperm(
+        len(run.train_data), generator=_generator(config.seed, _SHUFFLE, run.progress.epoch)
+    )
+    order = order[: run.steps_per_epoch * config.batch_size]
+    order = order.reshape(run.steps_per_epoch, *_layout(run))[:, :, accelerator.process_index]
+    order = order[
+        run.progress.step - run.progress.epoch * run.steps_per_epoch :
+    ]  # (steps, parts, slice_size)
+    if hasattr(run.train_data, "set_epoch"):
+        run.train_data.set_epoch(run.progress.epoch)
+    loader = iter(_loader(run.train_data, order.flatten(0, 1).tolist(), config, accelerator))
+    run.model.train()
+    for indices in order.tolist():
+        yield _step_slices(run, loader, indices)
+
+
+def _layout(run):
+    """How a batch is divided: (gradient accumulation, processes, slice_size)."""
+    return run.config.gradient_accumulation, run.accelerator.num_processes, run.slice_size
+
+
+def _loader(dataset, batches, config, accelerator):
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # so that the loader takes nothing from the global one
+    )
+
+
+def _to_device(batch, accelerator):
+    return {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What passes through the model at once: dataset indices, batch, times (b,), noise (b, Nq, C)."""
+
+    indices: list
+    batch: dict
+    t: torch.Tensor
+    noise: torch.Tensor
+
+
+def _step_slices(run, loader, step_indices):
+    """The slices of one optimizer step on this process, with the queries that this step keeps."""
+    batches = [_to_device(next(loader), run.accelerator) for _ in step_indices]
+    keep, t, noise = _draw_step(batches[0]["query_values"], run.config, run.progress.step)
+    process = run.accelerator.process_index
+    t = t.reshape(_layout(run))[:, process]  # (parts, b)
+    noise = noise.reshape(*_layout(run), *noise.shape[1:])[:, process]  # (parts, b, n, C)
+    keep, t, noise = (x.to(run.accelerator.device) for x in (keep, t, noise))
+    slices = []
+    for part, batch in enumerate(batches):
+        for key in ("query_coords", "query_values"):
+            batch[key] = batch[key][:, keep]
+        slices.append(_Slice(step_indices[part], batch, t[part], noise[part]))
+    return slices
+
+
+def _draw_step(query_values, config, step):
+    """Query indices kept (n,), ascending; times (batch_size,); noise (batch_size, n, C)."""
+    _, queries, channels = query_values.shape
+    generator = _generator(config.seed, _STEP, step)
+    keep = torch.arange(queries)
+    if config.vary_queries:
+        fewest = max(1, round(config.min_query_fraction * queries))
+        count = int(torch.randint(fewest, queries + 1, (), generator=generator))
+        keep = torch.randperm(queries, generator=generator)[:count].sort().values
+    dtype = query_values.dtype
+    t = torch.rand(config.batch_size, generator=generator, dtype=dtype)
+    noise = torch.randn(config.batch_size, len(keep), channels, generator=generator, dtype=dtype)
+    return keep, t, noise
+
+
+def _seed_dropout(run, part):
+    words = (run.config.seed, _DROPOUT, run.progress.step, part, run.accelerator.process_index)
+    torch.manual_seed(_seed(*words))
+
+
+def _accumulate(run, slices):
+    """Leave the gradient of the whole batch's loss on the parameters; returns that loss, detached."""
+    run.optimizer.zero_grad()
+    total = 0
+    for part, item in enumerate(slices):
+        _seed_dropout(run, part)
+        last = part == len(slices) - 1
+        with nullcontext() if last else run.accelerator.no_sync(run.objective):
+            loss = run.objective(item.batch, item.t, item.noise) / len(slices)
+            run.accelerator.backward(loss)
+        total = total + loss.detach().float()
+    return run.accelerator.reduce(total, "mean")
+
+
+def _raise_non_finite(run, slices, loss, norm):
+    """Run the failing step forward once more, watching every layer, and say where it broke."""
+    model = run.model
+    executed, broken = [], []
+
+    def watch(module, inputs, output):
+        executed.append(module)
+        tensors = output if isinstance(output, tuple | list) else [output]
+        if any(isinstance(x, torch.Tensor) and not bool(torch.isfinite(x).all()) for x in tensors):
+            broken.append(module)
+
+    hooks = [module.register_forward_hook(watch) for module in model.modules()]
+    try:
+        with torch.no_grad(), run.accelerator.autocast():
+            for part, item in enumerate(slices):
+                _seed_dropout(run, part)
+                flow_matching_loss(model, item.batch, t=item.t, noise=item.noise)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    layers = {module: name or "the model itself" for name, module in model.named_modules()}
+    if math.isfinite(loss):
+        what = f"the gradient norm is {norm} (loss {loss:.4g})"
+        # Gradients run from the output back: what broke first is the last layer that was executed.
+        bad = {
+            module
+            for module in model.modules()
+            for p in module.parameters(recurse=False)
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        }
+        culprits = [module for module in reversed(executed) if module in bad] or list(bad)
+        kind = "gradient"
+    else:
+        what, culprits, kind = f"the loss is {loss}", broken, "output"
+    where = f"no layer of process {run.accelerator.process_index} has a non-finite {kind}"
+    if culprits:
+        name = f"{layers[culprits[0]]!r} ({type(culprits[0]).__name__})"
+        where = f"the first layer with a non-finite {kind} is {name}"
+    dirty = [
+        f"{key} of dataset items {[i for i, bad in zip(item.indices, rows, strict=True) if bad]}"
+        for item in slices
+        for key, value in item.batch.items()
+        if any(rows := (~torch.isfinite(value)).flatten(1).any(1).tolist())
+    ]
+    cause = f"the batch holds NaN or infinite {', '.join(dirty)}" if dirty else "the batch is finite"
+    raise FloatingPointError(
+        f"step {run.progress.step + 1}: {what}; {where}; {cause}. The saved state is untouched"
+        + ("; clean the data" if dirty else "; try a lower learning_rate, clip_norm=1.0 or precision='fp32'")
+    )
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+@contextmanager
+def _averaged(ema, model):
+    """The model with the averaged weights inside, its own again afterwards, whatever happens."""
+    try:
+        with _deferred_interrupt():
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+        yield
+    finally:
+        with _deferred_interrupt():
+            if ema.temp_stored_params is not None:
+                ema.restore(model.parameters())
+
+
+@torch.no_grad()
+def _validate(run):
+    """Flow-matching loss over the validation set, with the same times and noise for each item every time."""
+    model, dataset, config, accelerator = run.model, run.validation_data, run.config, run.accelerator
+    mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    batches = [mine[i : i + run.slice_size] for i in range(0, len(mine), run.slice_size)]
+    # Times evenly spread over the items: less variance than drawing them.
+    order = torch.randperm(len(dataset), generator=_generator(config.seed, _VALIDATION))
+    times = (order + 0.5) / len(dataset)
+    total = 0.0
+    model.eval()
+    for indices, batch in zip(batches, _loader(dataset, batches, config, accelerator), strict=True):
+        shape = batch["query_values"].shape[1:]
+        noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]
+        noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
+        with accelerator.autocast():
+            loss = flow_matching_loss(model, _to_device(batch, accelerator), t=t, noise=noise)
+        total += loss.item() * len(indices)
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()
+    return total / len(dataset)
+
+
+def _reconstruct(run):
+    """One-step posterior mean of the first images in full: sparse, reconstruction, target in [0, 1]."""
+    dataset, config, accelerator = run.validation_data, run.config, run.accelerator
+    images = getattr(dataset, "images", None)
+    if images is None:
+        return None
+    count = min(config.field_images, len(dataset))
+    _, height, width, _ = images.shape
+    items = [dataset[index] for index in range(count)]
+    input_coords, input_values = (
+        torch.stack([item[key] for item in items]) for key in ("input_coords", "input_values")
+    )
+    pixels = (input_coords * torch.tensor([width, height])).long().clamp(min=0)  # (k, Ni, 2), column and row
+    flat = pixels[..., 1] * width + pixels[..., 0]
+    mask = torch.zeros(count, height * width, dtype=torch.bool).scatter_(1, flat, True)
+    query_coords = grid_coords(height, width).expand(count, -1, -1)
+    with accelerator.autocast():
+        mean, _ = posterior_mean(
+            run.model,
+            *(x.to(accelerator.device) for x in (query_coords, input_coords, input_values)),
+            generator=_generator(config.seed, _FIELDS),
+            max_batch=run.slice_size,
+        )
+    target = np.asarray(images[:count], dtype=np.float32) / 255
+    return {
+        "sparse": np.where(mask.reshape(count, height, width, 1).numpy(), target, 0.75),  # unobserved: grey
+        "reconstruction": to_image(mean.float()).reshape(target.shape).cpu().numpy(),
+        "target": target,
+    }
+
+
+class _LiveFigure:
+    """The training figure, as a file and, in a notebook, in place of its predecessor."""
+
+    SHOWN = 4
+
+    def __init__(self, live):
+        self.live = (
+            live and "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
+        )
+        self.handle = None
+
+    def draw(self, history, field, title, path):
+        if path is None and not self.live:
+            return
+        from nfhelpers.plots import training_figure  # matplotlib, only where something is drawn
+
+        shown = None if field is None else {name: images[: self.SHOWN] for name, images in field.items()}
+        png = io.BytesIO()
+        training_figure(history, shown, title=title).savefig(png, format="png")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png.getvalue())
+        if self.live:
+            from IPython.display import Image, display
+
+            image = Image(png.getvalue())
+            if self.handle is None:
+                self.handle = display(image, display_id=True)
+            else:
+                self.handle.update(image)
+
+
+# -------------------------------------------------------------------------------------- files of a run
+
+
+@contextmanager
+def _deferred_interrupt():
+    """Hold Ctrl-C back until the block is done, so that no step, file or swap of weights stays half done."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received = []
+    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if received:
+        handler(*received[0])
+
+
+def _named_tensors(model):
+    """Parameters and persistent buffers by name, each once even if it has several names."""
+    once = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor))
+    return dict(once.values())
+
+
+def _save_state(run):
+    model, scaler, path = run.model, run.accelerator.scaler, run.folder / "state.safetensors"
+    tensors = {f"model.{name}": tensor for name, tensor in _named_tensors(model).items()}
+    for (name, parameter), average in zip(model.named_parameters(), run.ema.shadow_params, strict=True):
+        tensors[f"ema.{name}"] = average
+        for key, value in run.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    details = {
+        **run.identity,
+        "progress": asdict(run.progress),
+        "ema_steps": run.ema.optimization_step,
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    # On the CPU these are views of living tensors, which safetensors reads before anything can change them.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, temporary, metadata={"nfhelpers": json.dumps(details)})
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _load_state(path, identity, accelerator):
+    """(tensors, details) of an earlier run of the same settings, or None if there is none."""
+    tensors, details, step = {}, None, -1
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                details = json.loads(file.metadata()["nfhelpers"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            step, before = details["progress"]["step"], {part: details[part] for part in identity}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); restore it from a copy, or delete it to start again"
+            ) from error
+    if accelerator.num_processes > 1:
+        steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes see different states of {path.parent} (steps {steps}); "
+                "pass an output_dir that all nodes share"
+            )
+    if details is None:
+        return None
+    identity = json.loads(json.dumps(identity))
+    for part, current in identity.items():
+        changed = [
+            f"{key}={before[part].get(key)!r} there, {current.get(key)!r} here"
+            for key in sorted(set(before[part]) | set(current))
+            if before[part].get(key) != current.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} is of a run with other settings ({part}: {'; '.join(changed)}), on which its loss "
+                "curve depends (on epochs by the schedule); pass the same to resume, or another output_dir"
+            )
+    return tensors, details
+
+
+def _restore_model(model, optimizer, tensors):
+    """Weights and optimizer moments."""
+    current = _named_tensors(model)
+    shapes = {f"model.{name}": tensor.shape for name, tensor in current.items()}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
+    if shapes != stored:
+        unlike = sorted(n for n in shapes.keys() | stored.keys() if shapes.get(n) != stored.get(n))
+        raise ValueError(
+            f"the saved state does not fit this model in {unlike[:5]}; pass the model it was saved from"
+        )
+    with torch.no_grad():
+        for name, tensor in current.items():
+            tensor.copy_(tensors[f"model.{name}"])
+    for name, parameter in model.named_parameters():
+        prefix = f"optimizer.{name}."
+        moments = {
+            key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+        }
+        if moments:
+            # AdamW keeps its step count, a scalar, on the CPU.
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if value.ndim else value for key, value in moments.items()
+            }
+
+
+def _restore_average(model, ema, scaler, tensors, details):
+    for (name, _), average in zip(model.named_parameters(), ema.shadow_params, strict=True):
+        average.copy_(tensors[f"ema.{name}"])
+    ema.optimization_step = details["ema_steps"]
+    if scaler is not None and details["scaler"]:
+        scaler.load_state_dict(details["scaler"])
+
+
+def _save_model(model, folder):
+    """save_pretrained, such that a kill at any moment leaves a whole model in `folder` if one was there."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        _sync(file)
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    # One run writes one config, so that replacing file by file never mixes two models.
+    for file in sorted(temporary.iterdir()):
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+
+
+class _Log:
+    """History in memory; on the main process also log.csv and TensorBoard, from the resumed step on."""
+
+    def __init__(self, folder, progress, write):
+        self.history = {
+            name: []
+            for name in ("step", "loss", "learning_rate", "gradient_norm", "val_step", "val_loss", "val_psnr")
+        }
+        path = folder / "log.csv"
+        # Rows beyond the state were written by steps that are about to be repeated.
+        rows = [
+            row
+            for row in (_read_log(path) if progress.step else [])
+            if row["step"] <= progress.step and ("val_loss" not in row or row["epoch"] <= progress.epoch)
+        ]
+        for row in rows:
+            self._remember(row)
+        self.file = self.board = None
+        if write:
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # slow to import, and only the main process writes
+
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(".log.csv.tmp")
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, LOG_COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(temporary, path)
+            self.file = path.open("a", newline="", buffering=1)
+            self.writer = csv.DictWriter(self.file, LOG_COLUMNS, lineterminator="\n")
+            self.board = SummaryWriter(folder / "tb", purge_step=progress.step + 1)
+
+    def _remember(self, row):
+        if "val_loss" in row:
+            row = {"val_step": row["step"], "val_loss": row["val_loss"], "val_psnr": row["val_psnr"]}
+        for name in self.history.keys() & row.keys():
+            self.history[name].append(row[name])
+
+    def add(self, **row):
+        self._remember(row)
+        if self.file is not None:
+            self.writer.writerow(row)
+            for name in row.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, row[name], row["step"])
+
+    def flush(self):
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+
+def _read_log(path):
+    """Rows of log.csv as dicts without the empty cells; a last row that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if None not in row.values() and all(row[name] for name in ("step", "epoch")):
+                kinds = {"step": int, "epoch": int, "queries": int}
+                rows.append({name: kinds.get(name, float)(cell) for name, cell in row.items() if cell})
+    return rows

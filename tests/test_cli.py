@@ -1,0 +1,220 @@
+"""python -m nfhelpers doctor | train | evaluate: exit codes, one-line errors, and what they leave behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nfhelpers import __main__ as cli
+from nfhelpers import kernels, models, run, train
+
+TINY_MODEL = ["d_model=16", "num_layers=1", "d_state=2", "num_fourier_features=4", "num_heads=2"]
+TINY = [
+    *(part for setting in TINY_MODEL for part in ("--set", f"model.{setting}")),
+    *("--set", "data.size=8", "--set", "data.train_images=8", "--set", "data.validation_images=2"),
+    *("--preset", "smoke", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A saved, untrained v1 field."""
+    settings = {key: int(value) for key, value in (setting.split("=") for setting in TINY_MODEL)}
+    model_class, config_class = models.FIELD_MODELS["v1"]
+    folder = tmp_path / "checkpoints" / "tiny"
+    model_class(config_class(**settings)).save_pretrained(folder)
+    return folder
+
+
+def error_of(capsys, *arguments):
+    """The message of a call that must end with exit code 2 and one line on stderr."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def test_doctor_checks_every_backend(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name, number in run.versions().items():
+        assert f"{name:<10} {number or 'not installed'}" in out
+    assert "cpu (1 thread)" in out
+    lines = {line[2:].split()[0]: line for line in out.split("selective scan")[1].splitlines()[1:]}
+    assert list(lines) == list(kernels.BACKENDS)
+    for name, status in kernels.backend_status().items():
+        if status == "ok":
+            errors = [float(word) for word in lines[name].split() if "e-" in word]
+            assert len(errors) == 2 and max(errors) < 1e-5
+        else:
+            assert f"off: {status}" in lines[name]
+    chosen = kernels.choose_backend(run.default_device())
+    assert [name for name, line in lines.items() if line.startswith("*")] == [chosen]
+
+
+@pytest.mark.parametrize("error", [1e-2, float("nan")])
+def test_doctor_fails_when_a_backend_is_wrong(capsys, monkeypatch, error):
+    right = kernels.self_check
+
+    def wrong_chunked(backend, device):
+        return {"forward": 1e-7, "backward": error} if backend == "chunked" else right(backend, device)
+
+    monkeypatch.setattr(kernels, "self_check", wrong_chunked)
+    assert cli.main(["doctor"]) == 1
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.out.splitlines() if "WRONG" in line]
+    assert "chunked" in line
+    assert "do not use chunked" in captured.err
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_writes_a_model_and_resumes(tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = ["train", "v1", *TINY, "--output", str(output), "--seed", "3"]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    # 8 images in batches of 8, 2 epochs
+    assert "trained at step 2," in first and "8 images, 2 to validate" in first
+    assert models.load_model(output / "latest").config.d_model == 16
+    log = (output / "log.csv").read_bytes()
+    assert cli.main(arguments) == 0  # nothing is left to do
+    assert "trained at step 2" in capsys.readouterr().out
+    assert (output / "log.csv").read_bytes() == log
+    # the seed is part of what a run is: another one must not silently go on with it
+    assert cli.main([*arguments, "--seed", "4"]) == 2
+
+
+def test_interrupted_training_exits_130(tmp_path, capsys, monkeypatch):
+    def interrupted(model, data, config):
+        return train.TrainResult({"val_loss": []}, None, tmp_path / "latest", steps=1, interrupted=True)
+
+    monkeypatch.setattr(train, "fit", interrupted)
+    assert cli.main(["train", "v1", *TINY, "--output", str(tmp_path)]) == 130
+    assert "interrupted at step 1" in capsys.readouterr().out
+
+
+def test_loss_that_is_not_finite_exits_1(tmp_path, capsys, monkeypatch):
+    def diverge(model, data, config):
+        raise FloatingPointError("loss is nan at step 4, layer blocks.0")
+
+    monkeypatch.setattr(train, "fit", diverge)
+    assert cli.main(["train", "v1", *TINY, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: loss is nan at step 4, layer blocks.0\n"
+
+
+def test_train_passes_settings_on(tmp_path, monkeypatch):
+    given = {}
+
+    def keep(model, data, config):
+        given.update(model=model, data=data, config=config)
+        return train.TrainResult({"val_loss": []}, None, None, steps=0, interrupted=False)
+
+    monkeypatch.setattr(train, "fit", keep)
+    changes = ["--set", "train.epochs=7", "--set", "train.learning_rate=1", "--data", "photos"]
+    precision = ["--precision", "bf16", "--output", str(tmp_path / "out")]
+    assert cli.main(["train", "v1", *TINY, *changes, *precision]) == 0
+    config = given["config"]
+    assert (config.epochs, config.learning_rate, config.precision, config.cpu) == (7, 1.0, "bf16", True)
+    assert config.output_dir == str(tmp_path / "out")
+    assert given["model"].config.d_model == 16
+    train_data, validation_data = given["data"]
+    assert (len(train_data), len(validation_data)) == (8, 2)
+    assert train_data.images.shape[1:] == (8, 8, 3)
+    assert (train_data.seed, validation_data.seed) == (None, config.seed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "tiny"], "legal presets are smoke, demo, full and auto"),
+        (["--set", "train.epoch=3"], "legal keys are seed, model.d_model"),
+        (["--set", "train.epochs"], "write --set train.epochs=3"),
+        (["--set", "train.epochs=three"], "pass a int such as 2"),
+        (["--set", "train.epochs=0"], "epochs=0"),
+        (["--set", "model.num_heads=5"], "num_heads=5"),
+        (["--data", "no/such/folder"], "'no/such/folder' is unknown"),
+        (["--seed", "-1"], "seed=-1"),
+    ],
+)
+def test_train_errors_are_one_line(tmp_path, capsys, arguments, words):
+    message = error_of(capsys, "train", "v1", *TINY, "--output", tmp_path, *arguments)
+    assert words in message
+    assert not list(tmp_path.iterdir()), "an error left files behind"
+
+
+def test_cuda_without_a_gpu_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in error_of(capsys, "train", "v1", *TINY, "--device", "cuda")
+
+
+def test_overrides_are_parsed_as_toml():
+    pairs = ["a.b=3", "c=1e-3", "d=true", "e=[1, 2]", "f=photos", "g='x y'", "h=../data=1"]
+    parsed = cli.parse_overrides(pairs)
+    assert parsed == {
+        "a.b": 3,
+        "c": 1e-3,
+        "d": True,
+        "e": [1, 2],
+        "f": "photos",
+        "g": "x y",
+        "h": "../data=1",
+    }
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def test_evaluate_prints_and_writes_the_same_numbers(checkpoint, tmp_path, capsys):
+    out, figures = tmp_path / "results" / "multiscale.json", tmp_path / "figures"
+    arguments = ["evaluate", checkpoint, "--scales", 32, 48, "--steps", 2, "--images", 2, "--device", "cpu"]
+    assert cli.main([str(a) for a in [*arguments, "--out", out, "--figures", figures]]) == 0
+    table = capsys.readouterr().out
+    document = json.loads(out.read_text())
+    rows = document["rows"]
+    assert {row["scale"] for row in rows} == {32, 48}
+    assert {"mean", "sample", "classical"} == {row["kind"] for row in rows}
+    lines = table.splitlines()[2:]
+    for row, line in zip(rows, lines, strict=False):
+        assert line.startswith(str(row["scale"])) and row["method"] in line and f"{row['psnr']:.2f}" in line
+    assert document["command"].startswith("python -m nfhelpers evaluate ")
+    assert document["config"]["images"] == 2
+    assert (figures / "tiny_multiscale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_errors_are_one_line(checkpoint, tmp_path, capsys):
+    assert "holds no config.json" in error_of(capsys, "evaluate", tmp_path)
+    assert "'no-source'" in error_of(capsys, "evaluate", checkpoint, "--data", "no-source", "--device", "cpu")
+    assert "observed=1.5" in error_of(capsys, "evaluate", checkpoint, "--observed", "1.5", "--device", "cpu")
+    (checkpoint / "model.safetensors").write_bytes(b"truncated")
+    error_of(capsys, "evaluate", checkpoint, "--device", "cpu")
+
+
+# ---------------------------------------------------------------- the process
+
+
+def test_module_runs(repository):
+    done = subprocess.run(
+        [sys.executable, "-m", "nfhelpers", "evaluate", "no/such/checkpoint"],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--preset", "--data", "--output", "--set", "--device", "--precision", "--seed"):
+        assert option in text

@@ -1,0 +1,448 @@
+"""Evaluation against closed forms and stub models: baselines, reconstruction, paired tables, costs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nfhelpers import evaluate, flow, images, metrics
+from nfhelpers.models import (
+    LocalImplicitField,
+    LocalImplicitFieldConfig,
+    MambaDiffusion,
+    MambaDiffusionConfig,
+    ssm,
+)
+
+
+def ramp(coords):
+    """A linear colour field at coordinates (..., 2), inside [0, 1]."""
+    x, y = coords[..., 0], coords[..., 1]
+    return np.stack([0.1 + 0.5 * x + 0.3 * y, 0.8 - 0.6 * x, 0.2 + 0.7 * y], axis=-1)
+
+
+def scattered(height, width, count, seed=0):
+    """Pixel centres of a grid: its corners, so that the hull is the whole grid, and `count` others."""
+    grid = images.grid_coords(height, width).numpy()
+    corners = [0, width - 1, (height - 1) * width, height * width - 1]
+    others = np.setdiff1d(np.arange(height * width), corners)
+    chosen = np.random.default_rng(seed).choice(others, count, replace=False)
+    return grid[np.sort(np.concatenate([corners, chosen]))]
+
+
+def smooth_images(count, size=16):
+    """Smooth colour images (N, size, size, 3), floats in [0.1, 0.9]."""
+    coords = images.grid_coords(size, size).numpy().reshape(size, size, 2)
+    phase = np.arange(count * 3).reshape(count, 1, 1, 3)
+    return (0.5 + 0.4 * np.sin(5 * coords[..., :1] + 3 * coords[..., 1:] + phase)).astype(np.float32)
+
+
+class Exact(nn.Module):
+    """The exact velocity of a known field, v = (f(coords) - x_t) / (1 - t): trajectories end in the field.
+
+    With `bias`, the field it believes in is off by a constant. It records the query counts it is asked for.
+    """
+
+    def __init__(self, field, bias=0.0):
+        super().__init__()
+        self.field, self.bias, self.asked = field, bias, []
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        self.asked.append(query_coords.shape[1])
+        data = torch.as_tensor(2 * self.field(query_coords.numpy()) - 1, dtype=torch.float32) + 2 * self.bias
+        return (data - noisy_values) / (1 - t[:, None, None]).clamp_min(1e-3)
+
+
+class GaussianPosterior(nn.Module):
+    """Exact velocity where the posterior of every pixel is N(mean, std^2), in model units."""
+
+    def __init__(self, mean=0.0, std=0.2):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        t = t[:, None, None]
+        variance = (1 - t) ** 2 + t**2 * self.std**2
+        slope = (t * self.std**2 - (1 - t)) / variance
+        return self.mean + slope * (noisy_values - t * self.mean)
+
+
+# ---------------------------------------------------------------- classical baselines
+
+
+def test_baselines_reproduce_a_linear_ramp():
+    coords = scattered(32, 32, 200)
+    for height, width in ((32, 32), (48, 40)):
+        truth = ramp(images.grid_coords(height, width).numpy().reshape(height, width, 2))
+        fields = evaluate.classical_baselines(coords, ramp(coords), height, width, observed_size=(32, 32))
+        assert list(fields) == list(evaluate.CLASSICAL)
+        assert all(field.shape == (height, width, 3) for field in fields.values())
+        np.testing.assert_allclose(
+            fields["rbf"], truth, atol=1e-5
+        )  # its polynomial part extends beyond the hull
+        inside = (slice(1, -1), slice(1, -1))  # a finer grid reaches half a pixel beyond the observed hull
+        np.testing.assert_allclose(fields["linear"][inside], truth[inside], atol=1e-5)
+        np.testing.assert_allclose(fields["cubic"][inside], truth[inside], atol=1e-5)
+
+
+def test_baselines_outside_the_hull_take_the_nearest_pixel():
+    coords = np.array([[0.375, 0.375], [0.625, 0.375], [0.375, 0.625]])
+    values = np.eye(3)
+    fields = evaluate.classical_baselines(coords, values, 4, 4)
+    for name in ("linear", "cubic"):
+        np.testing.assert_allclose(fields[name][0, 0], values[0])
+        np.testing.assert_allclose(fields[name][0, 3], values[1])
+        np.testing.assert_allclose(fields[name][3, 0], values[2])
+
+
+def test_baselines_interpolate_the_observed_pixels():
+    rng = np.random.default_rng(0)
+    coords = scattered(16, 16, 60)
+    values = rng.uniform(size=(len(coords), 3))
+    column, row = (coords * 16 - 0.5).round().astype(int).T
+    for name, field in evaluate.classical_baselines(coords, values, 16, 16).items():
+        np.testing.assert_allclose(field[row, column], values, atol=1e-6, err_msg=name)
+
+
+def test_biharmonic_of_a_complete_grid_is_the_grid_and_needs_its_size():
+    coords = images.grid_coords(8, 8).numpy()
+    values = np.random.default_rng(1).uniform(size=(64, 3))
+    field = evaluate.classical_baselines(coords, values, 8, 8)["biharmonic"]
+    np.testing.assert_allclose(field.reshape(-1, 3), values)
+    with pytest.raises(ValueError, match="observed_size"):
+        evaluate.classical_baselines(coords, values, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("coords", "values", "message"),
+    [
+        (np.zeros((4, 3)), np.zeros((4, 3)), r"\(Ni, 2\)"),
+        (np.zeros((4, 2)), np.zeros((5, 3)), r"\(4, 3\)"),
+        (np.zeros((2, 2)), np.zeros((2, 3)), "at least 3"),
+        (np.full((4, 2), 1.5), np.zeros((4, 3)), r"input_coords has entries outside \[0, 1\]"),
+        (np.full((4, 2), 0.5), np.full((4, 3), -1.0), r"input_values has entries outside \[0, 1\]"),
+        (np.array([[0.125, 0.5], [0.375, 0.5], [0.625, 0.5]]), np.zeros((3, 3)), "one line"),
+    ],
+)
+def test_baselines_refuse(coords, values, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.classical_baselines(coords, values, 8, 8)
+
+
+def test_resize_keeps_pixel_centres_aligned():
+    grid = ramp(images.grid_coords(16, 16).numpy().reshape(16, 16, 2))
+    truth = ramp(images.grid_coords(64, 64).numpy().reshape(64, 64, 2))
+    for order in (1, 3):
+        resized = evaluate.resize_field(grid, 64, 64, order)
+        np.testing.assert_allclose(resized[16:-16, 16:-16], truth[16:-16, 16:-16], atol=2e-3)
+    with pytest.raises(ValueError, match="order=2"):
+        evaluate.resize_field(grid, 8, 8, 2)
+
+
+# ---------------------------------------------------------------- reconstruct
+
+
+def test_observed_pixels_are_kept_and_only_the_others_asked():
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    model = Exact(lambda coords: np.full((*coords.shape[:-1], 3), 0.25))
+    for kind in ("mean", "sample"):
+        result = evaluate.reconstruct(model, pictures, 0.2, kind=kind, steps=1, method="euler")
+        mask = result["mask"]
+        assert mask.sum(axis=(1, 2)).tolist() == [51, 51, 51]
+        np.testing.assert_array_equal(result["fields"][mask], (pictures[mask] / np.float32(255)))
+        np.testing.assert_allclose(result["fields"][~mask], 0.25, atol=1e-5)
+    assert set(model.asked) == {256 - 51}
+
+
+def test_the_same_pixels_as_sparse_fields():
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    drawn = evaluate.observe_images(pictures, 0.2, seed=7)
+    dataset = images.SparseFields(pictures, observed=0.2, queries=0.2, seed=7)
+    for index in range(2):
+        torch.testing.assert_close(drawn["input_coords"][index], dataset[index]["input_coords"])
+        torch.testing.assert_close(drawn["input_values"][index], dataset[index]["input_values"])
+
+
+def test_exact_velocity_reconstructs_any_size():
+    size = 16
+    pictures = ramp(images.grid_coords(size, size).numpy().reshape(1, size, size, 2)).astype(np.float32)
+    for kind in ("mean", "sample"):
+        for scale in (8, 16, 40):
+            result = evaluate.reconstruct(
+                Exact(ramp), pictures, 0.3, scale, kind=kind, steps=1, method="euler"
+            )
+            truth = ramp(images.grid_coords(scale, scale).numpy().reshape(1, scale, scale, 2))
+            np.testing.assert_allclose(result["fields"], truth, atol=1e-5)
+
+
+def test_known_error_gives_the_known_psnr():
+    size, bias = 32, 0.1
+    pictures = np.full((2, size, size, 3), 0.5, dtype=np.float32)
+    model = Exact(lambda coords: np.full((*coords.shape[:-1], 3), 0.5), bias)
+    result = evaluate.reconstruct(model, pictures, 0.25, steps=1)
+    # An error of 0.1 on three pixels of four: 10 log10(1 / (0.75 * 0.01)).
+    np.testing.assert_allclose(metrics.psnr(result["fields"], pictures), 21.249, atol=1e-3)
+    finer = evaluate.reconstruct(model, pictures, 0.25, 64, steps=1)
+    np.testing.assert_allclose(metrics.psnr(finer["fields"], np.full((2, 64, 64, 3), 0.5)), 20.0, atol=1e-3)
+
+
+def test_a_sample_has_twice_the_squared_error_of_the_mean():
+    """Truth drawn from the posterior itself: mean error std^2, sample error 2 std^2, spread equals skill."""
+    std = 0.2
+    rng = np.random.default_rng(0)
+    pictures = (0.5 + 0.5 * std * rng.standard_normal((4, 32, 32, 3))).clip(0, 1).astype(np.float32)
+    model = GaussianPosterior(std=std)
+    fields = evaluate.observe_images(pictures, 0.2, seed=1)
+    hidden = ~fields["mask"].numpy()
+
+    def squared_error(**options):
+        result = evaluate.reconstruct(model, fields, **options)
+        return np.square(result["fields"] - pictures)[hidden].mean()
+
+    mean = squared_error(steps=1)
+    sample = squared_error(kind="sample", steps=50)
+    assert mean == pytest.approx((std / 2) ** 2, rel=0.05)
+    assert sample / mean == pytest.approx(2, rel=0.05)
+    result, calibration = evaluate.calibrate(model, fields, draws=16, steps=20)
+    assert np.sqrt(np.square(result["std"][hidden]).mean()) == pytest.approx(std / 2, rel=0.05)
+    assert (result["std"][~hidden] == 0).all()
+    assert calibration["ratio"] == pytest.approx(1, rel=0.1)
+
+
+def test_one_draw_has_no_spread():
+    pictures = smooth_images(1)
+    result = evaluate.reconstruct(GaussianPosterior(), pictures, 0.5)
+    assert np.isnan(result["std"][~result["mask"]]).all()
+    assert evaluate.reconstruct(GaussianPosterior(), pictures, 0.5, kind="sample", steps=1)["std"] is None
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate.calibrate(GaussianPosterior(), pictures, draws=1)
+
+
+def test_everything_observed_needs_no_model():
+    pictures = smooth_images(2)
+    model = Exact(ramp)
+    result = evaluate.reconstruct(model, pictures, 1.0)
+    np.testing.assert_array_equal(result["fields"], pictures)
+    assert model.asked == []
+
+
+def test_groups_of_images_change_nothing(monkeypatch):
+    pictures = smooth_images(5)
+    torch.manual_seed(0)
+    model = LocalImplicitField(LocalImplicitFieldConfig(d_model=16, num_heads=2, neighbours=4, num_layers=1))
+    together = evaluate.reconstruct(model, pictures, 0.2, kind="sample", steps=2)["fields"]
+    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", 2 * 256)
+    apart = evaluate.reconstruct(model, pictures, 0.2, kind="sample", steps=2)["fields"]
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "median"}, "kind='median'"),
+        ({"kind": "sample", "draws": 3}, "draws=1"),
+        ({"kind": "sample", "method": "rk9"}, "rk9"),
+        ({"steps": 0}, "steps=0"),
+        ({"draws": 0}, "draws=0"),
+        ({"observed": 1.5}, r"observed=1.5"),
+        ({"size": 0}, "0"),
+    ],
+)
+def test_reconstruct_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.reconstruct(GaussianPosterior(), smooth_images(1), **change)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (np.zeros((16, 16, 3)), r"\(N, H, W, 3\)"),
+        (np.zeros((0, 16, 16, 3)), "N >= 1"),
+        (np.full((1, 4, 4, 3), 255.0), r"outside \[0, 1\]"),
+        (np.full((1, 4, 4, 3), np.nan), r"outside \[0, 1\]"),
+        (np.zeros((1, 4, 4, 3), dtype=np.int64), "int64"),
+    ],
+)
+def test_observe_refuses(pictures, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.observe_images(pictures)
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.fixture(scope="module")
+def rows_and_pictures():
+    pictures = {}
+    rows = evaluate.multiscale(
+        GaussianPosterior(),
+        "photos",
+        scales=(16, 32),
+        sample_scales=(16,),
+        steps=3,
+        images=3,
+        observed_size=16,
+        callback=lambda scale, method, fields, target: pictures.update({(scale, method): (fields, target)}),
+    )
+    return rows, pictures
+
+
+def test_multiscale_rows_are_complete(rows_and_pictures):
+    rows, pictures = rows_and_pictures
+    found = {(row["scale"], row["method"]): row["kind"] for row in rows}
+    common = {"posterior mean (1 step)": "mean", **dict.fromkeys(evaluate.CLASSICAL, "classical")}
+    wanted = {
+        **{(16, name): kind for name, kind in common.items()},
+        (16, "sample (heun, 3 steps)"): "sample",
+        **{(32, name): kind for name, kind in common.items()},
+        (32, "bilinear of 16 px mean"): "mean",
+        (32, "bicubic of 16 px mean"): "mean",
+    }
+    assert found == wanted
+    assert set(pictures) == set(wanted)
+    assert all(row["images"] == 3 and row["note"] == "" for row in rows)
+
+
+def test_multiscale_is_paired_with_the_real_images(rows_and_pictures):
+    rows, pictures = rows_and_pictures
+    for row in rows:
+        fields, target = pictures[row["scale"], row["method"]]
+        truth = images.load_images("photos", "test", row["scale"], limit=3) / 255
+        np.testing.assert_allclose(target, truth, atol=1e-6)
+        psnr = metrics.psnr(fields, truth)
+        assert row["psnr"] == pytest.approx(psnr.mean(), abs=1e-4)
+        assert row["psnr_se"] == pytest.approx(psnr.std(ddof=1) / np.sqrt(3), abs=1e-4)
+        difference = psnr - metrics.psnr(pictures[row["scale"], "biharmonic"][0], truth)
+        assert row["versus_biharmonic"] == pytest.approx(difference.mean(), abs=1e-4)
+        assert row["versus_biharmonic_se"] == pytest.approx(difference.std(ddof=1) / np.sqrt(3), abs=1e-4)
+    kept = evaluate.observe_images(images.load_images("photos", "test", 16, limit=3), 0.2, 0)
+    mask = kept["mask"].numpy()
+    for (scale, method), (fields, _) in pictures.items():
+        if scale == 16:
+            np.testing.assert_allclose(fields[mask], kept["images"].numpy()[mask], atol=1e-6, err_msg=method)
+
+
+def test_no_ground_truth_is_said(tmp_path):
+    np.savez(tmp_path / "small.npz", test=(smooth_images(2) * 255).astype(np.uint8))
+    rows = evaluate.multiscale(
+        GaussianPosterior(), str(tmp_path / "small.npz"), scales=(16, 24), steps=1, images=2, observed_size=16
+    )
+    for row in rows:
+        if row["scale"] == 24:
+            assert row["note"] == "no ground truth"
+            assert row["psnr"] is row["ssim"] is row["versus_biharmonic"] is None
+        else:
+            assert row["note"] == "" and row["psnr"] > 0
+    assert "no ground truth" in evaluate.format_table(rows)
+    with pytest.raises(ValueError, match="size=24"):
+        evaluate.multiscale(GaussianPosterior(), str(tmp_path / "small.npz"), scales=(16,), observed_size=24)
+
+
+def test_steps_curve_falls_from_the_mean_to_a_sample():
+    std = 0.3
+    rng = np.random.default_rng(3)
+    pictures = (0.5 + 0.5 * std * rng.standard_normal((4, 32, 32, 3))).clip(0, 1).astype(np.float32)
+    rows = evaluate.steps_curve(GaussianPosterior(std=std), pictures, steps=(1, 300), draws=16)
+    by_name = {(row["method"], row["steps"]): row for row in rows}
+    mean = by_name["posterior mean (1 step)", 1]["psnr"]
+    assert [row["kind"] for row in rows] == ["sample", "sample", "mean", "mean"]
+    # One Euler step from noise is the one-step mean.
+    assert by_name["sample (euler)", 1]["psnr"] == pytest.approx(mean, abs=0.01)
+    # A sample has twice the squared error of the mean, and a mean of 16 samples 1 + 1/16 of it.
+    assert mean - by_name["sample (euler)", 300]["psnr"] == pytest.approx(10 * np.log10(2), abs=0.1)
+    assert mean - by_name["mean of 16 samples", 300]["psnr"] == pytest.approx(10 * np.log10(17 / 16), abs=0.1)
+
+
+def test_table_is_aligned(rows_and_pictures):
+    text = evaluate.format_table(rows_and_pictures[0])
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["scale", "method", "kind"]
+    assert len(lines) == 2 + len(rows_and_pictures[0])
+    assert len({len(line) for line in lines}) == 1
+    assert "±" in lines[2]
+    with pytest.raises(ValueError, match="empty"):
+        evaluate.format_table([])
+
+
+def test_results_file(tmp_path, rows_and_pictures):
+    path = evaluate.write_results(
+        rows_and_pictures[0], tmp_path / "new" / "r.json", command="python -m x", config={"steps": 3}
+    )
+    document = json.loads(path.read_text())
+    assert document["command"] == "python -m x" and document["config"] == {"steps": 3}
+    assert document["rows"] == rows_and_pictures[0]
+    assert document["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in path.read_text()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        evaluate.write_results([{"psnr": float("nan")}], path, command="x")
+    assert json.loads(path.read_text()) == document, "a refused write must leave the file alone"
+
+
+# ---------------------------------------------------------------- cost
+
+
+class OneLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        return self.layer(noisy_values)
+
+
+def test_cost_of_a_linear_by_hand():
+    cost = evaluate.model_cost(OneLinear(), n_inputs=5, n_queries=7, batch_size=2)
+    assert cost["parameters"] == 3 * 3 + 3
+    assert cost["flops_forward"] == 2 * (2 * 7) * 3 * 3
+    assert cost["flops_scan"] == 0
+    assert cost["activation_bytes"] == 4 * 2 * 7 * 3  # its input
+    assert cost["training_bytes"] == 4 * 2 * 7 * 3 + 5 * 4 * 12
+
+
+def test_cost_of_v1_matches_a_real_forward_pass(monkeypatch):
+    config = MambaDiffusionConfig(
+        d_model=32, num_layers=2, d_state=4, num_fourier_features=8, num_heads=4, dropout=0.0
+    )
+    model = MambaDiffusion(config).eval()
+    cost = evaluate.model_cost(model, n_inputs=9, n_queries=11, batch_size=3)
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
+    assert not model.training
+    # Of two layers: 9 B L D N + 2 B L D with L = 20 tokens and D = expand * d_model = 64 channels.
+    assert cost["flops_scan"] == 2 * 3 * 20 * 64 * (9 * 4 + 2)
+    batch = [torch.rand(3, *shape) for shape in ((11, 3), (11, 2), (), (9, 2), (9, 3))]
+    monkeypatch.setattr(ssm, "selective_scan", lambda u, *args, **options: u)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(*batch)
+    assert cost["flops_forward"] - cost["flops_scan"] == counter.get_total_flops()
+
+
+def test_cost_grows_as_it_should():
+    model = MambaDiffusion(
+        MambaDiffusionConfig(d_model=32, num_layers=2, num_fourier_features=8, num_heads=4)
+    )
+    small, large = (evaluate.model_cost(model, 50, 50, batch) for batch in (2, 8))
+    for key in ("flops_forward", "activation_bytes"):
+        assert large[key] == pytest.approx(4 * small[key], rel=0.01)
+    longer = evaluate.model_cost(model, 50, 150, 2)
+    assert longer["flops_scan"] == 2 * small["flops_scan"]
+    with pytest.raises(ValueError, match="n_queries=0"):
+        evaluate.model_cost(model, 50, 0, 2)
+
+
+def test_cost_leaves_the_model_and_the_scan_alone():
+    model = MambaDiffusion(
+        MambaDiffusionConfig(d_model=32, num_layers=1, num_fourier_features=8, num_heads=4)
+    )
+    fields = {
+        "input_coords": torch.rand(1, 4, 2),
+        "input_values": torch.rand(1, 4, 3),
+        "query_coords": torch.rand(1, 5, 2),
+        "query_values": torch.rand(1, 5, 3),
+    }
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    evaluate.model_cost(model, 4, 5, 1)
+    for name, tensor in model.state_dict().items():  # shared tensors too
+        torch.testing.assert_close(tensor, before[name])
+    assert torch.isfinite(flow.flow_matching_loss(model, fields))

@@ -1,0 +1,190 @@
+"""Scan orders: permutations, known small grids, neighbours, ties, inverses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfhelpers.kernels.orders import POINT_ORDERS, grid_order, inverse_order, point_order
+
+KINDS = pytest.mark.parametrize("kind", POINT_ORDERS)
+
+
+def grid(height, width):
+    """(1, H W, 2) pixel centres (x, y), row by row."""
+    y, x = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
+    return torch.stack([x, y], -1).view(1, -1, 2)
+
+
+def is_permutation(order, length):
+    return order.dtype == torch.int64 and torch.equal(
+        order.sort(-1).values, torch.arange(length).expand_as(order)
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(POINT_ORDERS),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 40),
+    levels=st.sampled_from([1, 3, 1000]),
+    seed=st.integers(0, 2**16),
+)
+def test_point_order_is_a_bijection_that_its_inverse_undoes(kind, batch, length, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    coords = torch.randint(0, levels + 1, (batch, length, 2), generator=generator) / levels
+    order = point_order(coords, kind)
+    assert order.shape == (batch, length) and is_permutation(order, length)
+    sorted_coords = coords.gather(1, order[..., None].expand(-1, -1, 2))
+    restored = sorted_coords.gather(1, inverse_order(order)[..., None].expand(-1, -1, 2))
+    assert torch.equal(restored, coords)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    kind=st.sampled_from(["h", "v", "w1", "w2", "w5", "w20"]),
+    flip=st.booleans(),
+)
+def test_grid_order_is_a_bijection(height, width, kind, flip):
+    order = grid_order(height, width, kind + "_flip" * flip)
+    assert order.shape == (height * width,) and is_permutation(order, height * width)
+    if flip:
+        assert torch.equal(order, grid_order(height, width, kind).flip(0))
+
+
+# Positions 0 ... 11 of a 3 x 4 grid, row by row.
+KNOWN = {
+    "row": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    "column": [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11],
+    "serpentine": [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11],
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_known_order_of_a_small_grid(kind):
+    assert point_order(grid(3, 4), kind)[0].tolist() == KNOWN[kind]
+
+
+def test_known_diagonals_of_a_square():
+    """3 x 3: x + y rising, then x rising; x - y rising, then x rising."""
+    assert point_order(grid(3, 3), "diagonal")[0].tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
+    assert point_order(grid(3, 3), "antidiagonal")[0].tolist() == [6, 3, 7, 0, 4, 8, 1, 5, 2]
+
+
+def test_known_hilbert_curve():
+    assert point_order(grid(2, 2), "hilbert")[0].tolist() == [0, 2, 3, 1]
+    # Hilbert's own figure of second order, y downwards.
+    assert point_order(grid(4, 4), "hilbert")[0].tolist() == [
+        *(0, 1, 5, 4),
+        *(8, 12, 13, 9),
+        *(10, 14, 15, 11),
+        *(7, 6, 2, 3),
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 64])
+def test_hilbert_neighbours_are_adjacent_pixels(size):
+    order = point_order(grid(size, size), "hilbert")[0]
+    row, column = order // size, order % size
+    assert torch.equal(row.diff().abs() + column.diff().abs(), torch.ones(size * size - 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("size", [7, 30, 32, 33, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_diagonals_of_a_grid_survive_rounding(size, dtype):
+    """i + j must never fall along the order although x + y rounds differently on one diagonal."""
+    pixels = torch.arange(size * size)
+    row, column = pixels // size, pixels % size
+    coords = torch.stack([(column + 0.5).to(dtype) / size, (row + 0.5).to(dtype) / size], -1)[None]
+    for kind, line in (("diagonal", column + row), ("antidiagonal", column - row)):
+        order = point_order(coords, kind)[0]
+        exact = torch.argsort(line * 2 * size + column, stable=True)
+        assert torch.equal(order, exact)
+
+
+@pytest.mark.parametrize("size", [7, 96])
+def test_jitter_of_rounding_size_changes_no_line(size):
+    """Pixel centres computed in another way differ in the last bit: rows, columns and the curve stay."""
+    coords = grid(size, size)
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-1, 2, coords.shape, generator=generator)
+    moved = coords * (1 + steps * torch.finfo(torch.float32).eps / 2)
+    assert not torch.equal(moved, coords)
+    for kind in POINT_ORDERS:
+        assert torch.equal(point_order(moved, kind), point_order(coords, kind)), kind
+
+
+@KINDS
+def test_coinciding_points_keep_their_order(kind):
+    coords = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.25, 0.25]]).repeat_interleave(4, 0)[None]
+    order = point_order(coords, kind)[0].view(3, 4)
+    assert torch.equal(order % 4, torch.arange(4).expand(3, 4))
+    assert torch.equal(order // 4, (order // 4)[:, :1].expand(3, 4))
+
+
+@KINDS
+def test_samples_of_a_batch_are_sorted_on_their_own(kind):
+    coords = torch.rand(5, 50, 2, generator=torch.Generator().manual_seed(1))
+    each = torch.cat([point_order(sample[None], kind) for sample in coords])
+    assert torch.equal(point_order(coords, kind), each)
+
+
+def test_serpentine_turns_at_every_occupied_row():
+    """Rows without a point do not count: the walk still alternates."""
+    coords = torch.tensor([[0.1, 0.1], [0.9, 0.1], [0.1, 0.5], [0.9, 0.5], [0.1, 0.95], [0.9, 0.95]])[None]
+    assert point_order(coords, "serpentine")[0].tolist() == [0, 1, 3, 2, 4, 5]
+
+
+def test_row_and_column_orders_sort_exactly():
+    """No key y * 1000 + x: rows closer than 1/1000 stay apart."""
+    coords = torch.tensor([[0.1, 0.50004], [0.9, 0.50002], [0.5, 0.5]])[None]
+    assert point_order(coords, "row")[0].tolist() == [2, 1, 0]
+    assert point_order(coords.flip(-1), "column")[0].tolist() == [2, 1, 0]
+
+
+def test_known_grid_orders():
+    assert grid_order(2, 3, "h").tolist() == [0, 1, 2, 3, 4, 5]
+    assert grid_order(2, 3, "v").tolist() == [0, 3, 1, 4, 2, 5]
+    assert grid_order(2, 3, "v_flip").tolist() == [5, 2, 4, 1, 3, 0]
+    # 3 x 5 in windows of 2 x 2: two whole windows, a column of two, then the row below.
+    assert grid_order(3, 5, "w2").tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+    assert torch.equal(grid_order(3, 5, "w7"), grid_order(3, 5, "h"))
+    assert torch.equal(grid_order(3, 5, "w1"), grid_order(3, 5, "h"))
+
+
+def test_inverse_order_is_batched():
+    order = torch.tensor([[2, 0, 1], [0, 2, 1]])
+    assert inverse_order(order).tolist() == [[1, 2, 0], [0, 2, 1]]
+    assert inverse_order(torch.tensor([2, 0, 1])).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("coords", "kind", "message"),
+    [
+        (torch.rand(1, 4, 2), "spiral", r"kind='spiral' .* choose one of \('row', 'column'"),
+        (torch.rand(4, 2), "row", r"coords has shape \(4, 2\); pass \(B, L, 2\)"),
+        (torch.rand(1, 4, 3), "row", "coords has shape"),
+        (torch.rand(1, 0, 2), "row", "not empty"),
+        (torch.ones(1, 4, 2, dtype=torch.long), "row", "coords is torch.int64"),
+    ],
+)
+def test_wrong_points_are_named(coords, kind, message):
+    with pytest.raises(ValueError, match=message):
+        point_order(coords, kind)
+
+
+@pytest.mark.parametrize("kind", ["w", "w0", "d", "h_flipped", "w2.5", "hv", ""])
+def test_wrong_grid_orders_are_named(kind):
+    with pytest.raises(ValueError, match="is not an order of a grid"):
+        grid_order(4, 4, kind)
+
+
+def test_wrong_sizes_and_inverses_are_named():
+    with pytest.raises(ValueError, match="height=0"):
+        grid_order(0, 4, "h")
+    with pytest.raises(ValueError, match="order is torch.float32"):
+        inverse_order(torch.rand(3))

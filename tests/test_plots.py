@@ -1,0 +1,174 @@
+"""Figures: the axes, pictures and numbers they promise."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
+
+from nfhelpers import plots
+
+RNG = np.random.default_rng(0)
+FIELDS = RNG.uniform(0.1, 0.8, size=(3, 12, 12, 3))
+MASK = RNG.uniform(size=(3, 12, 12)) < 0.3
+
+
+def pictures(figure):
+    """The arrays of all pictures of a figure, in the order of its axes."""
+    return [np.asarray(image.get_array()) for ax in figure.axes for image in ax.images]
+
+
+def texts(figure):
+    """Every title and axis label of a figure."""
+    words = [ax.get_title() for ax in figure.axes] + [ax.get_ylabel() for ax in figure.axes]
+    return [figure.get_suptitle(), *filter(None, words)]
+
+
+def check(figure):
+    """It is a Figure outside pyplot, can be written and is not one colour."""
+    assert isinstance(figure, Figure)
+    assert pyplot.get_fignums() == []
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    assert np.asarray(Image.open(file)).std() > 1
+    return figure
+
+
+def test_observed_pixels_stand_on_grey():
+    sparse = plots.observed_pixels(FIELDS, MASK)
+    np.testing.assert_array_equal(sparse[MASK], FIELDS[MASK])
+    assert (sparse[~MASK] == plots.UNOBSERVED).all()
+    figure = check(plots.sparse_field(torch.from_numpy(FIELDS), torch.from_numpy(MASK), title="a [demo]"))
+    assert "a [demo]" in texts(figure)
+    shown = pictures(figure)
+    assert len(shown) == 6
+    np.testing.assert_array_equal(shown[1], FIELDS[1])
+    np.testing.assert_array_equal(shown[4], sparse[1])
+    with pytest.raises(ValueError, match=r"\(3, 12, 12\)"):
+        plots.sparse_field(FIELDS, MASK[:2])
+
+
+def test_reconstruction_row_states_its_scores():
+    target = np.full((2, 16, 16, 3), 0.5)
+    figure = check(plots.reconstruction_row(FIELDS[:2], target + 0.1, target, name="mean"))
+    shown = pictures(figure)[:8]
+    assert [picture.shape[:2] for picture in shown] == 2 * [(12, 12), (16, 16), (16, 16), (16, 16)]
+    np.testing.assert_allclose(shown[3], 0.1)  # the error map
+    assert any(text.startswith("mean\n20.0 dB") for text in texts(figure))
+    with pytest.raises(ValueError, match="one size"):
+        plots.reconstruction_row(FIELDS, FIELDS, target)
+
+
+def test_comparison_grid_has_a_column_a_method():
+    methods = {"observed": FIELDS[:2], "linear": FIELDS[1:], "rbf": FIELDS[:2]}
+    figure = check(plots.comparison_grid(methods, FIELDS[:2]))
+    assert len(figure.axes) == 2 * 4
+    np.testing.assert_array_equal(pictures(figure)[4 + 1], FIELDS[2])
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0] == "observed" and titles[1].startswith("linear\n") and titles[5].startswith("\n")
+    assert "SSIM 1.00" in titles[2] and titles[3] == "target"
+
+
+def test_multiscale_grid_marks_what_is_missing():
+    fields = {
+        16: {"linear": np.zeros((16, 16, 3)), "target": np.full((16, 16, 3), 0.1)},
+        12: {"linear": FIELDS[0], "mean": FIELDS[1], "target": None},
+    }
+    figure = check(plots.multiscale_grid(fields))
+    assert [ax.get_title() for ax in figure.axes[:2]][0] == "12x12"
+    assert "20.0 dB" in figure.axes[1].get_title()
+    words = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert sorted(words) == ["no ground truth", "not computed"]
+
+
+def test_uncertainty_map_needs_a_spread():
+    figure = check(plots.uncertainty_map(FIELDS, FIELDS / 10, FIELDS + 0.1))
+    np.testing.assert_allclose(pictures(figure)[2], 0.1)
+    with pytest.raises(ValueError, match="draws >= 2"):
+        plots.uncertainty_map(FIELDS, np.full_like(FIELDS, np.nan), FIELDS)
+
+
+def test_path_figure():
+    states = RNG.uniform(size=(4, 2, 8, 8, 3))
+    figure = check(plots.path_figure(states, [0, 0.25, 0.5, 1]))
+    assert [ax.get_title() for ax in figure.axes[:4]] == ["t = 0.00", "t = 0.25", "t = 0.50", "t = 1.00"]
+    np.testing.assert_array_equal(pictures(figure)[5], states[1, 1])
+
+
+def test_steps_curve_draws_samples_and_means():
+    row = {"psnr": 20.0, "psnr_se": 0.1, "ssim": 0.5, "ssim_se": None}
+    rows = [{**row, "kind": "sample", "method": "sample (euler)", "steps": steps} for steps in (1, 10, 50)]
+    rows += [{**row, "psnr": 23.0, "kind": "mean", "method": "posterior mean (1 step)", "steps": 1}]
+    figure = check(plots.steps_curve(rows))
+    left = figure.axes[0]
+    np.testing.assert_array_equal(left.lines[0].get_xdata(), [1, 10, 50])
+    legend = [text.get_text() for text in left.get_legend().get_texts()]
+    assert set(legend) == {"sample (euler)", "posterior mean (1 step)"}
+    assert 23.0 in {line.get_ydata()[0] for line in left.lines}
+    with pytest.raises(ValueError, match="sample"):
+        plots.steps_curve(rows[3:])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 100])
+def test_training_figure_at_any_stage(steps):
+    history = {"step": list(range(steps)), "loss": list(np.linspace(1, 0.1, steps))}
+    if steps == 100:
+        history |= {"val_step": [50, 100], "val_loss": [0.5, 0.4], "val_psnr": [18.0, 20.0]}
+    fields = {"sparse": FIELDS, "reconstruction": FIELDS, "target": FIELDS}
+    figure = check(plots.training_figure(history, fields if steps == 100 else None, title="v1 [smoke]"))
+    loss = figure.axes[0].lines[0].get_ydata()
+    np.testing.assert_allclose(loss, history["loss"])
+    if steps == 100:
+        np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [18.0, 20.0])
+        assert len(pictures(figure)) == 9
+
+
+def test_cost_curve_fits_the_exponent():
+    lengths = np.array([100, 200, 400, 800])
+    rows = [{"method": "linear", "length": int(n), "seconds": 2e-6 * n, "memory": 100.0 * n} for n in lengths]
+    rows += [{"method": "square", "length": int(n), "seconds": 1e-8 * n**2, "memory": None} for n in lengths]
+    figure = check(plots.cost_curve(rows, length=1000))
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend[0] == "linear: $L^{1.00}$, 2 at 1000" and legend[1] == "square: $L^{2.00}$, 10 at 1000"
+    assert len(figure.axes[1].get_legend().get_texts()) == 1
+    assert plots.power_law(lengths, 3.0 * lengths**1.5)[0] == pytest.approx(1.5)
+
+
+def test_impulse_response_is_exact_under_zero_order_hold():
+    a, delta = -2.0, 0.3
+    figure = check(plots.impulse_response(a, delta, length=10))
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    k = np.arange(10)
+    # A unit pulse of width delta: the state decays from (1 - exp(a delta)) / -a.
+    np.testing.assert_allclose(lines["zero-order hold"], np.exp(a * delta * k) * (1 - np.exp(a * delta)) / -a)
+    np.testing.assert_allclose(lines["forward Euler"], (1 + a * delta) ** k * delta)
+    np.testing.assert_allclose(lines["continuous"][::8], lines["zero-order hold"])
+    integrator = plots.impulse_response(0.0, delta, length=5)
+    hold = {line.get_label(): line.get_ydata() for line in integrator.axes[0].lines}["zero-order hold"]
+    np.testing.assert_allclose(hold, delta)
+    with pytest.raises(ValueError, match="delta=0"):
+        plots.impulse_response(-1, 0)
+
+
+def test_fourier_figures():
+    distance = np.linspace(0, 4, 20)
+    figure = check(plots.fourier_kernel(distance, {"256": np.exp(-distance), "theory": np.exp(-distance)}))
+    assert [line.get_linestyle() for line in figure.axes[0].lines[:2]] == ["-", "--"]
+    figure = check(plots.similarity_maps({"a": np.eye(4), "b": -np.eye(4)}))
+    np.testing.assert_array_equal(pictures(figure)[1], -np.eye(4))
+
+
+def test_cost_bars():
+    cost = {"parameters": 2_000_000, "flops_forward": 3e9, "training_bytes": 2**30}
+    figure = check(plots.cost_bars({"v1": cost, "other": {**cost, "parameters": 4_000_000}}))
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2.0, 4.0]
+    assert figure.axes[2].patches[0].get_width() == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.zeros((8, 8)), np.zeros((0, 8, 8, 3)), np.zeros((2, 8, 8, 4))])
+def test_wrong_fields_are_refused(bad):
+    with pytest.raises(ValueError, match=r"pass \(N, H, W, 3\)"):
+        plots.sparse_field(bad, MASK)

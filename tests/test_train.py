@@ -1,0 +1,613 @@
+"""train.py: schedule, averaging, exact resume, processes, accumulation, guards and files of the loop.
+
+Run as a script, this file trains once: the worker of the tests that need another process.
+"""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import nn
+
+from nfhelpers import plots, train
+from nfhelpers.flow import skip_weight
+from nfhelpers.images import SparseFields
+from nfhelpers.train import TrainConfig, cosine_schedule, fit
+
+
+class TinyField(nn.Module, PyTorchModelHubMixin):
+    """The mean of the observed values and an MLP: the least that learns."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, width: int = 16, dropout: float = 0.0):
+        super().__init__()
+        self.first = nn.Linear(3 + 2 + 1 + 3, width)
+        self.drop = nn.Dropout(dropout)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, 3)
+        self.seen = []  # of each training pass: (gradient_checkpointing, query_coords, last layer's weight)
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        if self.training:
+            self.seen.append((self.gradient_checkpointing, query_coords, self.last.weight.detach().clone()))
+        queries = query_coords.shape[1]
+        time = t[:, None, None].expand(-1, queries, 1)
+        mean = input_values.mean(1, keepdim=True).expand(-1, queries, -1)
+        x = torch.cat([noisy_values, query_coords, time, mean], dim=-1)
+        x = self.drop(torch.tanh(self.first(x)))
+        return self.last(torch.tanh(self.second(x))) + skip_weight(t)[:, None, None] * noisy_values
+
+
+def tiny(**options):
+    torch.manual_seed(3)
+    return TinyField(**options)
+
+
+def gradients(count, seed):
+    """Images (count, 8, 8, 3) of linear colour gradients."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(np.linspace(-1, 1, 8), np.linspace(-1, 1, 8)), -1)
+    images = 127 + 60 * grid @ rng.uniform(-1, 1, (count, 1, 2, 3)) + rng.uniform(-40, 40, (count, 1, 1, 3))
+    return images.clip(0, 255).astype(np.uint8)
+
+
+def fields():
+    return SparseFields(gradients(18, 0), queries=0.5), SparseFields(gradients(5, 1), queries=0.5, seed=0)
+
+
+def settings(folder, **changes):
+    """4 steps an epoch (two items of 18 are left out), 6 epochs."""
+    options = dict(
+        epochs=6, batch_size=4, learning_rate=1e-2, warmup_fraction=0.1, ema_decay=0.9, evaluate_every=2,
+        visualise_every=6, save_every=3, save_every_steps=3, field_images=3, cpu=True, progress=False,
+    )  # fmt: skip
+    return TrainConfig(output_dir=folder, **{**options, **changes})
+
+
+class SlowFields(SparseFields):
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+def rows(folder):
+    with open(Path(folder) / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(folder, other, tolerance=0.0):
+    """The same rows in log.csv and the same state, up to float error."""
+    ours, theirs = rows(folder), rows(other)
+    assert len(ours) == len(theirs)
+    for row, expected in zip(ours, theirs, strict=True):
+        for name, cell in expected.items():
+            if cell:
+                assert float(row[name]) == pytest.approx(float(cell), rel=tolerance, abs=tolerance), (
+                    name,
+                    row,
+                )
+            else:
+                assert not row[name]
+    ours, theirs = (load_file(Path(f) / "state.safetensors") for f in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(monkeypatch):
+    """Drawing is slow and tested elsewhere; the reference run, made before this, draws in earnest."""
+    monkeypatch.setattr(plots, "training_figure", lambda history, fields, title: Figure((1, 1)))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One uninterrupted run: (folder, result, model)."""
+    folder = tmp_path_factory.mktemp("reference")
+    model = tiny()
+    return folder, fit(model, fields(), settings(folder)), model
+
+
+# --------------------------------------------------------------------------------------- closed forms
+
+
+def test_schedule_is_a_ramp_and_half_a_cosine():
+    factors = [cosine_schedule(step, 110, 10) for step in range(110)]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[35] == pytest.approx(0.5 + math.sqrt(0.5) / 2)
+    assert 0 < factors[109] < 1e-3
+    assert cosine_schedule(0, 1, 0) == 1
+
+
+def test_learning_rate_of_each_step_follows_the_schedule(reference):
+    _, result, _ = reference
+    expected = [1e-2 * cosine_schedule(step, 24, 2) for step in range(24)]
+    assert result.history["learning_rate"] == pytest.approx(expected)
+
+
+def test_average_follows_its_recursion_and_is_what_is_saved(reference):
+    """EMA: a <- d a + (1 - d) w after each step, d = min(0.9, (1 + k) / (10 + k)) at step k, 0 at k = 0."""
+    folder, _, model = reference
+    weights = [weight for _, _, weight in model.seen]  # before steps 1 ... 24
+    state = load_file(folder / "state.safetensors")
+    weights = [*weights[1:], state["model.last.weight"]]  # after steps 1 ... 24
+    average = weights[0]
+    for k, weight in enumerate(weights):
+        decay = min(0.9, (1 + k) / (10 + k)) if k else 0.0
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(model.last.weight.detach(), average)
+    torch.testing.assert_close(state["ema.last.weight"], average)
+    torch.testing.assert_close(TinyField.from_pretrained(folder / "latest").last.weight.detach(), average)
+    assert not torch.allclose(state["model.last.weight"], average, atol=1e-4)
+
+
+def test_weight_decay_touches_matrices_only():
+    model = tiny()
+    model.second.weight._no_weight_decay = True
+    decayed, others = train._parameter_groups(model, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model.first.weight), id(model.last.weight)]
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(others["params"]) == 4
+
+
+# ---------------------------------------------------------------------------------- one run, its files
+
+
+def test_loss_falls_when_overfitting_one_image(tmp_path):
+    fixed = SparseFields(gradients(1, 0).repeat(64, 0), queries=0.5, seed=0)
+    config = settings(tmp_path, epochs=10, learning_rate=2e-2, save_every_steps=None)
+    history = fit(tiny(width=64), (fixed, fixed), config).history
+    assert np.mean(history["loss"][-20:]) < 0.6 * np.mean(history["loss"][:8])
+    assert history["val_loss"][-1] < 0.75 * history["val_loss"][0]
+    assert history["val_psnr"][-1] > history["val_psnr"][0] + 1
+
+
+def test_history_log_and_folders_agree(reference):
+    folder, result, model = reference
+    history = result.history
+    assert (result.steps, result.interrupted) == (24, False)
+    assert (result.best, result.latest) == (folder / "best", folder / "latest")
+    assert history["step"] == list(range(1, 25)) and history["val_step"] == [8, 16, 24]
+    steps = [row for row in rows(folder) if row["loss"]]
+    assert [float(row["loss"]) for row in steps] == history["loss"]
+    assert [int(row["epoch"]) for row in steps] == [1 + k // 4 for k in range(24)]
+    evaluations = [row for row in rows(folder) if row["val_loss"]]
+    assert [float(row["val_psnr"]) for row in evaluations] == history["val_psnr"]
+    assert all((folder / f"epoch_{n:04d}" / "model.safetensors").is_file() for n in (3, 6))
+    assert (folder / "fields" / "epoch_0006.png").read_bytes().startswith(b"\x89PNG")
+    assert not model.training and model.gradient_checkpointing is False
+    assert "forward" not in vars(model)  # Accelerate's wrapper is gone, or never was here
+
+
+def test_nothing_written_is_a_pickle(reference):
+    folder, _, _ = reference
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    board = {name for name in names if name.startswith("tb/events.out.tfevents")}
+    kinds = {Path(name).suffix for name in names - board}
+    assert len(board) == 1 and kinds == {".safetensors", ".json", ".csv", ".png", ".md"}
+    for name in names - board:  # neither raw pickles (protocol 2 and later) nor torch.save archives
+        assert not (folder / name).read_bytes().startswith((b"\x80", b"PK")), name
+
+
+def test_validation_is_repeatable_and_best_is_the_lowest(reference, tmp_path):
+    """Each evaluation uses the same times and noise, so that a model that does not change scores the same."""
+    model = tiny()
+    frozen = fit(model, fields(), settings(tmp_path, learning_rate=1e-30))
+    assert len(set(frozen.history["val_loss"])) == 1 and len(set(frozen.history["val_psnr"])) == 1
+    _, result, _ = reference
+    assert min(result.history["val_loss"]) == result.history["val_loss"][-1] < frozen.history["val_loss"][0]
+
+
+def test_fields_are_the_posterior_mean_of_the_first_validation_images(reference, tmp_path):
+    _, validation = fields()
+    seen = []
+    fit(tiny(), fields(), settings(tmp_path, epochs=2), callback=lambda *arguments: seen.append(arguments))
+    assert [(epoch, field is None) for epoch, _, field in seen] == [(1, True), (2, False)]
+    field = seen[1][2]
+    assert {name: array.shape for name, array in field.items()} == dict.fromkeys(field, (3, 8, 8, 3))
+    np.testing.assert_allclose(field["target"], validation.images[:3] / 255, atol=1e-6)
+    observed = (field["sparse"] != 0.75).all(-1)
+    assert observed.reshape(3, -1).sum(1).tolist() == [validation.num_inputs] * 3
+    np.testing.assert_array_equal(field["sparse"][observed], field["target"][observed])
+    error = ((field["reconstruction"] - field["target"]) ** 2).mean((1, 2, 3))
+    assert seen[1][1]["val_psnr"][-1] == pytest.approx(np.mean(-10 * np.log10(error)), abs=1e-4)
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    model = tiny(dropout=0.5)
+    before = torch.get_rng_state()
+    fit(model, fields(), settings(tmp_path, epochs=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_queries_vary_by_step_in_canonical_order(reference, tmp_path):
+    _, result, model = reference
+    counts = [coords.shape[1] for _, coords, _ in model.seen]
+    assert [int(row["queries"]) for row in rows(reference[0]) if row["queries"]] == counts
+    assert min(counts) >= 8 and max(counts) <= 32 and len(set(counts)) > 5
+    for _, coords, _ in model.seen:
+        order = (coords[..., 1] * 8).floor() * 8 + (coords[..., 0] * 8).floor()
+        assert (order.diff(dim=1) > 0).all()
+    model = tiny()
+    fit(model, fields(), settings(tmp_path, epochs=1, vary_queries=False))
+    assert {coords.shape[1] for _, coords, _ in model.seen} == {32}
+
+
+# ------------------------------------------------------------------------- slices, processes, precision
+
+
+def test_accumulation_equals_a_whole_batch(reference, tmp_path):
+    model = tiny()
+    fit(model, fields(), settings(tmp_path, gradient_accumulation=4))
+    assert len(model.seen) == 4 * 24
+    assert_same_run(tmp_path, reference[0], 1e-5)
+
+
+def test_two_processes_equal_one(reference, tmp_path):
+    # `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu is torchrun.
+    launch = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    )
+    port = ["--main_process_port", "0", "--dynamo_backend", "no"]
+    process = worker(tmp_path, command=[sys.executable, *launch.split(), *port])
+    assert process.wait(timeout=120) == 0
+    assert {path.name for path in tmp_path.glob("process*")} == {"process0of2", "process1of2"}
+    assert_same_run(tmp_path, reference[0], 1e-5)
+
+
+def test_bf16_and_gradient_checkpointing_leave_the_model_as_it_was(reference, tmp_path):
+    model = tiny()
+    result = fit(model, fields(), settings(tmp_path, epochs=2, precision="bf16", gradient_checkpointing=True))
+    assert {flag for flag, _, _ in model.seen} == {True} and model.gradient_checkpointing is False
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = reference[1].history["loss"][:4]  # before the two schedules part
+    assert result.history["loss"][:1] == pytest.approx(expected[:1], rel=0.02)
+    assert result.history["loss"][:1] != expected[:1]
+    # Accelerate remembers its first precision; the next run must not.
+    fit(tiny(), fields(), settings(tmp_path / "next", epochs=1))
+
+
+def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
+    compiled = []
+
+    class Compiled(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module
+
+        def forward(self, *arguments):
+            compiled.append(self.training)
+            return self._orig_mod(*arguments)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    fit(tiny(), fields(), settings(tmp_path, epochs=1, compile=True))
+    assert len(compiled) == 4
+    assert set(load_file(tmp_path / "latest" / "model.safetensors")) == set(tiny().state_dict())
+
+
+def test_workers_give_the_same_run(reference, tmp_path):
+    fit(tiny(), fields(), settings(tmp_path, epochs=6, num_workers=1, save_every_steps=None))
+    assert_same_run(tmp_path, reference[0])
+
+
+# ------------------------------------------------------------------------------------ stop and resume
+
+
+def worker(folder, *options, command=(sys.executable,)):
+    """This file as a script, training the reference's run into `folder`."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([*command, __file__, str(folder), *options], env=environment)
+
+
+def test_run_killed_at_a_random_step_resumes_to_the_same_curve(reference, tmp_path):
+    target = int(np.random.default_rng().integers(4, 22))
+    print(f"killed after row {target}")
+    process = worker(tmp_path, "slow")
+    while process.poll() is None and not (
+        (tmp_path / "log.csv").exists() and len((tmp_path / "log.csv").read_text().splitlines()) > target
+    ):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, f"finished before it could be killed at row {target}"
+    TinyField.from_pretrained(tmp_path / "latest")
+    result = fit(tiny(), fields(), settings(tmp_path))
+    assert result.steps == 24 and result.history["loss"] == pytest.approx(
+        reference[1].history["loss"], abs=1e-6
+    )
+    assert_same_run(tmp_path, reference[0], 1e-6)
+
+
+def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
+    """Stopped in the callback of epoch 1, within epoch 2, and while epoch 4 is evaluated."""
+
+    def stop(epoch, history, field):
+        raise KeyboardInterrupt
+
+    first = fit(tiny(), fields(), settings(tmp_path), callback=stop)
+    assert (first.interrupted, first.steps, first.best) == (True, 4, None)
+    TinyField.from_pretrained(first.latest)
+
+    data = fields()
+    data[0].__class__ = StopsOnce
+    data[0].left = 6
+    second = fit(tiny(), data, settings(tmp_path))
+    assert (second.interrupted, second.steps) == (True, 5)
+
+    data = fields()
+    data[1].__class__ = StopsOnce
+    data[1].left = 1 + 2 * 8 - 3
+    third = fit(tiny(), data, settings(tmp_path))
+    assert (third.interrupted, third.steps) == (True, 16) and third.history["val_step"] == [8]
+
+    final = fit(tiny(), fields(), settings(tmp_path))
+    assert not final.interrupted and final.history == reference[1].history
+    assert_same_run(tmp_path, reference[0])
+
+
+class StopsOnce(SparseFields):
+    """Raises KeyboardInterrupt in place of the item after `left` more."""
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == -1:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def test_a_finished_run_is_returned_as_it_is(reference, tmp_path):
+    folder, result, model = reference
+    log = (folder / "log.csv").read_bytes()
+    again = fit(TinyField(), fields(), settings(folder))
+    assert again == result
+    assert (folder / "log.csv").read_bytes() == log
+
+
+def test_signal_waits_for_the_end_of_the_block():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with train._deferred_interrupt():
+            with train._deferred_interrupt():
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("inner")
+            done.append("outer")
+    assert done == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A folder with a run that stopped after its first epoch."""
+
+    def stop(epoch, history, field):
+        raise KeyboardInterrupt
+
+    fit(tiny(), fields(), settings(tmp_path), callback=stop)
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\0" * 64])
+def test_damaged_state_is_an_error_and_stays(stopped, damage):
+    path = stopped / "state.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    before, log = path.read_bytes(), (stopped / "log.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged"):
+        fit(tiny(), fields(), settings(stopped))
+    assert path.read_bytes() == before and (stopped / "log.csv").read_bytes() == log
+
+
+def test_state_of_other_settings_is_refused_by_name(stopped):
+    with pytest.raises(
+        ValueError, match=r"config: epochs=6 there, 7 here; learning_rate=0.01 there, 0.02 here"
+    ):
+        fit(tiny(), fields(), settings(stopped, epochs=7, learning_rate=0.02))
+    with pytest.raises(ValueError, match="data: train=18 there, 17 here"):
+        fit(tiny(), (SparseFields(gradients(17, 0)), fields()[1]), settings(stopped))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        fit(tiny(width=8), fields(), settings(stopped))
+    result = fit(
+        tiny(), fields(), settings(stopped, save_every=1, gradient_checkpointing=True, num_workers=1)
+    )
+    assert result.steps == 24
+
+
+def test_failed_write_leaves_the_old_state(stopped, monkeypatch):
+    before = (stopped / "state.safetensors").read_bytes()
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(train, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        fit(tiny(), fields(), settings(stopped))
+    assert (stopped / "state.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    assert fit(tiny(), fields(), settings(stopped)).steps == 24
+
+
+# -------------------------------------------------------------------------------------------- guards
+
+
+class Dirty(SparseFields):
+    """Item 7 holds a NaN from the second epoch on."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        if index == 7 and int(self._epoch) > 0:
+            item["input_values"][2, 1] = math.nan
+        return item
+
+
+def test_nan_in_a_batch_stops_with_step_layer_and_item(tmp_path):
+    data = fields()
+    data[0].__class__ = Dirty
+    with pytest.raises(FloatingPointError) as caught:
+        fit(tiny(), data, settings(tmp_path, save_every_steps=1))
+    message = str(caught.value)
+    state = load_file(tmp_path / "state.safetensors")
+    steps = int(state["optimizer.last.weight.step"])
+    assert 4 <= steps < 8 and message.startswith(f"step {steps + 1}: the loss is nan")
+    assert "'first' (Linear)" in message and "input_values of dataset items [7]" in message
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+
+
+def test_infinite_gradient_of_a_finite_loss_names_the_layer(tmp_path):
+    class Root(TinyField):
+        """The square root has an infinite slope at 0, where the zero-initialised gate is."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(2, 3)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+        def forward(self, noisy_values, query_coords, *field):
+            root = self.gate(query_coords).abs().sqrt()
+            return super().forward(noisy_values, query_coords, *field) + root
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the gradient norm is nan .*'gate' \(Linear\).*finite"
+    ):
+        fit(Root(), fields(), settings(tmp_path))
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_nan_in_the_validation_data_is_named_as_such(tmp_path):
+    data = fields()
+    data[1].__class__ = DirtyValidation
+    with pytest.raises(FloatingPointError, match=r"epoch 2: the validation loss is nan"):
+        fit(tiny(), data, settings(tmp_path))
+
+
+class DirtyValidation(SparseFields):
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        item["query_values"][0] *= math.nan if index == 4 else 1
+        return item
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp8"}, "bf16.*fp16.*fp32"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"save_every_steps": 0}, "save_every_steps=0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0 is outside \(0, inf\)"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"warmup_fraction": 1}, "warmup_fraction"),
+        ({"clip_norm": 0}, "clip_norm"),
+        ({"min_query_fraction": 1.5}, "min_query_fraction"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"compile": 1}, "compile=1"),
+    ],
+)
+def test_illegal_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig("runs/never", **changes)
+
+
+def test_unknown_setting_is_refused_and_defaults_are_legal():
+    with pytest.raises(TypeError, match="learning_rat"):
+        TrainConfig("runs/never", learning_rat=1e-4)
+    config = TrainConfig(Path("runs") / "never")
+    assert replace(config, **asdict(config)) == config and json.dumps(asdict(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "fp16.*GPU"),
+        ({"gradient_accumulation": 3}, "multiple of 3"),
+        ({"batch_size": 32}, "18 items.*batch_size=18"),
+    ],
+)
+def test_settings_that_do_not_fit_the_run_write_nothing(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit(tiny(), fields(), settings(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_and_data_that_do_not_fit_are_refused(tmp_path):
+    train_data, validation_data = fields()
+    config = settings(tmp_path / "run")
+    with pytest.raises(ValueError, match="validation dataset is empty"):
+        fit(tiny(), (train_data, []), config)
+    with pytest.raises(ValueError, match="items of the train dataset lack"):
+        fit(tiny(), ([torch.zeros(3)] * 8, validation_data), config)
+    pixels = [{**train_data[i], "query_coords": train_data[i]["query_coords"] * 32} for i in range(8)]
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        fit(tiny(), (pixels, validation_data), config)
+    short = [{**train_data[i], "query_values": train_data[i]["query_values"][:3]} for i in range(8)]
+    with pytest.raises(ValueError, match="one value a query point"):
+        fit(tiny(), (short, validation_data), config)
+    with pytest.raises(ValueError, match="model is a Linear"):
+        fit(nn.Linear(1, 1), fields(), config)
+    with pytest.raises(ValueError, match="cannot checkpoint"):
+        fit(NoCheckpointing(), fields(), replace(config, gradient_checkpointing=True))
+    assert not (tmp_path / "run").exists()
+
+
+class NoCheckpointing(nn.Module):
+    def save_pretrained(self, folder):
+        raise AssertionError("not reached")
+
+
+def test_datasets_without_images_train_without_fields(tmp_path):
+    train_data, validation_data = fields()
+    items = [validation_data[i] for i in range(len(validation_data))]
+    seen = []
+    config = settings(tmp_path, epochs=1)
+    result = fit(tiny(), (train_data, items), config, callback=lambda *arguments: seen.append(arguments))
+    assert math.isnan(result.history["val_psnr"][0]) and math.isfinite(result.history["val_loss"][0])
+    assert seen[0][2] is None
+
+
+def test_live_figure_replaces_itself_in_a_notebook(tmp_path, monkeypatch):
+    ipython = pytest.importorskip("IPython")
+    shown, updates = [], []
+
+    class Handle:
+        def update(self, image):
+            updates.append(image)
+
+    def display(image, display_id):
+        shown.append(image)
+        return Handle()
+
+    monkeypatch.setattr(ipython, "get_ipython", lambda: type("Shell", (), {"kernel": None})())
+    monkeypatch.setattr("IPython.display.display", display)
+    fit(tiny(), fields(), settings(tmp_path, epochs=4, progress=True))
+    assert (len(shown), len(updates)) == (1, 1)
+    assert all(image.data.startswith(b"\x89PNG") for image in shown + updates)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    (
+        Path(sys.argv[1])
+        / "process{RANK}of{WORLD_SIZE}".format_map({"RANK": 0, "WORLD_SIZE": 1, **os.environ})
+    ).touch()
+    data = fields()
+    if "slow" in sys.argv[2:]:
+        data[0].__class__ = SlowFields
+    fit(tiny(), data, settings(sys.argv[1]))
