@@ -42,6 +42,9 @@ from nfhelpers.run import versions
 CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
 """Keys of `classical_baselines`, in the order in which they are printed."""
 
+ONE_STEP_MEAN = "posterior mean (1 step)"
+"""Name of the one-step estimate of the posterior mean in the tables."""
+
 TOKENS_PER_FORWARD = 32_768
 """Images are grouped so that one forward pass sees about this many tokens (queries and inputs together)."""
 
@@ -378,7 +381,7 @@ def multiscale(
             predictions.append((name, kind, make(), time.perf_counter() - start))
 
         add(
-            "posterior mean (1 step)",
+            ONE_STEP_MEAN,
             "mean",
             lambda s=scale: _model_mean(model, fields, s, draws, seed, device),
         )
@@ -491,7 +494,7 @@ def steps_curve(
         sampled = reconstruct(model, fields, kind="sample", method=method, steps=count, **options)["fields"]
         rows.append(_row(f"sample ({method})", "sample", _score(sampled, target), steps=count, draws=1))
     mean = reconstruct(model, fields, **options)["fields"]
-    rows.append(_row("posterior mean (1 step)", "mean", _score(mean, target), steps=1, draws=1))
+    rows.append(_row(ONE_STEP_MEAN, "mean", _score(mean, target), steps=1, draws=1))
     if draws:
         mean = reconstruct(model, fields, draws=draws, steps=max(steps), **options)["fields"]
         rows.append(
@@ -531,23 +534,61 @@ def format_table(rows):
     ]
     numbers = [(head, key, digits) for head, key, digits in numbers if key in rows[0]]
     notes = any(row.get("note") for row in rows)
-    lines = [[*names, *(head for head, _, _ in numbers), *(["note"] if notes else [])]]
+    head = [*names, *(head for head, _, _ in numbers), *(["note"] if notes else [])]
+    lines = []
     for row in rows:
         line = [str(row[name]) for name in names]
         line += [
             _plus_minus(row[key], row[f"{key}_se"], digits, "versus" in key) for _, key, digits in numbers
         ]
         lines.append([*line, *([row["note"]] if notes else [])])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return align(head, lines, left=3)
+
+
+def align(head, lines, left=None):
+    """A head and lines of texts as one text with aligned columns, the first `left` of them (all if None) to
+    the left, the others to the right.
+
+    Raises ValueError for a line with another number of columns than the head.
+    """
+    left = len(head) if left is None else left
+    for line in lines:
+        if len(line) != len(head):
+            raise ValueError(f"a line has {len(line)} columns, the head has {len(head)}: {line}")
+    table = [head, *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     text = [
         "  ".join(
-            cell.ljust(w) if i < 3 else cell.rjust(w)
+            cell.ljust(w) if i < left else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
-        for line in lines
+        for line in table
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(line.rstrip() for line in text)
+
+
+def find_row(rows, **wanted):
+    """The first row whose entries equal `wanted`, such as `scale=32, kind="mean"`; None if there is none."""
+    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+
+
+def reading(rows, scale, key, digits=2):
+    """A score of the model at a scale as text, its mean and, where there is one, its sample.
+
+    rows: from `multiscale`; key: "psnr", "ssim" or "speckle". "24.31 ± 0.92 (mean), 21.98 ± 0.88 (sample)";
+    "-" if there is neither.
+    """
+    found = {
+        "mean": find_row(rows, scale=scale, method=ONE_STEP_MEAN),
+        "sample": find_row(rows, scale=scale, kind="sample"),
+    }
+    parts = [
+        f"{_plus_minus(row[key], row[f'{key}_se'], digits, False)} ({kind})"
+        for kind, row in found.items()
+        if row
+    ]
+    return ", ".join(parts) or "-"
 
 
 def _plus_minus(value, error, digits, signed):

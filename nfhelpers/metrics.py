@@ -8,7 +8,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from skimage.metrics import structural_similarity
 
-__all__ = ["calibration", "mean_and_error", "psnr", "speckle", "ssim"]
+__all__ = ["calibration", "grid_pattern", "mean_and_error", "psnr", "sharpness", "speckle", "ssim"]
 
 _TOLERANCE = 1e-4  # how far outside [0, 1] rounding may take a value
 
@@ -76,6 +76,45 @@ def speckle(prediction, target, flat: float = 0.1) -> np.ndarray:
     energy = ((high**2).mean(axis=-1) * is_flat).sum(axis=(1, 2))
     count = is_flat.sum(axis=(1, 2))
     return np.sqrt(9 / 8 * np.divide(energy, count, out=np.full(len(count), np.nan), where=count > 0))
+
+
+def sharpness(prediction, target) -> np.ndarray:
+    """Mean absolute gradient of the prediction over that of the target: float64 (N,).
+
+    Differences of neighbouring pixels, along rows and along columns. 1 is as sharp as the target, below 1
+    blurred; noise counts as sharp. A constant target gives inf, or NaN if the prediction is constant too.
+    Raises ValueError unless both are finite floats `(N, H, W, 3)` in [0, 1] of one shape with sides >= 2.
+    """
+    gradients = [
+        np.abs(np.diff(field, axis=1)).mean(axis=(1, 2, 3))
+        + np.abs(np.diff(field, axis=2)).mean(axis=(1, 2, 3))
+        for field in _pair(prediction, target, smallest=2)
+    ]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return gradients[0] / gradients[1]
+
+
+def grid_pattern(prediction, target, period: int) -> np.ndarray:
+    """How much of the error repeats with a period, as the seams of a coarser grid do: float64 (N,).
+
+    With the error `e = prediction - target` and `p` its mean over all cells of `period` x `period` pixels,
+    less the mean of `e`: the root of `mean p**2 / mean e**2`. 1 if the error is nothing but such a pattern, 0
+    for a constant error; white noise scores about `sqrt(period**2 / (H W))`. A perfect prediction gives NaN.
+
+    Raises ValueError unless both are finite floats `(N, H, W, 3)` in [0, 1] of one shape and `period` is at
+    least 2 and divides H and W.
+    """
+    prediction, target = _pair(prediction, target)
+    count, height, width, _ = target.shape
+    if period < 2 or height % period or width % period:
+        raise ValueError(
+            f"period={period} does not divide {height} x {width}; pass 2 for a 64 px field of a 32 px grid"
+        )
+    error = prediction - target
+    cells = error.reshape(count, height // period, period, width // period, period, 3)
+    repeating = cells.mean(axis=(1, 3)) - error.mean(axis=(1, 2))[:, None, None]  # (N, period, period, 3)
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(np.square(repeating).mean(axis=(1, 2, 3)) / np.square(error).mean(axis=(1, 2, 3)))
 
 
 def calibration(mean, std, target) -> dict[str, float]:

@@ -68,6 +68,7 @@ _FREE_SETTINGS = {
     "visualise_every",
     "save_every",
     "save_every_steps",
+    "title",
 }
 
 
@@ -87,7 +88,7 @@ class TrainConfig:
     epochs (the last epoch is always evaluated and drawn); save_every_steps: also save the resumable state
     after this many steps, None for once an epoch. field_images: validation images of the full-field PSNR
     and picture. num_workers: of the data loader. cpu: train on the CPU even where a GPU is present;
-    progress: progress bar and, in a notebook, live figure.
+    progress: progress bar and, in a notebook, live figure; title: of the run, above that figure.
 
     Raises ValueError on illegal values, TypeError on unknown names.
     """
@@ -115,6 +116,7 @@ class TrainConfig:
     seed: int = 0
     cpu: bool = False
     progress: bool = True
+    title: str = "training"
 
     def __post_init__(self):
         object.__setattr__(self, "output_dir", str(self.output_dir))
@@ -371,7 +373,8 @@ def _finish_epoch(run, live):
         _save(run)
     if main and (evaluate or visualise):
         picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
-        live.draw(run.log.history, field, f"epoch {epoch}, reconstruction: one-step posterior mean", picture)
+        heading = f"{config.title}: epoch {epoch}, reconstruction: one-step posterior mean"
+        live.draw(run.log.history, field, heading, picture)
     return field
 
 

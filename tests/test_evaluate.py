@@ -366,6 +366,30 @@ def test_table_is_aligned(rows_and_pictures):
         evaluate.format_table([])
 
 
+def test_align_and_find_row():
+    text = evaluate.align(["name", "n"], [["a", "10"], ["long name", "7"]], left=1)
+    assert text.split("\n") == ["name        n", "---------  --", "a          10", "long name   7"]
+    with pytest.raises(ValueError, match="3 columns, the head has 2"):
+        evaluate.align(["name", "n"], [["a", "b", "c"]])
+    rows = [{"scale": 32, "kind": "mean"}, {"scale": 64, "kind": "mean"}]
+    assert evaluate.find_row(rows, kind="mean", scale=64) is rows[1]
+    assert evaluate.find_row(rows, scale=96) is None
+    assert evaluate.find_row(rows, missing=1) is None
+
+
+def test_reading_says_what_a_number_belongs_to(rows_and_pictures):
+    mean = {"scale": 32, "method": evaluate.ONE_STEP_MEAN, "kind": "mean", "psnr": 24.314, "psnr_se": 0.9}
+    sample = {"scale": 32, "method": "sample (heun, 50 steps)", "kind": "sample", "psnr": 22, "psnr_se": None}
+    upsampled = {"scale": 64, "method": "bilinear of 32 px mean", "kind": "mean", "psnr": 20, "psnr_se": None}
+    rows = [upsampled, sample, mean]
+    assert evaluate.reading(rows, 32, "psnr") == "24.31 ± 0.90 (mean), 22.00 (sample)"
+    assert evaluate.reading([mean], 32, "psnr", 1) == "24.3 ± 0.9 (mean)"
+    assert evaluate.reading(rows, 64, "psnr") == "-"
+    # The names are those that multiscale writes.
+    rows, _ = rows_and_pictures
+    assert "(mean), " in evaluate.reading(rows, rows[0]["scale"], "psnr")
+
+
 def test_results_file(tmp_path, rows_and_pictures):
     path = evaluate.write_results(
         rows_and_pictures[0], tmp_path / "new" / "r.json", command="python -m x", config={"steps": 3}

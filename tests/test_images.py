@@ -57,7 +57,7 @@ def test_photos_are_split_by_photograph():
 
 
 def test_photo_windows_lie_inside_and_are_never_enlarged():
-    for name, top, left, side, symmetry in module._train_windows(2000) + module._test_windows():
+    for name, top, left, side, symmetry, _ in module._train_windows(2000) + module._test_windows():
         height, width, _ = module._photo(name).shape
         assert side >= module.PHOTO_MAX_SIZE and 0 <= symmetry < 8
         assert 0 <= top <= height - side and 0 <= left <= width - side
@@ -66,11 +66,17 @@ def test_photo_windows_lie_inside_and_are_never_enlarged():
 def test_test_windows_of_one_side_do_not_overlap():
     windows = module._test_windows()
     assert len(windows) == 64
-    for i, (name, top, left, side, symmetry) in enumerate(windows):
+    for i, (name, top, left, side, symmetry, _) in enumerate(windows):
         assert symmetry == 0
-        for other, y, x, other_side, _ in windows[:i]:
+        for other, y, x, other_side, *_ in windows[:i]:
             if (name, side) == (other, other_side):
                 assert abs(y - top) >= side or abs(x - left) >= side
+
+
+def test_training_windows_permute_the_channels_and_test_windows_do_not():
+    train = {tuple(window[5]) for window in module._train_windows(200)}
+    assert train == {(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+    assert {tuple(window[5]) for window in module._test_windows()} == {(0, 1, 2)}
 
 
 def test_photos_have_contrast(photos):
@@ -94,7 +100,7 @@ def test_photos_are_the_photographs(photos):
     # An upright test window of side 128 at size 128 is a literal crop.
     windows = module._test_windows()
     index = next(i for i, window in enumerate(windows) if window[3] == 128)
-    name, top, left, side, _ = windows[index]
+    name, top, left, side, _, _ = windows[index]
     crop = module._photo(name)[top : top + side, left : left + side]
     np.testing.assert_array_equal(photos[128][index], crop)
 

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from nfhelpers.metrics import calibration, mean_and_error, psnr, speckle, ssim
+from nfhelpers.metrics import (
+    calibration,
+    grid_pattern,
+    mean_and_error,
+    psnr,
+    sharpness,
+    speckle,
+    ssim,
+)
 
 
 def images(seed=0, count=3, side=16):
@@ -141,7 +149,38 @@ def test_tensors_and_arrays_give_the_same(metric, dtype):
     )
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim, speckle])
+def test_sharpness_is_the_ratio_of_gradients():
+    target = images()
+    blurred = 0.5 + 0.3 * (target - 0.5)
+    np.testing.assert_allclose(sharpness(blurred, target), [0.3] * 3)
+    np.testing.assert_allclose(sharpness(target, target), [1] * 3)
+    flat = np.full((1, 4, 4, 3), 0.5)
+    assert sharpness(target[:1, :4, :4], flat) == [np.inf] and np.isnan(sharpness(flat, flat)).all()
+    # Not the same along rows and columns: stripes of height 1 have differences of 1 down and 0 across.
+    stripes = np.broadcast_to((np.arange(4) % 2.0)[None, :, None, None], (1, 4, 4, 3))
+    np.testing.assert_allclose(sharpness(stripes, 0.5 * stripes), [2])
+
+
+def test_grid_pattern_of_known_errors():
+    target = np.full((1, 8, 8, 3), 0.5)
+    board = 0.2 * (np.indices((8, 8)).sum(0)[None, :, :, None] % 2) * np.ones(3)
+    constant = np.full_like(target, 0.1)
+    np.testing.assert_allclose(grid_pattern(target + board - 0.1, target, 2), [1])
+    np.testing.assert_allclose(grid_pattern(target + constant, target, 2), [0], atol=1e-7)
+    # An offset of 0.1 and a pattern of 0.1 have equal shares of the squared error.
+    np.testing.assert_allclose(grid_pattern(target + board, target, 2), [0.5**0.5])
+    assert np.isnan(grid_pattern(target, target, 2)).all()
+    noise = np.random.default_rng(1).uniform(-0.1, 0.1, (50, 32, 32, 3))
+    noisy = grid_pattern(0.5 + noise, np.full_like(noise, 0.5), 4)
+    assert noisy.mean() == pytest.approx((16 / 1024) ** 0.5, rel=0.05)
+    for period in (1, 3):
+        with pytest.raises(ValueError, match=f"period={period} does not divide 8 x 8"):
+            grid_pattern(target, target, period)
+
+
+@pytest.mark.parametrize(
+    "metric", [psnr, ssim, speckle, sharpness, lambda a, b: grid_pattern(a, b, 2)], ids=str
+)
 def test_wrong_images_are_refused(metric):
     good = images()
     with pytest.raises(ValueError, match="uint8.*divide by 255"):

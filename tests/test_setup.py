@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -182,3 +183,18 @@ def test_presets_are_package_data():
     folder = spec.submodule_search_locations[0]
     project = tomllib.loads(open(f"{folder}/../pyproject.toml").read())
     assert "presets.toml" in project["tool"]["setuptools"]["package-data"]["nfhelpers"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "checkpoints/v1-photos/README.md"])
+@pytest.mark.parametrize("results", ["v1-photos.json", "v1-photos-64.json"])
+def test_quoted_results_are_the_measured_ones(repository, page, results):
+    """Every PSNR of ours, and its distance to biharmonic inpainting, stands in README and card as in results/."""
+    record = json.loads((repository / "benchmarks/results" / results).read_text())
+    text = (repository / page).read_text()
+    assert record["command"] in " ".join(text.replace("\\", " ").split())
+    for row in record["rows"]:
+        if row["kind"] == "classical" or row["method"].startswith("bi"):
+            continue
+        assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, row["method"]
+        if row["kind"] == "mean":
+            assert f"{row['versus_biharmonic']:+.2f} ± {row['versus_biharmonic_se']:.2f}" in text, row["scale"]

@@ -18,6 +18,8 @@ Glossary
     p           p(x) = (exp(x) - 1) / x, the zero-order-hold weight of the input
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +37,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|) <= 1; the logarithm is 2 artanh(e / (2 + e)), precise for small e."""
+    """max(x, 0) + log(1 + e), e = exp(-|x|) <= 1; 2 artanh(e / (2 + e)) is a precise log(1 + e)."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2.0 + e)
     q = s * s  # at most 1/9
@@ -363,8 +365,12 @@ class _SelectiveScan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlast):
+        # once_differentiable would let a second derivative through as zero when dout is a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True: the Triton scan has no second derivative; use backend='reference'"
+            )
         *arguments, states = ctx.saved_tensors
         u, delta, A, B, C, D, z, delta_bias = arguments
         grid, strides, BC_strides, sizes, flags = _launch_arguments(
@@ -375,7 +381,7 @@ class _SelectiveScan(torch.autograd.Function):
         num_groups = grid[1] // blocks
         dout = torch.zeros_like(u) if dout is None else dout
         dlast = None if dlast is None else dlast.contiguous()
-        new = lambda *shape: torch.empty(*shape, device=u.device)  # noqa: E731
+        new = functools.partial(torch.empty, device=u.device)
         du, ddelta = torch.empty_like(u), torch.empty_like(u, dtype=delta.dtype)
         dz = None if z is None else torch.empty_like(u, dtype=z.dtype)
         dA = new(batch, num_state, dim)

@@ -21,14 +21,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> "ModelConfig":
         """Build from a mapping such as a parsed config.json; raises ValueError on an unknown key."""
-        legal = {field.name for field in fields(cls)}
-        unknown = sorted(set(settings) - legal - {"model_type"})
-        if unknown:
-            raise ValueError(f"unknown {cls.__name__} keys {unknown}; legal keys are {sorted(legal)}")
         if settings.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"this config is of model_type={settings['model_type']!r}, not {cls.model_type!r}"
             )
+        legal = {field.name for field in fields(cls)}
+        unknown = sorted(set(settings) - legal - {"model_type"})
+        if unknown:
+            raise ValueError(f"unknown {cls.__name__} keys {unknown}; legal keys are {sorted(legal)}")
         return cls(**{key: value for key, value in settings.items() if key in legal})
 
     def check_positive(self, *names: str) -> None:

@@ -27,7 +27,10 @@ class FourierFeatures(nn.Module):
 
     def forward(self, coords: torch.Tensor) -> torch.Tensor:
         """Coordinates (B, L, 2) in [0, 1] -> features (B, L, 2F), cosines then sines."""
-        phase = 2 * math.pi * coords.float() @ self.frequencies.float()  # (B, L, F)
+        x, y = (2 * math.pi * coords.float()).split(1, dim=-1)  # (B, L, 1) each
+        along_x, along_y = self.frequencies.float()  # (F,) each
+        # No matrix product: autocast and TF32 would round phases of a hundred radians by half a radian.
+        phase = x * along_x + y * along_y  # (B, L, F)
         return torch.cat([phase.cos(), phase.sin()], dim=-1)  # (B, L, 2F)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nfhelpers.flow import skip_weight
-from nfhelpers.kernels.orders import inverse_order, point_order
+from nfhelpers.kernels.orders import POINT_ORDERS, inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, mlp
 from nfhelpers.models.perceiver import CrossAttention
@@ -38,20 +38,21 @@ def check_shapes(
 
     Shapes only, so that no value is read back from a GPU; the samplers check ranges once per call.
     """
-    wanted = (
-        ("noisy_values", noisy_values, (query_coords.shape[0], query_coords.shape[1], 3)),
-        ("query_coords", query_coords, (noisy_values.shape[0], noisy_values.shape[1], 2)),
-        ("t", t, (noisy_values.shape[0],)),
-        ("input_coords", input_coords, (noisy_values.shape[0], input_values.shape[1], 2)),
-        ("input_values", input_values, (noisy_values.shape[0], input_coords.shape[1], 3)),
+    legal = (
+        "pass noisy_values (B, Nq, 3), query_coords (B, Nq, 2), t (B,), input_coords (B, Ni, 2), "
+        "input_values (B, Ni, 3)"
     )
-    for name, tensor, shape in wanted:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, the other arguments ask for {shape}; pass "
-                "noisy_values (B, Nq, 3), query_coords (B, Nq, 2), t (B,), input_coords (B, Ni, 2), "
-                "input_values (B, Ni, 3)"
-            )
+    named = (
+        ("noisy_values", noisy_values, 3, (3,)),
+        ("query_coords", query_coords, 3, (2,)),
+        ("t", t, 1, ()),
+        ("input_coords", input_coords, 3, (2,)),
+        ("input_values", input_values, 3, (3,)),
+    )
+    for name, tensor, rank, channels in named:
+        shape = tuple(tensor.shape)
+        if len(shape) != rank or shape[2:] != channels:
+            raise ValueError(f"{name} has shape {shape}; {legal}")
         if not tensor.is_floating_point():
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}; pass a floating-point tensor such as torch.float32"
@@ -60,6 +61,20 @@ def check_shapes(
             raise ValueError(
                 f"{name} is empty, shape {shape}; pass at least one sample, query and observed point"
             )
+        if shape[0] != noisy_values.shape[0]:
+            raise ValueError(
+                f"{name} has a batch of {shape[0]} and noisy_values of {noisy_values.shape[0]}; {legal}"
+            )
+    if query_coords.shape[1] != noisy_values.shape[1]:
+        raise ValueError(
+            f"query_coords has {query_coords.shape[1]} points and noisy_values {noisy_values.shape[1]}; "
+            f"{legal}"
+        )
+    if input_coords.shape[1] != input_values.shape[1]:
+        raise ValueError(
+            f"input_coords has {input_coords.shape[1]} points and input_values {input_values.shape[1]}; "
+            f"{legal}"
+        )
 
 
 def gather_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -91,6 +106,8 @@ class MambaDiffusionConfig(ModelConfig):
     model_type: ClassVar[str] = "v1"
 
     def __post_init__(self):
+        if self.order not in POINT_ORDERS:
+            raise ValueError(f"order={self.order!r} is not an order of points; choose one of {POINT_ORDERS}")
         self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
         self.check_positive("fourier_scale", "mlp_ratio")
         self.check_heads()
@@ -230,7 +247,13 @@ class LocalImplicitField(FieldModel):
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
         batch, num_queries = query_coords.shape[:2]
         k = min(self.config.neighbours, input_coords.shape[1])
-        distance = torch.cdist(query_coords, input_coords)  # (B, Q, I)
+        # On a grid many points are equally near: which are the k nearest is well defined only in a canonical
+        # order, and by distances without the rounding of a matrix product.
+        order = point_order(input_coords, "row")  # (B, I)
+        input_coords, input_values = (gather_tokens(x, order) for x in (input_coords, input_values))
+        distance = torch.cdist(
+            query_coords, input_coords, compute_mode="donot_use_mm_for_euclid_dist"
+        )  # (B, Q, I)
         nearest = distance.topk(k, largest=False).indices.flatten(1)  # (B, Q*K)
         coords = gather_tokens(input_coords, nearest).unflatten(1, (num_queries, k))  # (B, Q, K, 2)
         values = gather_tokens(input_values, nearest).unflatten(1, (num_queries, k))  # (B, Q, K, 3)
