@@ -22,7 +22,7 @@ help:
 	@echo "make test        install, then lint, unit tests, kernels, notebooks (smoke) and the browser test"
 	@echo "make lab         install, then open JupyterLab"
 	@echo "make doctor      install, then print versions, devices and scan backends"
-	@echo "make clean       remove .venv and build/"
+	@echo "make clean       remove .venv and build/; runs/, what was trained, stays"
 	@echo
 	@echo "NF_PRESET=smoke|demo|full   size of the notebooks (default: full on a GPU of 8 GB or more, else demo)"
 	@echo "PYTHON=python3.12           the interpreter that makes .venv (3.11 or newer)"
@@ -48,6 +48,8 @@ test: $(STAMP)
 	@if [ -f tests/test_triton.py ]; then \
 	    echo 'TRITON_INTERPRET=1 pytest tests/test_triton.py'; \
 	    TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py; fi
+	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
+	rm -rf runs/*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
 	$(BIN)/python -m pytest tests/test_browser.py
 

@@ -10,6 +10,7 @@ a loss that is not finite; 2 an error of the user's; 130 interrupted.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import tomllib
@@ -200,21 +201,31 @@ def train_model(options, command):
         )
         for split, limit in (("train", data["train_images"]), ("test", data["validation_images"]))
     ]
-    parameters = sum(p.numel() for p in model.parameters())
-    train_data, validation_data = datasets
-    print(f"model     {options.model}, {parameters:,} parameters, preset {preset}")
-    print(f"data      {data['source']}, {len(train_data):,} images, {len(validation_data):,} to validate")
-    print(f"device    {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
-    print(f"output    {output}", flush=True)
+    main_process = is_main_process()
+    if main_process:
+        parameters = sum(p.numel() for p in model.parameters())
+        train_data, validation_data = datasets
+        print(f"model     {options.model}, {parameters:,} parameters, preset {preset}")
+        print(f"data      {data['source']}, {len(train_data):,} images, {len(validation_data):,} to validate")
+        print(f"device    {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
+        print(f"output    {output}", flush=True)
 
     result = train.fit(model, datasets, config)
-    losses = result.history["val_loss"]
-    score = (
-        f", validation loss {losses[-1]:.4f}, PSNR {result.history['val_psnr'][-1]:.2f} dB" if losses else ""
-    )
-    print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}{score}")
-    print(f"best {result.best}, latest {result.latest}")
+    if main_process:
+        losses = result.history["val_loss"]
+        score = (
+            f", validation loss {losses[-1]:.4f}, PSNR {result.history['val_psnr'][-1]:.2f} dB"
+            if losses
+            else ""
+        )
+        print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}{score}")
+        print(f"best {result.best}, latest {result.latest}")
     return 130 if result.interrupted else 0
+
+
+def is_main_process():
+    """Whether this is the only process, or the first of those that `accelerate launch` started."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def parse_overrides(pairs):

@@ -45,6 +45,9 @@ CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
 ONE_STEP_MEAN = "posterior mean (1 step)"
 """Name of the one-step estimate of the posterior mean in the tables."""
 
+SSIM_WINDOW = 11
+"""Side in pixels of the window of `metrics.ssim`: the smallest scale of `multiscale`."""
+
 TOKENS_PER_FORWARD = 32_768
 """Images are grouped so that one forward pass sees about this many tokens (queries and inputs together)."""
 
@@ -79,11 +82,20 @@ def resize_field(field, height, width, order=3):
     """Resample a field (H, W, C) in [0, 1] to (height, width, C) by splines with aligned pixel centres.
 
     `order` is 1 (bilinear) or 3 (bicubic). The result is clipped to [0, 1]; a
-    smaller size is low-pass filtered first.
+    smaller size is low-pass filtered first. Raises ValueError for another shape, dtype, range, size or order.
     """
-    field = np.asarray(field, dtype=np.float64)
-    if field.ndim != 3:
-        raise ValueError(f"field has shape {field.shape}; pass (H, W, C)")
+    field = np.asarray(field)
+    if field.ndim != 3 or field.size == 0:
+        raise ValueError(f"field has shape {field.shape}; pass (H, W, C), not empty")
+    if not np.issubdtype(field.dtype, np.floating):
+        raise ValueError(f"field has dtype {field.dtype}; pass floats in [0, 1] (uint8: divide by 255)")
+    field = field.astype(np.float64)
+    if not (np.isfinite(field).all() and field.min() >= 0 and field.max() <= 1):
+        raise ValueError(
+            f"field spans [{field.min():.4g}, {field.max():.4g}]; pass values in [0, 1], such as "
+            "images.to_image makes of the model's [-1, 1]"
+        )
+    _check_counts(height=height, width=width)
     if order not in (1, 3):
         raise ValueError(f"order={order!r} is unknown; pass 1 (bilinear) or 3 (bicubic)")
     if field.shape[:2] == (height, width):
@@ -202,6 +214,42 @@ def _as_images(images):
     return images.astype(np.float32)
 
 
+def _check_counts(**counts):
+    """Raise ValueError unless every named value is a whole number of at least 1."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a whole number of at least 1; pass a count such as 32")
+
+
+def _check_method(method):
+    if method not in samplers.SAMPLERS:
+        raise ValueError(f"method={method!r} is unknown; pass one of {sorted(samplers.SAMPLERS)}")
+
+
+def _check_device(device):
+    """`device` as a torch.device; ValueError if torch does not know it or finds none of its kind here."""
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used: {reason}; pass 'cpu'") from error
+    return device
+
+
+def _observed(images, observed, seed):
+    """`images`, observed unless they already are: the checked dict of `observe_images`."""
+    if not isinstance(images, dict):
+        return observe_images(images, observed, seed)
+    missing = {"input_coords", "input_values", "mask", "images"} - set(images)
+    if missing:
+        raise ValueError(
+            f"images is a dict without {sorted(missing)}; pass an array (N, H, W, 3) or the dict that "
+            "observe_images returns"
+        )
+    return images
+
+
 def reconstruct(
     model,
     images,
@@ -230,7 +278,8 @@ def reconstruct(
         steps: solver steps; 1 for "mean" (the one-step estimate) and 50 for "sample" if None. A mean of draws
             with many steps each is the mean of that many samples, and only then is `std` the spread of the
             posterior.
-        seed: of the noise and, when `images` is not yet observed, of the observed pixels.
+        seed: of the noise, drawn on the CPU so that it is the same on every device, and, when `images` is not
+            yet observed, of the observed pixels.
         device: where to compute; the model's device if None.
         callback: of the solver of a sample, callback(step, t, x) with x (N, asked pixels, 3) in [-1, 1].
 
@@ -238,19 +287,22 @@ def reconstruct(
         dict: fields (N, h, w, 3) float32 in [0, 1]; std (N, h, w, 3) in the same units, 0 where observed,
         None for a sample; mask (N, H, W); images (N, H, W, 3) in [0, 1].
 
-    Raises ValueError for wrong shapes and values, an unknown kind or method, steps or draws below 1.
+    Raises ValueError for wrong shapes and values, an unknown kind, method or device, steps or draws below 1.
     """
+    _check_method(method)
     if kind not in ("mean", "sample"):
         raise ValueError(f"kind={kind!r} is unknown; pass 'mean' or 'sample'")
     if kind == "sample" and draws != 1:
         raise ValueError(f"kind='sample' with draws={draws}; a sample is one draw, pass draws=1")
     if steps is None:
         steps = 1 if kind == "mean" else 50
-    fields = images if isinstance(images, dict) else observe_images(images, observed, seed)
+    if size is not None:
+        _check_counts(size=size)
+    device = model_device(model) if device is None else _check_device(device)
+    fields = _observed(images, observed, seed)
     count, height, width = fields["mask"].shape
     shape = (height, width) if size is None else (size, size)
     keep = shape == (height, width)
-    device = torch.device(device) if device is not None else model_device(model)
 
     grid = grid_coords(*shape)  # (h*w, 2)
     if keep:
@@ -262,7 +314,7 @@ def reconstruct(
     asked = int(ask[0].sum())
     query = grid.expand(count, -1, -1)[ask].reshape(count, asked, 2)
 
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     if asked:
         batch = [part.to(device) for part in (query, fields["input_coords"], fields["input_values"])]
         options = {
@@ -366,7 +418,15 @@ def multiscale(
         list of dicts, one a scale and method: scale, method, kind ("mean", "sample", "classical"), images,
         psnr, ssim and speckle with their standard errors `*_se`, versus_biharmonic (mean paired difference of
         PSNR in dB) and versus_biharmonic_se, seconds (all images), note.
+
+    Raises ValueError, before anything is computed, for no scales, a scale below the window of SSIM,
+    sample_scales that are not among the scales, an unknown method or device, and counts below 1.
     """
+    _check_scales(scales, sample_scales)
+    _check_method(method)
+    _check_counts(steps=steps, draws=draws, images=images, observed_size=observed_size)
+    if device is not None:
+        _check_device(device)
     truth = _ground_truth(source, scales, observed_size, images)
     fields = observe_images(truth[observed_size], observed, seed)
     sample_scales = scales if sample_scales is None else sample_scales
@@ -418,6 +478,23 @@ def multiscale(
             if callback is not None:
                 callback(scale, name, prediction, target)
     return rows
+
+
+def _check_scales(scales, sample_scales):
+    if len(scales) == 0:
+        raise ValueError("scales is empty; pass sides such as (32, 64)")
+    for scale in scales:
+        _check_counts(scale=scale)
+        if scale < SSIM_WINDOW:
+            raise ValueError(
+                f"scale={scale} is smaller than the {SSIM_WINDOW} px window of SSIM; "
+                "pass scales such as (32, 64)"
+            )
+    others = [] if sample_scales is None else [scale for scale in sample_scales if scale not in scales]
+    if others:
+        raise ValueError(
+            f"sample_scales has {others}, which are not in scales={scales}; pass a part of scales"
+        )
 
 
 def _ground_truth(source, scales, observed_size, count):
@@ -486,7 +563,7 @@ def steps_curve(
         list of dicts: method, kind, steps, draws, images, psnr, ssim and speckle with `*_se`. The rows of
         kind "mean" are "posterior mean (1 step)" and "mean of K samples".
     """
-    fields = images if isinstance(images, dict) else observe_images(images, observed, seed)
+    fields = _observed(images, observed, seed)
     target = fields["images"].numpy()
     options = {"seed": seed, "device": device}
     rows = []
@@ -648,11 +725,9 @@ def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
         estimate, a text saying how the bytes were obtained. Workspaces inside operations and fragmentation
         come on top.
 
-    Raises ValueError for sizes below 1.
+    Raises ValueError for sizes that are not whole numbers of at least 1.
     """
-    for name, value in (("n_inputs", n_inputs), ("n_queries", n_queries), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is below 1; pass a positive number such as 204")
+    _check_counts(n_inputs=n_inputs, n_queries=n_queries, batch_size=batch_size)
     parameters = list(model.parameters())
     # A copy of the model in which every tensor, shared ones once, is of its shape only.
     shapes_only = {id(p): torch.nn.Parameter(_shape_of(p), p.requires_grad) for p in parameters}

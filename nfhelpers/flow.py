@@ -20,15 +20,44 @@ def _time_like(t, x):
     if not isinstance(t, torch.Tensor):
         t = torch.tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if t.ndim == 0:
+        check_unit_range("t", t, "a time such as 0.5")
         return t
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
         raise ValueError(
             f"t has shape {tuple(t.shape)} for a batch of {x.shape[0]}; pass a scalar or ({x.shape[0]},)"
         )
+    check_unit_range("t", t, "times such as 0.5")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _same_shape(first_name, first, second_name, second):
+def check_unit_range(name, tensor, legal):
+    """Raise ValueError unless every entry of a tensor on the CPU is in [0, 1]; `legal` says what to pass.
+
+    A tensor on another device passes unread: reading it back would stall the device on every call. So does a
+    tensor that is being traced.
+    """
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    # Written so that NaN, which compares false, is rejected too.
+    if not bool(((tensor >= 0) & (tensor <= 1)).all()):
+        raise ValueError(
+            f"{name} spans [{tensor.min().item():.4g}, {tensor.max().item():.4g}]; pass {legal} in [0, 1]"
+        )
+
+
+def _check_pair(first_name, first, second_name, second):
+    """Raise ValueError unless both are floating point tensors, not empty and of one shape."""
+    for name, tensor in ((first_name, first), (second_name, second)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__}; pass a torch tensor such as torch.rand(8, 204, 3)"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}; pass a floating point dtype such as torch.float32"
+            )
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is empty; pass at least one value")
     if first.shape != second.shape:
         raise ValueError(
             f"{first_name} {tuple(first.shape)} and {second_name} {tuple(second.shape)} differ in shape; "
@@ -40,9 +69,11 @@ def interpolate(noise, data, t):
     """The state x_t = (1 - t) * noise + t * data of the straight path.
 
     noise, data: (B, ...) of one shape; t: scalar or (B,), in [0, 1]. Returns (B, ...).
-    Raises ValueError on shapes that do not match. Source: Lipman et al. 2023, section 4.1 (sigma_min = 0).
+    Raises ValueError on what is not a floating point
+    tensor, is empty or differs in shape, and on a t on the CPU outside [0, 1].
+    Source: Lipman et al. 2023, section 4.1 (sigma_min = 0).
     """
-    _same_shape("noise", noise, "data", data)
+    _check_pair("noise", noise, "data", data)
     t = _time_like(t, data)
     return (1 - t) * noise + t * data
 
@@ -50,9 +81,10 @@ def interpolate(noise, data, t):
 def target_velocity(noise, data):
     """The velocity data - noise of the straight path, constant in time.
 
-    noise, data: (B, ...) of one shape. Returns (B, ...). Raises ValueError on shapes that do not match.
+    noise, data: (B, ...) of one shape. Returns (B, ...). Raises ValueError on what is not a floating point
+    tensor, is empty or differs in shape.
     """
-    _same_shape("noise", noise, "data", data)
+    _check_pair("noise", noise, "data", data)
     return data - noise
 
 
@@ -60,9 +92,9 @@ def velocity_to_data(velocity, x_t, t):
     """The data end of the path through x_t: x_t + (1 - t) * velocity.
 
     velocity, x_t: (B, ...) of one shape; t: scalar or (B,), in [0, 1]. Returns (B, ...).
-    Raises ValueError on shapes that do not match.
+    Raises ValueError as `interpolate` does.
     """
-    _same_shape("velocity", velocity, "x_t", x_t)
+    _check_pair("velocity", velocity, "x_t", x_t)
     return x_t + (1 - _time_like(t, x_t)) * velocity
 
 
@@ -70,9 +102,9 @@ def velocity_to_noise(velocity, x_t, t):
     """The noise end of the path through x_t: x_t - t * velocity.
 
     velocity, x_t: (B, ...) of one shape; t: scalar or (B,), in [0, 1]. Returns (B, ...).
-    Raises ValueError on shapes that do not match.
+    Raises ValueError as `interpolate` does.
     """
-    _same_shape("velocity", velocity, "x_t", x_t)
+    _check_pair("velocity", velocity, "x_t", x_t)
     return x_t - _time_like(t, x_t) * velocity
 
 
@@ -80,8 +112,8 @@ def velocity_to_score(velocity, x_t, t):
     """The score grad log p_t(x_t) = -E[noise | x_t] / (1 - t) of the Gaussian path.
 
     velocity, x_t: (B, ...) of one shape; t: scalar or (B,), in [0, 1). At t = 1 the path has no noise left
-    and the score of a general data distribution does not exist. Raises ValueError on shapes that do not
-    match and on t = 1. Source: Lipman et al. 2023, appendix.
+    and the score of a general data distribution does not exist. Raises ValueError as `interpolate` does and
+    on t = 1. Source: Lipman et al. 2023, appendix.
     """
     noise = velocity_to_noise(velocity, x_t, t)
     t = _time_like(t, x_t)
@@ -183,14 +215,16 @@ def flow_matching_loss(model, batch, *, t=None, noise=None, generator=None):
     Ni, 3), query_coords (B, Nq, 2) and query_values (B, Nq, 3) in [-1, 1]. t (B,) in [0, 1] is drawn
     uniformly, one value a sample, and noise (B, Nq, 3) from a standard normal, unless they are given; both
     draws use `generator` on its own device, or torch's default one. Returns a scalar. Raises ValueError on
-    a missing key and on shapes that do not match, the model's output among them. Source: Lipman et al.
-    2023, equation 23; seed 002.
+    a missing key, on shapes that do not match, the model's output among them, and on coordinates or t
+    outside [0, 1] where they are on the CPU. Source: Lipman et al. 2023, equation 23; seed 002.
     """
     missing = {"input_coords", "input_values", "query_coords", "query_values"} - set(batch)
     if missing:
         raise ValueError(
             f"the batch lacks {sorted(missing)}; pass a dict as nfhelpers.images.SparseFields gives"
         )
+    for name in ("input_coords", "query_coords"):
+        check_unit_range(name, batch[name], "pixel centres (x, y)")
     data = batch["query_values"]
     device = data.device if generator is None else generator.device
     if t is None:
@@ -201,5 +235,5 @@ def flow_matching_loss(model, batch, *, t=None, noise=None, generator=None):
     velocity = model(
         x_t, batch["query_coords"], t, batch["input_coords"], batch["input_values"]
     )  # (B, Nq, 3)
-    _same_shape("the model's velocity", velocity, "query_values", data)
+    _check_pair("the model's velocity", velocity, "query_values", data)
     return torch.nn.functional.mse_loss(velocity, target_velocity(noise, data))

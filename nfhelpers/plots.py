@@ -267,7 +267,12 @@ def training_figure(history, fields=None, title=None):
 
     history: dict of lists step and loss, and val_step, val_loss, val_psnr (these may be missing or empty).
     fields: None, or dict of sparse, reconstruction and target, each (k, H, W, 3) in [0, 1].
+    Raises ValueError for a history without step or loss.
     """
+    if "step" not in history or "loss" not in history:
+        raise ValueError(
+            f"history has the keys {sorted(history)}; pass the history of train.fit, with step and loss"
+        )
     step, loss = _array(history["step"]), _array(history["loss"]).astype(float)
     val_step = _array(history.get("val_step", []))
     val_loss, val_psnr = history.get("val_loss", []), history.get("val_psnr", [])

@@ -7,6 +7,7 @@ are in presets.toml, one section a notebook; `SECTIONS` says which.
 import os
 import platform
 import random
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,9 @@ class Run:
     """What a notebook runs with.
 
     `settings` is the notebook's section of presets.toml for the preset, as nested dicts, overrides applied.
-    `figures` and `runs` are folders (pathlib); they are made when something is first written to them.
+    `figures` and `runs` are folders (pathlib); they are made when something is first written to them. Under
+    "smoke", `runs` is a new folder in each run, so that a finished run is never found and resumed there: every
+    test trains. Under "demo" and "full" it is the same each time, and a stopped run is resumed.
     """
 
     notebook: str
@@ -61,6 +64,10 @@ def start(notebook, preset=None, overrides=None):
     settings = load_settings(SECTIONS[notebook], preset, overrides)
     device = default_device()
     root = repository_root()
+    runs = root / "runs" / notebook / preset
+    if preset == "smoke":
+        runs.mkdir(parents=True, exist_ok=True)
+        runs = Path(tempfile.mkdtemp(dir=runs))
     run = Run(
         notebook=notebook,
         preset=preset,
@@ -70,7 +77,7 @@ def start(notebook, preset=None, overrides=None):
         precision=default_precision(device),
         backend=kernels.choose_backend(device),
         figures=root / "figures",
-        runs=root / "runs" / notebook / preset,
+        runs=runs,
     )
     seed_everything(run.seed)
     off = "; ".join(
@@ -150,9 +157,17 @@ def _of_same_type(key, value, current):
 
 
 def repository_root():
-    """The nearest folder with a pyproject.toml from the working directory up, else the working directory."""
+    """This repository's folder if the working directory is in it, else the working directory.
+
+    It is the nearest folder upwards with a pyproject.toml and the folders notebooks/ and nfhelpers/ beside it:
+    any other project may have a pyproject.toml.
+    """
     here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / "pyproject.toml").is_file()), here)
+    for folder in (here, *here.parents):
+        beside = (folder / "notebooks").is_dir() and (folder / "nfhelpers").is_dir()
+        if beside and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
 
 
 def default_device():
@@ -217,11 +232,13 @@ def save_figure(run, figure, name):
 def checkpoint_or_train(folder, train):
     """The model saved in `folder` if there is one, else what `train()` returns; both print which it was.
 
+    `train` may train or hand over what was trained before.
+
     Raises ValueError (of `models.load_model`) when the folder is there but holds no readable model.
     """
     folder = Path(folder)
     if folder.exists():
         print(f"loaded {folder.name} from {folder.parent.name}/")
         return models.load_model(folder)
-    print(f"no {folder.parent.name}/{folder.name}: training")
+    print(f"no {folder.parent.name}/{folder.name}: the model is one trained here instead")
     return train()

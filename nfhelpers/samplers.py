@@ -16,6 +16,8 @@ from nfhelpers.flow import check_field
 
 
 def _check_times(times):
+    if not isinstance(times, torch.Tensor):
+        raise ValueError(f"times is a {type(times).__name__}; pass a tensor such as torch.linspace(0, 1, 51)")
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(
             f"times has shape {tuple(times.shape)}; pass at least two times, such as linspace(0, 1, 51)"
@@ -28,7 +30,8 @@ def euler(velocity, x, times, *, callback=None):
     velocity: function of x (B, ...) and a scalar tensor t, returning (B, ...); x: the state at times[0];
     times: 1-D tensor, at least two entries, rising (towards data) or falling (towards noise).
     callback(step, t, x), if given, is called after each step, step = 1 ... len(times) - 1, with the time
-    reached as a float. Returns the state at times[-1]. Raises ValueError on times of a wrong shape.
+    reached as a float. Returns the state at times[-1]. Raises ValueError on times that are
+    not a tensor or of a wrong shape.
     """
     _check_times(times)
     for step in range(1, len(times)):
@@ -73,6 +76,18 @@ def _evaluation_mode(model):
 def _check_count(name, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} is not a positive integer; pass a count such as 1")
+
+
+def _check_temperature(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise ValueError(f"temperature={value!r} is not in [0, inf); pass 1.0 for a posterior sample")
+
+
+def _as_parameters(model, *tensors):
+    """The tensors in the dtype of the model's parameters; as they are for a model that has none."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _initial_noise(query_coords, input_values, generator):
@@ -131,8 +146,9 @@ def sample(
     each step with step = 1 ... steps, the time reached and the state of the whole batch, not clamped;
     max_batch: most samples that pass through the model at once (query points are never split: they share
     one sequence), the result does not depend on it beyond float error. Returns (B, Nq, 3), clamped to [-1,
-    1]. The model's training mode is restored, gradients are not recorded. Raises ValueError on an illegal
-    field (see flow.check_field), method, steps, temperature or max_batch.
+    1]. The field may be of any floating dtype, such as NumPy's float64: it is cast to the dtype of the
+    model's parameters, which is also that of the result. The model's training mode is restored, gradients
+    are not recorded. Raises ValueError on an illegal field (see flow.check_field), method, steps, temperature or max_batch.
     """
     check_field(query_coords, input_coords, input_values)
     if method not in SAMPLERS:
@@ -140,8 +156,8 @@ def sample(
     _check_count("steps", steps)
     if max_batch is not None:
         _check_count("max_batch", max_batch)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature={temperature!r} is not in [0, inf); pass 1.0 for a posterior sample")
+    _check_temperature(temperature)
+    query_coords, input_coords, input_values = _as_parameters(model, query_coords, input_coords, input_values)
     x = temperature * _initial_noise(query_coords, input_values, generator)
     velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
     with _evaluation_mode(model):
@@ -162,8 +178,8 @@ def posterior_mean(
     standard deviation.
 
     model and the field: as in `sample`; draws: number of noise draws; generator, max_batch: as in `sample`.
-    Returns mean, std, each (B, Nq, 3); mean in [-1, 1] (each draw is clamped), std unbiased over draws and
-    NaN for draws=1, where it is undefined. Raises ValueError as `sample` does and on draws that is not a
+    Returns mean, std, each (B, Nq, 3) in the dtype of the model's parameters; mean in [-1, 1] (each draw is
+    clamped), std unbiased over draws and NaN for draws=1, where it is undefined. Raises ValueError as `sample` does and on draws that is not a
     positive integer.
     """
     check_field(query_coords, input_coords, input_values)
@@ -171,6 +187,7 @@ def posterior_mean(
     _check_count("steps", steps)
     if max_batch is not None:
         _check_count("max_batch", max_batch)
+    query_coords, input_coords, input_values = _as_parameters(model, query_coords, input_coords, input_values)
     velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
     integrate = euler if steps == 1 else heun
     mean = squares = torch.zeros((), dtype=input_values.dtype, device=input_values.device)

@@ -20,6 +20,7 @@ al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -45,12 +46,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from nfhelpers import evaluate
 from nfhelpers.flow import check_field, flow_matching_loss
-from nfhelpers.images import grid_coords, to_image
 from nfhelpers.metrics import psnr
-from nfhelpers.samplers import posterior_mean
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+ITEM_KEYS = ("input_coords", "input_values", "query_coords", "query_values")
 LOG_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "queries", "val_loss", "val_psnr")
 
 # Streams of random numbers: the first word after the seed, so that no two of them coincide.
@@ -152,10 +153,10 @@ class TrainResult:
     """What `fit` returns.
 
     history: dict of lists. One entry a step: step (1 is the first), loss, learning_rate, gradient_norm; one
-    entry an evaluation: val_step, val_loss, val_psnr (dB, of the one-step posterior mean on the full field;
-    NaN if the validation dataset has no `images`). best, latest: model folders, None where not written yet.
-    steps: optimizer steps done, those of the runs that this one resumed included. interrupted: stopped by
-    KeyboardInterrupt.
+    entry an evaluation: val_step, val_loss, val_psnr (dB, of the one-step posterior mean on the full field
+    with the observed pixels kept, see `evaluate.reconstruct`; NaN if the validation dataset has no `images`).
+    best, latest: model folders, None where this run has not written them. steps: optimizer steps done, those
+    of the runs that this one resumed included. interrupted: stopped by KeyboardInterrupt.
     """
 
     history: dict
@@ -175,11 +176,13 @@ class _Progress:
 
 
 def cosine_schedule(step, total_steps, warmup_steps):
-    """Factor on the learning rate of the optimizer step with this number (0 is the first), in (0, 1].
+    """Factor on the learning rate of the optimizer step with this number (0 is the first), in [0, 1].
 
-    Linear from 1/warmup_steps to 1 over the first warmup_steps, then half a cosine, which would reach 0 at
-    total_steps. Source: Loshchilov & Hutter 2017, without restarts.
+    Linear from 1/warmup_steps to 1 over the first warmup_steps, then half a cosine, which reaches 0 at
+    total_steps (one step past the last) and stays there. Source: Loshchilov & Hutter 2017, without restarts.
     """
+    if step >= total_steps:
+        return 0.0
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
@@ -189,22 +192,32 @@ def fit(model, data, config, *, callback=None):
     """Train a field model by flow matching; resume if `config.output_dir` holds the state of an earlier run.
 
     model: nn.Module with the signature of the field models and `save_pretrained` (see nfhelpers.models);
-    data: (train dataset, validation dataset), map-style, with the dict items of `images.SparseFields`; a
-    train dataset with `set_epoch` draws afresh each epoch, a validation dataset with `images` (N, H, W, 3)
-    is also reconstructed in full. config: TrainConfig. callback(epoch, history, fields), if given, is
-    called on the main process after each epoch (1 is the first); fields is None unless the epoch was
-    evaluated or drawn, else a dict of sparse, reconstruction (one-step posterior mean) and target, each (k,
-    H, W, 3) in [0, 1] (None without images).
+    data: (train dataset, validation dataset), map-style, with the dict items of `images.SparseFields`, each a
+    function of its index alone, or of epoch and index where the dataset has `set_epoch`; a validation dataset
+    with `images` (N, H, W, 3) is also reconstructed in full. config: TrainConfig. callback(epoch, history,
+    fields), if given, is called on the main process after each epoch (1 is the first); fields is None unless
+    the epoch was evaluated or drawn, else a dict of sparse, reconstruction (one-step posterior mean, observed
+    pixels kept) and target, each (k, H, W, 3) in [0, 1] (None without images).
 
     On return the model is on the training device, in eval mode, and holds the averaged (EMA) weights. An
     interrupt (Ctrl-C, a stopped cell) is not raised: the state and `latest` are written and the result says
     interrupted. Incomplete last batches of an epoch are left out. Runs unchanged under `accelerate launch`
     on many processes. Returns TrainResult.
 
-    Raises ValueError on data, model or settings that do not fit, on a state file that is damaged or belongs
-    to other settings; FloatingPointError on a loss or gradient that is not finite, naming step and layer,
-    in which case the saved state stays as it was.
+    Raises ValueError on data (checked batch by batch), model or settings that do not fit, on a state file
+    that is damaged or belongs to other settings or other data (told apart by count, shapes and the hash of
+    the first and last items); FloatingPointError on a loss or gradient that is not finite, naming step and
+    layer. In all these cases the saved state stays as it was.
     """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config is a {type(config).__name__}; pass a TrainConfig such as TrainConfig('runs/a')"
+        )
+    if not _is_pair_of_datasets(data):
+        raise ValueError(
+            f"data is a {_kinds(data)}; pass a pair (train dataset, validation dataset) with len() and "
+            "[index], such as two images.SparseFields"
+        )
     train_data, validation_data = data
     accelerator = _accelerator(config)
     slice_size = _check_setup(model, train_data, validation_data, config, accelerator)
@@ -212,7 +225,7 @@ def fit(model, data, config, *, callback=None):
     identity = {
         "config": {k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS},
         "model": _model_settings(model),
-        "data": {"train": len(train_data), "validation": len(validation_data)},
+        "data": {**_check_dataset(train_data, "train"), **_check_dataset(validation_data, "validation")},
     }
     saved = _load_state(folder / "state.safetensors", identity, accelerator)
     steps_per_epoch = len(train_data) // config.batch_size
@@ -267,12 +280,21 @@ def fit(model, data, config, *, callback=None):
         except KeyboardInterrupt:
             interrupted = True
             _save(run)
-    if not interrupted:
-        accelerator.wait_for_everyone()  # on return, the files are there for every process
     ema.copy_to(model.parameters())
     model.eval()
-    paths = [folder / name if (folder / name).is_dir() else None for name in ("best", "latest")]
-    return TrainResult(log.history, *paths, steps=progress.step, interrupted=interrupted)
+    best, latest = folder / "best", folder / "latest"
+    if not interrupted:
+        if accelerator.is_main_process and not latest.is_dir():  # the run was finished, the folder deleted
+            _save_model(model, latest)
+        accelerator.wait_for_everyone()  # on return, the files are there for every process
+    return TrainResult(
+        log.history,
+        # A `best` that this run's state does not know of was left by another one.
+        best=best if progress.best < math.inf and best.is_dir() else None,
+        latest=latest if latest.is_dir() else None,
+        steps=progress.step,
+        interrupted=interrupted,
+    )
 
 
 # -------------------------------------------------------------------------------- steps and epochs
@@ -370,23 +392,27 @@ def _finish_epoch(run, live):
             with _averaged(run.ema, run.model):
                 for name in names:
                     _save_model(run.model, run.folder / name)
+        if main and (evaluate or visualise):
+            picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
+            heading = f"{config.title}: epoch {epoch}, reconstruction: one-step posterior mean"
+            live.draw(run.log.history, field, heading, picture)
         _save(run)
-    if main and (evaluate or visualise):
-        picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
-        heading = f"{config.title}: epoch {epoch}, reconstruction: one-step posterior mean"
-        live.draw(run.log.history, field, heading, picture)
     return field
 
 
 def _save(run):
-    """The resumable state and `latest`, on the main process."""
+    """`latest` and the resumable state, on the main process.
+
+    The state comes last of all files: what a kill leaves out, the steps repeated on resume write again. In
+    the other order a kill after the last step would leave `latest` behind for ever.
+    """
     if not run.accelerator.is_main_process:
         return
     with _deferred_interrupt():
         run.log.flush()
-        _save_state(run)
         with _averaged(run.ema, run.model):
             _save_model(run.model, run.folder / "latest")
+        _save_state(run)
 
 
 @contextmanager
@@ -441,20 +467,59 @@ def _check_setup(model, train_data, validation_data, config, accelerator):
         )
     if len(validation_data) == 0:
         raise ValueError("the validation dataset is empty; pass at least one item")
-    for dataset, name in ((train_data, "train"), (validation_data, "validation")):
-        item = dataset[0]
-        wanted = {"input_coords", "input_values", "query_coords", "query_values"}
-        if not isinstance(item, dict) or not wanted <= set(item):
-            raise ValueError(
-                f"items of the {name} dataset lack some of {sorted(wanted)}; pass images.SparseFields"
-            )
-        check_field(*(item[key][None] for key in ("query_coords", "input_coords", "input_values")))
-        if item["query_values"].shape != (len(item["query_coords"]), item["input_values"].shape[-1]):
-            raise ValueError(
-                f"query_values of the {name} dataset have shape {tuple(item['query_values'].shape)}; "
-                f"pass {(len(item['query_coords']), item['input_values'].shape[-1])}, one value a query point"
-            )
     return config.batch_size // parts
+
+
+def _is_pair_of_datasets(data):
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and all(hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") for dataset in data)
+    )
+
+
+def _kinds(data):
+    """The type of what was passed as data, and what it holds."""
+    name = type(data).__name__
+    return f"{name} of {[type(part).__name__ for part in data]}" if isinstance(data, tuple | list) else name
+
+
+def _check_dataset(dataset, name):
+    """Check the first and the last item; returns what a resumed run must find again: count, shapes, hash."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(0)
+    digest = hashlib.sha256()
+    for index in (0, len(dataset) - 1):
+        item = dataset[index]
+        if not isinstance(item, dict) or not set(ITEM_KEYS) <= set(item):
+            raise ValueError(
+                f"items of the {name} dataset lack some of {list(ITEM_KEYS)}; pass images.SparseFields"
+            )
+        tensors = {key: torch.as_tensor(item[key]).cpu() for key in ITEM_KEYS}
+        batch = {key: tensor[None] for key, tensor in tensors.items()}
+        _check_batch(batch, f"item {index} of the {name} dataset", finite=True)
+        for tensor in tensors.values():
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    return {name: len(dataset), f"{name}_shapes": shapes, f"{name}_sha256": digest.hexdigest()}
+
+
+def _check_batch(batch, where, *, finite=False):
+    """Shapes, dtypes and coordinates of a batch, on the CPU, where looking at them waits for no device.
+
+    While training, values that are not finite pass: `_step` stops at these and names step and layer.
+    """
+    values = batch["input_values"] if finite else batch["input_values"].nan_to_num()
+    try:
+        check_field(batch["query_coords"], batch["input_coords"], values)
+        shape = (*batch["query_coords"].shape[:2], batch["input_values"].shape[-1])
+        if batch["query_values"].shape != shape:
+            raise ValueError(
+                f"query_values has shape {tuple(batch['query_values'].shape)}; pass {shape}, "
+                "one value a query point"
+            )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _model_settings(model):
@@ -545,7 +610,11 @@ class _Slice:
 
 def _step_slices(run, loader, step_indices):
     """The slices of one optimizer step on this process, with the queries that this step keeps."""
-    batches = [_to_device(next(loader), run.accelerator) for _ in step_indices]
+    batches = []
+    for indices in step_indices:
+        batch = next(loader)
+        _check_batch(batch, f"step {run.progress.step + 1}, items {indices} of the train dataset")
+        batches.append(_to_device(batch, run.accelerator))
     keep, t, noise = _draw_step(batches[0]["query_values"], run.config, run.progress.step)
     process = run.accelerator.process_index
     t = t.reshape(_layout(run))[:, process]  # (parts, b)
@@ -674,6 +743,7 @@ def _validate(run):
     total = 0.0
     model.eval()
     for indices, batch in zip(batches, _loader(dataset, batches, config, accelerator), strict=True):
+        _check_batch(batch, f"items {indices} of the validation dataset")
         shape = batch["query_values"].shape[1:]
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]
         noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
@@ -686,12 +756,16 @@ def _validate(run):
 
 
 def _reconstruct(run):
-    """One-step posterior mean of the first images in full: sparse, reconstruction, target in [0, 1]."""
+    """One-step posterior mean of the first images in full: sparse, reconstruction, target in [0, 1].
+
+    By `evaluate.reconstruct`: the model is asked for the unobserved pixels only, as in training, and the
+    observed ones are kept.
+    """
     dataset, config, accelerator = run.validation_data, run.config, run.accelerator
-    images = getattr(dataset, "images", None)
-    if images is None:
+    if getattr(dataset, "images", None) is None:
         return None
     count = min(config.field_images, len(dataset))
+    images = torch.as_tensor(dataset.images[:count]).float() / 255  # (k, H, W, 3)
     _, height, width, _ = images.shape
     items = [dataset[index] for index in range(count)]
     input_coords, input_values = (
@@ -700,19 +774,20 @@ def _reconstruct(run):
     pixels = (input_coords * torch.tensor([width, height])).long().clamp(min=0)  # (k, Ni, 2), column and row
     flat = pixels[..., 1] * width + pixels[..., 0]
     mask = torch.zeros(count, height * width, dtype=torch.bool).scatter_(1, flat, True)
-    query_coords = grid_coords(height, width).expand(count, -1, -1)
+    observed = {
+        "images": images,
+        "mask": mask.reshape(count, height, width),
+        "input_coords": input_coords,
+        "input_values": input_values,
+    }
     with accelerator.autocast():
-        mean, _ = posterior_mean(
-            run.model,
-            *(x.to(accelerator.device) for x in (query_coords, input_coords, input_values)),
-            generator=_generator(config.seed, _FIELDS),
-            max_batch=run.slice_size,
+        result = evaluate.reconstruct(
+            run.model, observed, seed=_seed(config.seed, _FIELDS), device=accelerator.device
         )
-    target = np.asarray(images[:count], dtype=np.float32) / 255
     return {
-        "sparse": np.where(mask.reshape(count, height, width, 1).numpy(), target, 0.75),  # unobserved: grey
-        "reconstruction": to_image(mean.float()).reshape(target.shape).cpu().numpy(),
-        "target": target,
+        "sparse": np.where(result["mask"][..., None], result["images"], np.float32(0.75)),  # unobserved: grey
+        "reconstruction": result["fields"],
+        "target": result["images"],
     }
 
 

@@ -5,6 +5,9 @@ the notebook file only if every cell ended well and the result passes `problems`
 it was and the failing copy lies in build/notebooks. Under NF_PRESET=smoke nothing is written back: committed
 outputs come from demo or full.
 
+What an earlier run left in runs/<notebook>/<preset> is removed first, so that the outputs are of a run that
+trained. Not so under full, where training takes hours: a run that was stopped goes on where it was.
+
     python notebooks/run_all.py                       # all of them
     python notebooks/run_all.py 01_ssm_basics.ipynb --timeout 1200
 """
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -60,6 +64,8 @@ def main(arguments=None):
     failed = []
     for path in paths:
         print(f"{path.name} ({preset}) ...", flush=True)
+        if preset != "full":
+            forget(path.stem, preset)
         start = time.monotonic()
         notebook, complaints = execute(path, preset, timeout)
         seconds = time.monotonic() - start
@@ -74,6 +80,13 @@ def main(arguments=None):
             print(f"{path.name} ok in {seconds:.0f} s -> {target.relative_to(FOLDER.parent)}", flush=True)
     print(f"{len(paths) - len(failed)} of {len(paths)} notebooks ended well")
     return 1 if failed else 0
+
+
+def forget(notebook, preset):
+    """Remove what an earlier run of a notebook left; a finished training would be found and not repeated."""
+    folder = FOLDER.parent / "runs" / notebook / preset
+    if folder.is_dir():
+        shutil.rmtree(folder)
 
 
 def execute(path, preset, timeout):

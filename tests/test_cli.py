@@ -91,6 +91,31 @@ def test_train_writes_a_model_and_resumes(tmp_path, capsys):
     assert cli.main([*arguments, "--seed", "4"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("ranks", "printed"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # the first of the second machine
+        ({"LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_one_process_of_a_launch_prints(tmp_path, capsys, monkeypatch, ranks, printed):
+    def trained(model, data, config):
+        return train.TrainResult({"val_loss": []}, None, None, steps=1, interrupted=False)
+
+    monkeypatch.setattr(train, "fit", trained)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "v1", *TINY, "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert (out.count("model     v1"), out.count("trained at step 1")) == ((1, 1) if printed else (0, 0))
+    assert bool(out) == printed
+
+
 def test_interrupted_training_exits_130(tmp_path, capsys, monkeypatch):
     def interrupted(model, data, config):
         return train.TrainResult({"val_loss": []}, None, tmp_path / "latest", steps=1, interrupted=True)

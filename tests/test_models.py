@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from nfhelpers import train
 from nfhelpers.flow import skip_weight
 from nfhelpers.images import grid_coords
 from nfhelpers.models import (
@@ -159,6 +160,18 @@ def test_ssm_initialisation():
     A = -torch.exp(layer.A_log)
     torch.testing.assert_close(A, -torch.arange(1.0, 6.0).expand(64, 5))
     assert torch.equal(layer.D, torch.ones(64)) and layer.dt_rank == 2
+
+
+def test_weight_decay_leaves_the_recurrence_alone():
+    """Decay would pull every A to -1, delta's bias to 0 and the skip D to 0."""
+    model = tiny_model("v1")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = (
+        {names[id(parameter)].rsplit(".", 1)[-1] for parameter in group["params"]}
+        for group in train._parameter_groups(model, 0.1)
+    )
+    assert {"A_log", "D", "dt_bias"} <= others
+    assert decayed == {"weight"}
 
 
 def test_ssm_equals_a_float64_loop():

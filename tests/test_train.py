@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 
-from nfhelpers import plots, train
+from nfhelpers import evaluate, metrics, plots, train
 from nfhelpers.flow import skip_weight
 from nfhelpers.images import SparseFields
 from nfhelpers.train import TrainConfig, cosine_schedule, fit
@@ -135,6 +136,11 @@ def test_schedule_is_a_ramp_and_half_a_cosine():
     assert cosine_schedule(0, 1, 0) == 1
 
 
+def test_schedule_is_zero_from_the_last_step_on():
+    assert [cosine_schedule(step, 10, 10) for step in (8, 9, 10, 11)] == [0.9, 1, 0, 0]
+    assert [cosine_schedule(step, 10, 2) for step in (10, 11, 18)] == [0, 0, 0]
+
+
 def test_learning_rate_of_each_step_follows_the_schedule(reference):
     _, result, _ = reference
     expected = [1e-2 * cosine_schedule(step, 24, 2) for step in range(24)]
@@ -202,7 +208,10 @@ def test_nothing_written_is_a_pickle(reference):
     kinds = {Path(name).suffix for name in names - board}
     assert len(board) == 1 and kinds == {".safetensors", ".json", ".csv", ".png", ".md"}
     for name in names - board:  # neither raw pickles (protocol 2 and later) nor torch.save archives
-        assert not (folder / name).read_bytes().startswith((b"\x80", b"PK")), name
+        content = (folder / name).read_bytes()
+        # safetensors: the length of its header, whose first byte may be any, then the header, JSON
+        header = name.endswith(".safetensors") and content[8:9] == b"{"
+        assert header or not content.startswith((b"\x80", b"PK")), name
 
 
 def test_validation_is_repeatable_and_best_is_the_lowest(reference, tmp_path):
@@ -225,8 +234,20 @@ def test_fields_are_the_posterior_mean_of_the_first_validation_images(reference,
     observed = (field["sparse"] != 0.75).all(-1)
     assert observed.reshape(3, -1).sum(1).tolist() == [validation.num_inputs] * 3
     np.testing.assert_array_equal(field["sparse"][observed], field["target"][observed])
+    np.testing.assert_array_equal(field["reconstruction"][observed], field["target"][observed])
     error = ((field["reconstruction"] - field["target"]) ** 2).mean((1, 2, 3))
     assert seen[1][1]["val_psnr"][-1] == pytest.approx(np.mean(-10 * np.log10(error)), abs=1e-4)
+
+
+def test_val_psnr_is_that_of_evaluate(tmp_path):
+    """The same fields and noise, though training derives the observed pixels from the dataset's items."""
+    data, config = fields(), settings(tmp_path, epochs=1, field_images=5)
+    model = tiny()
+    result = fit(model, data, config)
+    fields_there = evaluate.observe_images(data[1].images, 0.2, seed=0)
+    there = evaluate.reconstruct(model, fields_there, seed=train._seed(config.seed, train._FIELDS))
+    expected = metrics.psnr(there["fields"], there["images"]).mean()
+    assert result.history["val_psnr"] == [pytest.approx(expected, abs=1e-4)]
 
 
 def test_global_random_state_is_left_alone(tmp_path):
@@ -346,13 +367,13 @@ def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
 
     data = fields()
     data[0].__class__ = StopsOnce
-    data[0].left = 6
+    data[0].left = 2 + 5  # the first and last items, then within the second batch
     second = fit(tiny(), data, settings(tmp_path))
     assert (second.interrupted, second.steps) == (True, 5)
 
     data = fields()
     data[1].__class__ = StopsOnce
-    data[1].left = 1 + 2 * 8 - 3
+    data[1].left = 2 + 2 * 8 - 3
     third = fit(tiny(), data, settings(tmp_path))
     assert (third.interrupted, third.steps) == (True, 16) and third.history["val_step"] == [8]
 
@@ -377,6 +398,58 @@ def test_a_finished_run_is_returned_as_it_is(reference, tmp_path):
     again = fit(TinyField(), fields(), settings(folder))
     assert again == result
     assert (folder / "log.csv").read_bytes() == log
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in `fit` handles it."""
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_kill_around_the_last_state_leaves_latest_and_picture_whole(
+    reference, tmp_path, monkeypatch, written
+):
+    save_state = train._save_state
+
+    def kill(run):
+        if run.progress.epoch < 6:
+            return save_state(run)
+        if written:
+            save_state(run)
+        raise Killed
+
+    monkeypatch.setattr(train, "_save_state", kill)
+    with pytest.raises(Killed):
+        fit(tiny(), fields(), settings(tmp_path))
+    monkeypatch.undo()
+    assert (tmp_path / "fields" / "epoch_0006.png").is_file()
+    expected = load_file(reference[0] / "latest" / "model.safetensors")
+    for _ in range(2):  # as the kill left it, then as the next call does
+        latest = load_file(tmp_path / "latest" / "model.safetensors")
+        assert all(torch.equal(latest[name], tensor) for name, tensor in expected.items())
+        result = fit(tiny(), fields(), settings(tmp_path))
+        assert (result.steps, result.latest) == (24, tmp_path / "latest")
+    assert_same_run(tmp_path, reference[0])
+
+
+def test_latest_of_a_finished_run_is_written_again(tmp_path):
+    first = fit(tiny(), fields(), settings(tmp_path, epochs=2))
+    expected = load_file(first.latest / "model.safetensors")
+    shutil.rmtree(first.latest)
+    assert fit(tiny(width=16), fields(), settings(tmp_path, epochs=2)) == first
+    latest = load_file(first.latest / "model.safetensors")
+    assert all(torch.equal(latest[name], tensor) for name, tensor in expected.items())
+
+
+def test_best_of_another_run_is_not_returned(tmp_path):
+    fit(tiny(), fields(), settings(tmp_path, epochs=2))
+    (tmp_path / "state.safetensors").unlink()
+
+    def stop(epoch, history, field):
+        raise KeyboardInterrupt
+
+    result = fit(tiny(), fields(), settings(tmp_path, epochs=4), callback=stop)
+    assert (tmp_path / "best").is_dir() and (result.steps, result.best) == (4, None)
+    assert fit(tiny(), fields(), settings(tmp_path, epochs=4)).best == tmp_path / "best"
 
 
 def test_signal_waits_for_the_end_of_the_block():
@@ -425,6 +498,29 @@ def test_state_of_other_settings_is_refused_by_name(stopped):
         tiny(), fields(), settings(stopped, save_every=1, gradient_checkpointing=True, num_workers=1)
     )
     assert result.steps == 24
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("train", SparseFields(gradients(18, 5), queries=0.5)),
+        ("train", SparseFields(gradients(18, 0), observed=0.3, queries=0.5)),
+        ("validation", SparseFields(gradients(5, 5), queries=0.5, seed=0)),
+        ("validation", SparseFields(gradients(5, 1), queries=0.5, seed=7)),
+    ],
+)
+def test_state_of_other_data_of_the_same_length_is_refused(stopped, part, other):
+    data = (other, fields()[1]) if part == "train" else (fields()[0], other)
+    before = (stopped / "state.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=rf"\(data: {part}_sha256=.* there, .* here"):
+        fit(tiny(), data, settings(stopped))
+    assert (stopped / "state.safetensors").read_bytes() == before
+
+
+def test_the_same_data_resumes_whatever_epoch_it_was_left_at(stopped):
+    data = fields()
+    data[0].set_epoch(5)
+    assert fit(tiny(), data, settings(stopped)).steps == 24
 
 
 def test_failed_write_leaves_the_old_state(stopped, monkeypatch):
@@ -565,6 +661,51 @@ def test_models_and_data_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot checkpoint"):
         fit(NoCheckpointing(), fields(), replace(config, gradient_checkpointing=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "came"),
+    [
+        (fields()[0], "data is a SparseFields;"),
+        (fields() * 2, "data is a tuple of"),
+        ((fields()[0], None), r"data is a tuple of \['SparseFields', 'NoneType'\]"),
+        (dict(zip("ab", fields(), strict=True)), "data is a dict;"),
+        (None, "data is a NoneType;"),
+    ],
+)
+def test_data_must_be_a_pair_of_datasets(data, came, tmp_path):
+    with pytest.raises(ValueError, match=came + ".*pass a pair"):
+        fit(tiny(), data, settings(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_must_be_a_train_config():
+    with pytest.raises(ValueError, match="config is a dict; pass a TrainConfig"):
+        fit(tiny(), fields(), {"output_dir": "never"})
+
+
+class WrongItem(SparseFields):
+    """Item 2 is wrong, neither the first nor the last."""
+
+    key, change = "", staticmethod(lambda tensor: tensor)
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, self.key: self.change(item[self.key])} if index == 2 else item
+
+
+@pytest.mark.parametrize("key", ["query_coords", "input_coords"])
+@pytest.mark.parametrize(("factor", "message"), [(32, r"spans \[.*in \[0, 1\]"), (math.nan, r"spans \[nan")])
+def test_wrong_coordinates_of_any_item_are_named(tmp_path, key, factor, message):
+    for part, where in enumerate(
+        (r"step \d, items \[.*\b2\b.*\] of the train", r"items \[.*\b2\b.*validation")
+    ):
+        data = fields()
+        data[part].__class__ = WrongItem
+        data[part].key, data[part].change = key, lambda tensor: tensor * factor
+        config = settings(tmp_path / str(part), epochs=2, evaluate_every=1)
+        with pytest.raises(ValueError, match=f"{where}.*{key} {message}"):
+            fit(tiny(), data, config)
 
 
 class NoCheckpointing(nn.Module):

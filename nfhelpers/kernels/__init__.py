@@ -16,6 +16,8 @@ from .reference import selective_scan_reference
 BACKENDS = ("reference", "chunked", "native", "triton", "mamba_ssm")
 DISCRETIZATIONS = ("mamba", "zoh")
 _CUDA_ONLY = ("triton", "mamba_ssm")
+_BROKEN_INSTALL = (ImportError, OSError, AttributeError, RuntimeError, TypeError)
+"""What the import of a package raises that is missing or was built for another torch, driver or Python."""
 
 
 def selective_scan(
@@ -141,11 +143,7 @@ def _mamba_ssm():
     try:
         module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         return module.selective_scan_fn, None
-    except (
-        ImportError,
-        OSError,
-        AttributeError,
-    ) as error:  # OSError, AttributeError: built for another torch
+    except _BROKEN_INSTALL as error:
         return None, f"import failed: {type(error).__name__}: {error}"
 
 
@@ -177,8 +175,8 @@ def _triton_status():
     try:
         importlib.import_module("triton")
         _triton_module()
-    except ImportError as error:
-        if error.name == f"{__name__}.triton_scan":
+    except _BROKEN_INSTALL as error:
+        if isinstance(error, ImportError) and error.name == f"{__name__}.triton_scan":
             return "not built yet"
         return f"import failed: {type(error).__name__}: {error}"
     if not torch.cuda.is_available() and not _interpreted():

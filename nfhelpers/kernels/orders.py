@@ -22,7 +22,7 @@ def point_order(coords, kind):
     the rows that hold a point and walks every second one backwards.
 
     Args:
-        coords: (B, L, 2) floating, (x, y) in [0, 1]. Hilbert order takes points outside as on the border.
+        coords: (B, L, 2) floating, (x, y) in [0, 1].
         kind: "row", "column", "diagonal" (x + y, then x), "antidiagonal" (x - y, then x), "serpentine",
             "hilbert".
 
@@ -30,13 +30,17 @@ def point_order(coords, kind):
         (B, L) int64, one permutation of 0 ... L-1 a sample.
 
     Raises:
-        ValueError: a shape other than (B, L, 2), a dtype that is not floating, an unknown kind.
+        ValueError: not a tensor, a shape other than (B, L, 2), a dtype that is not floating, an unknown kind;
+            coordinates on the CPU that are not in [0, 1] (on a GPU they are not read back: Hilbert order
+            takes points outside as on the border).
 
     Source: the four directions of seed 001; Hilbert, "Ueber die stetige Abbildung einer Linie auf ein
     Flaechenstueck", 1891.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
+    if not isinstance(coords, torch.Tensor):
+        raise ValueError(f"coords is a {type(coords).__name__}; pass a tensor (B, L, 2) such as (8, 204, 2)")
     if coords.dim() != 3 or coords.shape[-1] != 2 or 0 in coords.shape:
         raise ValueError(
             f"coords has shape {tuple(coords.shape)}; pass (B, L, 2) such as (8, 204, 2), not empty"
@@ -44,6 +48,11 @@ def point_order(coords, kind):
     if not coords.is_floating_point():
         raise ValueError(f"coords is {coords.dtype}; pass (x, y) in [0, 1] as float32")
     coords = coords.detach()
+    if _is_read(coords) and not bool(((coords >= 0) & (coords <= 1)).all()):  # NaN is refused too
+        raise ValueError(
+            f"coords spans [{coords.min().item():.4g}, {coords.max().item():.4g}]; "
+            "pass (x, y) in [0, 1], such as nfhelpers.images.grid_coords(32, 32)"
+        )
     if coords.dtype not in (torch.float32, torch.float64):
         coords = coords.float()
     x, y = coords.unbind(-1)  # (B, L) each
@@ -59,6 +68,11 @@ def point_order(coords, kind):
         row = _lines(y)
         return _sort_by(row, torch.where(row % 2 == 0, x, -x))
     return torch.argsort(_hilbert_index(x, y), dim=-1, stable=True)
+
+
+def _is_read(x):
+    """Whether values are checked: reading them back from a GPU would stall it, and a trace has none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _sort_by(major, minor):
@@ -109,13 +123,16 @@ def grid_order(height, width, kind):
         (height * width,) int64 permutation.
 
     Raises:
-        ValueError: a size below 1 or an unknown kind.
+        ValueError: a size that is not a whole number of at least 1, or an unknown kind.
 
     Source: LocalMamba, Huang et al., 2024 (seed 000).
     """
-    if height < 1 or width < 1:
-        raise ValueError(f"height={height}, width={width}; both must be at least 1, such as 32, 32")
-    match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
+    for size in (height, width):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"height={height!r}, width={width!r}; both must be whole and at least 1, such as 32, 32"
+            )
+    match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind) if isinstance(kind, str) else None
     if match is None:
         raise ValueError(
             f"kind={kind!r} is not an order of a grid; pass 'h', 'v' or 'w<N>' such as 'w7', or 'h_flip'"
@@ -140,9 +157,19 @@ def inverse_order(order):
         order: (..., L) int64, a permutation of 0 ... L-1 along the last dimension.
 
     Raises:
-        ValueError: not int64, or no dimension.
+        ValueError: not an int64 tensor, no dimension, or, on the CPU, not a permutation.
     """
+    if not isinstance(order, torch.Tensor):
+        raise ValueError(f"order is a {type(order).__name__}; pass an int64 tensor (..., L)")
     if order.dtype != torch.int64 or order.dim() == 0:
         raise ValueError(f"order is {order.dtype} of shape {tuple(order.shape)}; pass int64 (..., L)")
-    steps = torch.arange(order.shape[-1], device=order.device)
-    return torch.empty_like(order).scatter_(-1, order, steps.expand_as(order))
+    length = order.shape[-1]
+    if _is_read(order) and not bool(((order >= 0) & (order < length)).all()):
+        raise ValueError(
+            f"order has entries outside 0 ... {length - 1}; pass a permutation such as point_order returns"
+        )
+    steps = torch.arange(length, device=order.device)
+    inverse = torch.full_like(order, -1).scatter_(-1, order, steps.expand_as(order))
+    if _is_read(inverse) and bool((inverse < 0).any()):
+        raise ValueError("order names a position twice; pass a permutation such as point_order returns")
+    return inverse

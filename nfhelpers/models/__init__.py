@@ -34,10 +34,16 @@ FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
 def load_model(folder: str | Path) -> FieldModel:
     """Open a folder written by `save_pretrained`, whichever model it holds: in eval mode, on the CPU.
 
-    Raises ValueError when the folder holds no config.json or an unknown model_type.
+    Raises ValueError when the folder holds no config.json, naming the models in its subfolders if there are
+    any (a training run has best/ and latest/), or an unknown model_type.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
+        inside = sorted(str(found.parent) for found in Path(folder).glob("*/config.json"))
+        if inside:
+            raise ValueError(
+                f"{str(folder)!r} is not itself a saved model, but holds {inside}; pass one of them"
+            )
         raise ValueError(
             f"{str(folder)!r} holds no config.json; pass a saved model such as 'checkpoints/v1-photos'"
         )

@@ -68,6 +68,24 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
         save_file(weights, save_directory / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "FieldModel":
+        """Open a folder written by `save_pretrained`, or a model of the Hugging Face hub by its name.
+
+        `options` are those of `PyTorchModelHubMixin.from_pretrained`, such as revision. Raises ValueError for
+        a path, as against a hub name, that is no folder: the hub is not asked for it.
+        """
+        name = str(pretrained_model_name_or_path)
+        local = isinstance(pretrained_model_name_or_path, Path) or name.startswith(
+            ("checkpoints/", "runs/", ".", "/", "~")
+        )
+        if local and not os.path.isdir(name):
+            raise ValueError(
+                f"{name!r} is not a folder; pass one written by save_pretrained, such as "
+                "'checkpoints/v1-photos'"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _decode_arg(cls, expected_type: type, value: Any) -> Any:
         if isinstance(expected_type, type) and issubclass(expected_type, ModelConfig):
             return expected_type.from_dict(value)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nfhelpers.flow import skip_weight
+from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.kernels.orders import POINT_ORDERS, inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, mlp
@@ -36,7 +36,8 @@ def check_shapes(
 ) -> None:
     """Raise ValueError unless the five arguments of a velocity field fit together.
 
-    Shapes only, so that no value is read back from a GPU; the samplers check ranges once per call.
+    Shapes and dtypes; that t and the coordinates are in [0, 1] only where they are on the CPU, so that no
+    value is read back from a GPU. The samplers check ranges on any device, once per call.
     """
     legal = (
         "pass noisy_values (B, Nq, 3), query_coords (B, Nq, 2), t (B,), input_coords (B, Ni, 2), "
@@ -75,6 +76,9 @@ def check_shapes(
             f"input_coords has {input_coords.shape[1]} points and input_values {input_values.shape[1]}; "
             f"{legal}"
         )
+    check_unit_range("t", t, "times from noise, 0, to data, 1,")
+    for name, coords in (("query_coords", query_coords), ("input_coords", input_coords)):
+        check_unit_range(name, coords, "pixel centres (x, y)")
 
 
 def gather_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -178,7 +182,8 @@ class MambaDiffusion(FieldModel):
 
         noisy_values (B, Nq, 3) is x_t, values in about [-1, 1]; query_coords (B, Nq, 2) and input_coords
         (B, Ni, 2) are (x, y) in [0, 1]; t (B,) in [0, 1], 0 is noise; input_values (B, Ni, 3) in [-1, 1].
-        Returns (B, Nq, 3). Raises ValueError when the shapes or dtypes do not fit.
+        Returns (B, Nq, 3). Raises ValueError when the shapes or dtypes do not fit and, on the CPU, when t or
+        coordinates are outside [0, 1].
         """
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
         input_order = point_order(input_coords, self.config.order)  # (B, I)

@@ -43,6 +43,7 @@ class SelectiveSSM(nn.Module):
         self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus, (E,)
         spectrum = torch.arange(1, d_state + 1, dtype=torch.float32)  # (N,)
         self.A_log = nn.Parameter(spectrum.log().repeat(d_inner, 1))  # (E, N)
+        self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
