@@ -49,7 +49,7 @@ test: $(STAMP)
 	    echo 'TRITON_INTERPRET=1 pytest tests/test_triton.py'; \
 	    TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py; fi
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
-	rm -rf runs/*/smoke
+	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
 	$(BIN)/python -m pytest tests/test_browser.py
 

@@ -152,7 +152,10 @@ def doctor(options, command):
     print(
         f"selective scan (* used on {default.type}; float32's relative error against the float64 reference)"
     )
-    chosen = kernels.choose_backend(default)
+    try:
+        chosen, refused = kernels.choose_backend(default), None
+    except ValueError as error:  # NF_SCAN_BACKEND names one that cannot run here; the table says why
+        chosen, refused = None, error
     wrong = []
     for name, status in kernels.backend_status().items():
         mark = "*" if name == chosen else " "
@@ -167,6 +170,8 @@ def doctor(options, command):
         print(line)
     if wrong:
         print(f"do not use {', '.join(wrong)}: choose another backend with NF_SCAN_BACKEND", file=sys.stderr)
+    if refused:
+        raise refused
     return 1 if wrong else 0
 
 

@@ -32,9 +32,9 @@ class Run:
     """What a notebook runs with.
 
     `settings` is the notebook's section of presets.toml for the preset, as nested dicts, overrides applied.
-    `figures` and `runs` are folders (pathlib); they are made when something is first written to them. Under
-    "smoke", `runs` is a new folder in each run, so that a finished run is never found and resumed there: every
-    test trains. Under "demo" and "full" it is the same each time, and a stopped run is resumed.
+    `figures` and `runs` are folders (pathlib), made when something is first written to them. Under "smoke"
+    `runs` is a new folder each time, so that no finished run is found there and every test trains; under
+    "demo" and "full" it is the same each time, and a stopped run is resumed.
     """
 
     notebook: str
@@ -159,8 +159,8 @@ def _of_same_type(key, value, current):
 def repository_root():
     """This repository's folder if the working directory is in it, else the working directory.
 
-    It is the nearest folder upwards with a pyproject.toml and the folders notebooks/ and nfhelpers/ beside it:
-    any other project may have a pyproject.toml.
+    It is the nearest folder upwards with a pyproject.toml and the folders notebooks/ and nfhelpers/ beside
+    it: any other project may have a pyproject.toml.
     """
     here = Path.cwd()
     for folder in (here, *here.parents):

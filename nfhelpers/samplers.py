@@ -114,7 +114,7 @@ def _conditional_velocity(model, query_coords, input_coords, input_values, max_b
                     f"the model's velocity has shape {tuple(parts[-1].shape)}; "
                     f"wanted {tuple(x[part].shape)}, that of noisy_values"
                 )
-        return torch.cat(parts)
+        return torch.cat(parts).to(x.dtype)
 
     return velocity
 
@@ -148,7 +148,8 @@ def sample(
     one sequence), the result does not depend on it beyond float error. Returns (B, Nq, 3), clamped to [-1,
     1]. The field may be of any floating dtype, such as NumPy's float64: it is cast to the dtype of the
     model's parameters, which is also that of the result. The model's training mode is restored, gradients
-    are not recorded. Raises ValueError on an illegal field (see flow.check_field), method, steps, temperature or max_batch.
+    are not recorded. Raises ValueError on an illegal field (see flow.check_field), method, steps,
+    temperature or max_batch.
     """
     check_field(query_coords, input_coords, input_values)
     if method not in SAMPLERS:
@@ -179,8 +180,8 @@ def posterior_mean(
 
     model and the field: as in `sample`; draws: number of noise draws; generator, max_batch: as in `sample`.
     Returns mean, std, each (B, Nq, 3) in the dtype of the model's parameters; mean in [-1, 1] (each draw is
-    clamped), std unbiased over draws and NaN for draws=1, where it is undefined. Raises ValueError as `sample` does and on draws that is not a
-    positive integer.
+    clamped), std unbiased over draws and NaN for draws=1, where it is undefined. Raises ValueError as
+    `sample` does and on draws that is not a positive integer.
     """
     check_field(query_coords, input_coords, input_values)
     _check_count("draws", draws)

@@ -199,6 +199,7 @@ def test_notebook_widgets(page, tmp_path, repository, name):
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / path.name)
     shutil.copy(repository / "pyproject.toml", tmp_path)
+    (tmp_path / "nfhelpers").mkdir()  # run.repository_root looks for it
     (tmp_path / "checkpoints").symlink_to(repository / "checkpoints")
     with jupyterlab(tmp_path) as address:
         run_all_cells(page, address, f"notebooks/{path.name}", timeout=180)

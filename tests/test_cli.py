@@ -39,6 +39,13 @@ def error_of(capsys, *arguments):
 # ---------------------------------------------------------------- doctor
 
 
+def test_doctor_prints_its_table_before_it_refuses_a_backend(capsys, monkeypatch):
+    monkeypatch.setenv("NF_SCAN_BACKEND", "native")
+    assert cli.main(["doctor"]) == 2
+    captured = capsys.readouterr()
+    assert "chunked    ok" in captured.out and "NF_SCAN_BACKEND='native'" in captured.err
+
+
 def test_doctor_checks_every_backend(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out

@@ -247,12 +247,86 @@ def test_groups_of_images_change_nothing(monkeypatch):
         ({"steps": 0}, "steps=0"),
         ({"draws": 0}, "draws=0"),
         ({"observed": 1.5}, r"observed=1.5"),
-        ({"size": 0}, "0"),
+        ({"size": 0}, "size=0"),
+        ({"size": 16.0}, "size=16.0"),
+        ({"method": "rk9"}, "rk9"),  # also where it is not used
+        ({"device": "tpu9"}, "device='tpu9' cannot be used"),
+        ({"images": {}}, r"a dict without \['images', 'input_coords', 'input_values', 'mask'\]"),
     ],
 )
 def test_reconstruct_refuses(change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.reconstruct(GaussianPosterior(), smooth_images(1), **change)
+        evaluate.reconstruct(GaussianPosterior(), **{"images": smooth_images(1), **change})
+
+
+def test_noise_is_drawn_on_the_cpu_whatever_the_device():
+    """The same seed gives the same noise on every device: that of a CPU generator."""
+    seen = []
+
+    class Recorder(GaussianPosterior):
+        def forward(self, noisy_values, *rest):
+            seen.append(noisy_values.clone())
+            return super().forward(noisy_values, *rest)
+
+    drawn = []
+
+    def generator(device="cpu"):
+        drawn.append(torch.device(device).type)
+        return real(device)
+
+    real, torch.Generator = torch.Generator, generator
+    try:
+        evaluate.reconstruct(Recorder(), smooth_images(1), seed=5, device="cpu")
+    finally:
+        torch.Generator = real
+    expected = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+    assert set(drawn) == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": ()}, "scales is empty"),
+        ({"scales": (16, 8)}, "scale=8 is smaller than the 11 px window"),
+        ({"scales": (16.5,)}, "scale=16.5"),
+        ({"sample_scales": (32, 48)}, r"sample_scales has \[48\]"),
+        ({"method": "rk9"}, "method='rk9'"),
+        ({"steps": 0}, "steps=0"),
+        ({"images": 1.5}, "images=1.5"),
+        ({"device": "tpu9"}, "device='tpu9'"),
+    ],
+)
+def test_multiscale_refuses_before_it_computes(change, message):
+    def model(*_):
+        pytest.fail("computed")
+
+    with pytest.raises(ValueError, match=message):
+        evaluate.multiscale(model, **{"scales": (32,), **change})
+
+
+@pytest.mark.parametrize(
+    ("field", "height", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), 16, "dtype uint8"),
+        (np.full((8, 8, 3), 1.5), 16, r"field spans \[1.5, 1.5\]"),
+        (np.full((8, 8, 3), -1.0), 8, r"field spans \[-1, -1\]"),
+        (np.full((8, 8, 3), np.nan), 16, "field spans"),
+        (np.zeros((0, 8, 3)), 16, "not empty"),
+        (np.zeros((8, 8, 3)), 0, "height=0"),
+        (np.zeros((8, 8, 3)), 16.0, "height=16.0"),
+    ],
+)
+def test_resize_refuses(field, height, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.resize_field(field, height, 16)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, "4", True, None])
+@pytest.mark.parametrize("name", ["n_inputs", "n_queries", "batch_size"])
+def test_cost_refuses(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        evaluate.model_cost(GaussianPosterior(), **{name: value})
 
 
 @pytest.mark.parametrize(

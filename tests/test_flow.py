@@ -1,5 +1,6 @@
 """flow.py: the path, its conversions, the adapter to diffusers, the loss, the boundary check."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -181,3 +182,44 @@ def test_check_field_names_what_is_wrong(case):
     field[name] = change(field[name])
     with pytest.raises(ValueError, match=message):
         flow.check_field(**field)
+
+
+@pytest.mark.parametrize("function", [flow.interpolate, flow.velocity_to_data, flow.velocity_to_noise])
+@pytest.mark.parametrize("t", [-0.1, 1.5, float("nan"), torch.tensor([0.5, 2.0])])
+def test_times_outside_the_path_are_refused(function, t):
+    with pytest.raises(ValueError, match=r"t spans .* in \[0, 1\]"):
+        function(torch.rand(2, 3), torch.rand(2, 3), t)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.int64), "dtype torch.int64; pass a floating point dtype"),
+        (torch.ones(0, 3), "is empty"),
+        (np.ones((2, 3)), "is a ndarray; pass a torch tensor"),
+    ],
+)
+def test_what_is_no_field_is_refused(bad, message):
+    good = torch.rand(2, 3)
+    for first, second in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=message):
+            flow.target_velocity(first, second)
+        for function in (
+            flow.interpolate,
+            flow.velocity_to_data,
+            flow.velocity_to_noise,
+            flow.velocity_to_score,
+        ):
+            with pytest.raises(ValueError, match=message):
+                function(first, second, 0.5)
+
+
+@pytest.mark.parametrize("name", ["input_coords", "query_coords"])
+def test_loss_refuses_coordinates_and_times_outside_the_unit_interval(name):
+    def model(noisy_values, *_):
+        return torch.zeros_like(noisy_values)
+
+    with pytest.raises(ValueError, match=rf"{name} spans .* in \[0, 1\]"):
+        flow.flow_matching_loss(model, {**_batch(), name: _batch()[name] + 1})
+    with pytest.raises(ValueError, match="t spans"):
+        flow.flow_matching_loss(model, _batch(), t=torch.full((4,), 1.5))

@@ -428,6 +428,22 @@ def test_triton_needs_a_cuda_tensor_unless_interpreted(monkeypatch):
     assert choose_backend("cpu", "triton") == "triton"
 
 
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, OSError, TypeError, ImportError])
+def test_status_names_the_cause_of_a_broken_triton(monkeypatch, error):
+    real = kernels.importlib.import_module
+
+    def broken(name, *package):
+        if name == "triton":
+            raise error("driver is too old")
+        return real(name, *package)
+
+    monkeypatch.setattr(kernels.importlib, "import_module", broken)
+    assert kernels.backend_status()["triton"] == f"import failed: {error.__name__}: driver is too old"
+    assert choose_backend("cuda") == "chunked"
+    with pytest.raises(ValueError, match="driver is too old"):
+        choose_backend("cuda", "triton")
+
+
 def test_status_names_the_cause_of_a_broken_mamba_ssm(monkeypatch):
     """A package compiled for another torch fails with an undefined symbol: the message is passed on."""
 

@@ -1,9 +1,11 @@
 import json
 import math
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -21,6 +23,7 @@ from nfhelpers.models import (
 from nfhelpers.models import ssm as ssm_module
 from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, sinusoidal_embedding
 from nfhelpers.models.perceiver import CrossAttention
+from nfhelpers.models.sparse_fields import check_shapes
 from nfhelpers.models.ssm import MambaBlock, SelectiveSSM
 
 ARGUMENTS = ("noisy_values", "query_coords", "t", "input_coords", "input_values")
@@ -517,8 +520,9 @@ def test_local_field_does_not_depend_on_other_queries():
 
 
 def test_local_field_is_invariant_to_translation():
-    model, arguments = tiny_model("local"), field()
-    moved = {name: x + 0.125 if "coords" in name else x for name, x in arguments.items()}  # one pixel
+    model = tiny_model("local")
+    arguments = {name: x / 2 if "coords" in name else x for name, x in field().items()}  # stays in [0, 1]
+    moved = {name: x + 0.125 if "coords" in name else x for name, x in arguments.items()}
     torch.testing.assert_close(model(**moved), model(**arguments), rtol=1e-4, atol=1e-5)
 
 
@@ -684,3 +688,37 @@ def test_field_models_are_listed_by_their_type():
         "v1": (MambaDiffusion, MambaDiffusionConfig),
         "local": (LocalImplicitField, LocalImplicitFieldConfig),
     }
+
+
+@pytest.mark.parametrize("name", ["t", "query_coords", "input_coords"])
+@pytest.mark.parametrize("value", [-0.25, 1.5, float("nan")])
+@pytest.mark.parametrize("kind", FIELD_MODELS)
+def test_times_and_coordinates_outside_the_unit_interval_are_refused(kind, name, value):
+    arguments = field()
+    arguments[name] = arguments[name].clone()
+    arguments[name].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=rf"{name} spans .* in \[0, 1\]"):
+        tiny_model(kind)(**arguments)
+
+
+def test_ranges_are_not_read_back_from_another_device():
+    """On the meta device reading a value back is an error: shapes alone must do."""
+    check_shapes(**{name: x.to("meta") for name, x in field().items()})
+
+
+def test_a_run_folder_names_the_models_inside(tmp_path):
+    for name in ("best", "latest"):
+        tiny_model("v1").save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"is not itself a saved model, but holds .*best.*latest"):
+        load_model(tmp_path)
+    assert load_model(tmp_path / "best").config == tiny_model("v1").config
+
+
+@pytest.mark.parametrize(
+    "path", ["checkpoints/missing", "runs/v1/best", "./x", "../x", "/no/such", Path("x/y")]
+)
+def test_a_path_that_is_no_folder_is_not_asked_from_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", lambda **_: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="is not a folder; pass one written by save_pretrained"):
+        MambaDiffusion.from_pretrained(path)

@@ -177,3 +177,19 @@ def test_problems_are_found():
     assert "draw smaller figures" in problem
     fine.metadata["widgets"] = {}
     assert run_all.problems(fine) == ["metadata.widgets is set"]
+
+
+@pytest.mark.parametrize(("preset", "kept"), [("smoke", False), ("demo", False), ("full", True)])
+def test_runner_removes_what_an_earlier_run_trained(folder, capsys, monkeypatch, preset, kept):
+    """A finished run would be found and nothing trained; under full a stopped one is to go on."""
+    monkeypatch.setenv("NF_PRESET", preset)
+    monkeypatch.setattr(run_all, "execute", lambda path, *_: (nbformat.read(path, as_version=4), []))
+    write_notebook(folder, "quick", "1 + 1")
+    old = folder / "runs" / "quick" / preset / "state.pt"
+    others = [folder / "runs" / "quick" / "other" / "state.pt", folder / "runs" / "v1" / preset / "state.pt"]
+    for path in (old, *others):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert run_all.main(["quick.ipynb"]) == 0
+    assert old.exists() == kept
+    assert all(path.exists() for path in others)

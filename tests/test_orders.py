@@ -170,6 +170,11 @@ def test_inverse_order_is_batched():
         (torch.rand(1, 4, 3), "row", "coords has shape"),
         (torch.rand(1, 0, 2), "row", "not empty"),
         (torch.ones(1, 4, 2, dtype=torch.long), "row", "coords is torch.int64"),
+        ([[[0.5, 0.5]]], "row", "coords is a list; pass a tensor"),
+        (torch.full((1, 4, 2), 1.25), "hilbert", r"coords spans \[1.25, 1.25\]; pass \(x, y\) in \[0, 1\]"),
+        (torch.full((1, 4, 2), -0.5), "row", r"coords spans \[-0.5, -0.5\]"),
+        (torch.full((1, 4, 2), float("nan")), "column", "coords spans"),
+        (torch.full((1, 4, 2), float("inf")), "column", "coords spans"),
     ],
 )
 def test_wrong_points_are_named(coords, kind, message):
@@ -177,14 +182,24 @@ def test_wrong_points_are_named(coords, kind, message):
         point_order(coords, kind)
 
 
-@pytest.mark.parametrize("kind", ["w", "w0", "d", "h_flipped", "w2.5", "hv", ""])
+@pytest.mark.parametrize("kind", ["w", "w0", "d", "h_flipped", "w2.5", "hv", "", None, 1])
 def test_wrong_grid_orders_are_named(kind):
     with pytest.raises(ValueError, match="is not an order of a grid"):
         grid_order(4, 4, kind)
 
 
 def test_wrong_sizes_and_inverses_are_named():
+    for size in (4.5, True, None):
+        with pytest.raises(ValueError, match=f"height={size}, width=4; both must be whole"):
+            grid_order(size, 4, "h")
     with pytest.raises(ValueError, match="height=0"):
         grid_order(0, 4, "h")
     with pytest.raises(ValueError, match="order is torch.float32"):
         inverse_order(torch.rand(3))
+    with pytest.raises(ValueError, match="order is a list"):
+        inverse_order([1, 0])
+    for entries in ([0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(ValueError, match=r"order has entries outside 0 \.\.\. 2"):
+            inverse_order(torch.tensor(entries))
+    with pytest.raises(ValueError, match="order names a position twice"):
+        inverse_order(torch.tensor([[0, 1, 2], [0, 1, 1]]))

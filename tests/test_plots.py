@@ -172,3 +172,9 @@ def test_cost_bars():
 def test_wrong_fields_are_refused(bad):
     with pytest.raises(ValueError, match=r"pass \(N, H, W, 3\)"):
         plots.sparse_field(bad, MASK)
+
+
+@pytest.mark.parametrize("history", [{}, {"step": [1]}, {"loss": [1.0]}])
+def test_training_figure_needs_a_history(history):
+    with pytest.raises(ValueError, match="history has the keys .* with step and loss"):
+        plots.training_figure(history)

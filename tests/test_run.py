@@ -26,6 +26,7 @@ def project(tmp_path, monkeypatch):
     """A repository elsewhere, entered at its notebooks/ as a kernel is."""
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "nfhelpers").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     return tmp_path
 
@@ -167,8 +168,11 @@ def test_start_prints_what_it_uses(project, capsys):
     assert f"torch {torch.__version__}" in lines[3]
     assert lines[4].split()[1] == "11"
     assert started.precision in ("fp32", "bf16")
-    assert (started.figures, started.runs) == (project / "figures", project / "runs" / NOTEBOOK / "smoke")
-    assert not started.figures.exists() and not started.runs.exists()
+    assert (started.figures, started.runs.parent) == (
+        project / "figures",
+        project / "runs" / NOTEBOOK / "smoke",
+    )
+    assert not started.figures.exists() and not list(started.runs.iterdir())
     with pytest.raises(FrozenInstanceError):
         started.seed = 1
 
@@ -187,6 +191,26 @@ def test_start_seeds_every_generator(project):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def test_only_smoke_forgets_earlier_runs(project):
+    """A test has to train; a long run that was stopped has to be found again."""
+    assert run.start(NOTEBOOK, "smoke").runs != run.start(NOTEBOOK, "smoke").runs
+    for preset in ("demo", "full"):
+        runs = [run.start(NOTEBOOK, preset).runs for _ in range(2)]
+        assert runs == [project / "runs" / NOTEBOOK / preset] * 2
+        assert not runs[0].exists()
+
+
+def test_the_root_is_this_repository_and_no_other_project(project, monkeypatch):
+    assert run.repository_root() == project
+    inner = project / "notebooks" / "mine"
+    inner.mkdir()
+    (inner / "pyproject.toml").touch()
+    monkeypatch.chdir(inner)
+    assert run.repository_root() == project
+    (project / "nfhelpers").rmdir()
+    assert run.repository_root() == inner
+
+
 def test_root_without_a_project_is_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.repository_root() == tmp_path
@@ -195,11 +219,12 @@ def test_root_without_a_project_is_the_working_directory(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- figures and checkpoints
 
 
-@pytest.mark.parametrize(("preset", "folder"), [("demo", "figures"), ("smoke", f"runs/{NOTEBOOK}/smoke")])
-def test_figures_go_where_ci_overwrites_nothing(project, preset, folder):
+@pytest.mark.parametrize("preset", ["demo", "smoke"])
+def test_figures_go_where_ci_overwrites_nothing(project, preset):
     started = run.start(NOTEBOOK, preset)
     path = run.save_figure(started, Figure(figsize=(1, 1)), "loss")
-    assert path == project / folder / f"{NOTEBOOK}_loss.png"
+    folder = project / "figures" if preset == "demo" else started.runs
+    assert path == folder / f"{NOTEBOOK}_loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -219,7 +244,10 @@ def test_checkpoint_or_train(tmp_path, capsys):
 
     trained = run.checkpoint_or_train(folder, fit)
     loaded = run.checkpoint_or_train(folder, lambda: pytest.fail("trained although a checkpoint is there"))
-    assert capsys.readouterr().out.splitlines() == ["no models/tiny: training", "loaded tiny from models/"]
+    assert capsys.readouterr().out.splitlines() == [
+        "no models/tiny: the model is one trained here instead",
+        "loaded tiny from models/",
+    ]
     assert loaded.config == config
     for name, tensor in trained.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from nfhelpers.models import MambaDiffusion, MambaDiffusionConfig
 from nfhelpers.samplers import SAMPLERS, euler, heun, posterior_mean, sample
 
 
@@ -222,3 +223,46 @@ def test_illegal_fields_models_and_counts_are_refused():
 
     with pytest.raises(ValueError, match="velocity has shape"):
         sample(OneChannel(), query_coords, input_coords, input_values)
+
+
+class LinearField(GaussianField):
+    """A field whose layer refuses every dtype but that of its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        self.layer(torch.cat([noisy_values, input_values], dim=1))
+        return super().forward(noisy_values, query_coords, t, input_coords, input_values)
+
+
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float16, torch.float32, torch.float64])
+def test_the_field_is_cast_to_the_dtype_of_the_parameters(parameters, given):
+    model, field = LinearField().to(parameters), [x.to(given) for x in _field(queries=5)]
+    drawn = sample(model, *field, steps=2, generator=_seeded())
+    mean, std = posterior_mean(model, *field, draws=2, generator=_seeded())
+    assert drawn.dtype == mean.dtype == std.dtype == parameters
+    expected = sample(model, *(x.to(parameters) for x in field), steps=2, generator=_seeded())
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
+
+
+def test_v1_takes_numpys_float64():
+    config = MambaDiffusionConfig(d_model=16, num_layers=1, d_state=2, num_fourier_features=4, num_heads=2)
+    torch.manual_seed(0)
+    model, field = MambaDiffusion(config), _field(queries=5)
+    drawn = sample(model, *(x.double() for x in field), steps=2, generator=_seeded())
+    torch.testing.assert_close(drawn, sample(model, *field, steps=2, generator=_seeded()))
+
+
+@pytest.mark.parametrize("temperature", ["a", None, True, -1.0, math.inf, math.nan])
+def test_temperature_is_a_number_from_zero(temperature):
+    with pytest.raises(ValueError, match=r"temperature=.* is not in \[0, inf\)"):
+        sample(GaussianField(), *_field(queries=2), temperature=temperature)
+
+
+@pytest.mark.parametrize("integrate", [euler, heun])
+def test_times_are_a_tensor(integrate):
+    with pytest.raises(ValueError, match="times is a list; pass a tensor"):
+        integrate(lambda x, t: x, torch.ones(2), [0.0, 1.0])
