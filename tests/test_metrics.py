@@ -179,7 +179,9 @@ def test_grid_pattern_of_known_errors():
 
 
 @pytest.mark.parametrize(
-    "metric", [psnr, ssim, speckle, sharpness, lambda a, b: grid_pattern(a, b, 2)], ids=str
+    "metric",
+    [psnr, ssim, speckle, sharpness, lambda a, b: grid_pattern(a, b, 2)],
+    ids=["psnr", "ssim", "speckle", "sharpness", "grid_pattern"],
 )
 def test_wrong_images_are_refused(metric):
     good = images()
