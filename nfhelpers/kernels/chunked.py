@@ -118,7 +118,7 @@ def _hold_slope(a, hold, step, A, inverse, scratch):
     for k in reversed(range(SERIES_TERMS)):
         series.mul_(q).add_(1 / (math.factorial(k) * (k + 2)))
     series.mul_(step).mul_(step)
-    # 0 where |q| <= limit and 1 elsewhere, by arithmetic: torch.where costs ten times as much on a CPU.
+    # 0 where |q| <= limit and 1 elsewhere, by arithmetic: torch.where is slower on a CPU.
     torch.mul(step, A, out=far).abs_().sub_(limit).mul_(1 / TINY).clamp_(0, 1)
     quotient = torch.mul(a, step, out=q).sub_(hold).mul_(inverse)
     return series.lerp_(quotient, far)
@@ -138,7 +138,7 @@ def _sum_states(x, weight):
 
 def _sum_channels(x, weight):
     """(T, b, G, N, 1): sum over p of x[t, b, g, n, p] * weight[t, b, g, p]."""
-    # Row vector times transposed matrix: the same product as matrix times column vector is ten times slower.
+    # Row vector times transposed matrix: the same product as matrix times column vector is slower.
     rows = torch.bmm(weight.reshape(-1, 1, x.shape[4]), x.view(-1, *x.shape[3:]).transpose(1, 2))
     return rows.view(*x.shape[:4], 1)
 
