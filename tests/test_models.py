@@ -408,6 +408,18 @@ def test_bfloat16_autocast_is_close_to_float32(kind, scale):
 
 
 @both_models
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)]
+)
+def test_a_model_of_another_dtype_gives_that_dtype(kind, dtype, tolerance):
+    model, arguments = tiny_model(kind), field()
+    exact = model(**arguments)
+    rough = model.to(dtype)(**{name: x.to(dtype) for name, x in arguments.items()})
+    assert rough.dtype == dtype
+    assert (rough.double() - exact).norm() < tolerance * exact.norm()
+
+
+@both_models
 def test_the_residual_stream_stays_float32_under_autocast(kind):
     model, dtypes, lost = tiny_model(kind), [], []
 

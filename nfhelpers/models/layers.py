@@ -48,7 +48,9 @@ class PointEmbedding(nn.Module):
 
     def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Fourier features (B, L, num_features) and values (B, L, 3) -> tokens (B, L, D)."""
-        return self.coord_proj(features) + self.value_proj(values)  # (B, L, D)
+        return self.coord_proj(features.to(self.coord_proj.weight.dtype)) + self.value_proj(
+            values
+        )  # (B, L, D)
 
 
 def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -72,7 +74,12 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t (B,) in [0, 1] -> (B, D)."""
-        return self.mlp(sinusoidal_embedding(t, self.dim))  # (B, D)
+        return self.mlp(sinusoidal_embedding(t, self.dim).to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+def squared_distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Of all pairs of points (B, P, 2) and (B, Q, 2) -> (B, P, Q), without the rounding of a matrix product."""
+    return (p[:, :, None] - q[:, None]).square().sum(-1)  # (B, P, Q)
 
 
 def mlp(dim: int, hidden: int, out: int, dropout: float = 0.0) -> nn.Sequential:

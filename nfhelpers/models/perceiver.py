@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nfhelpers.models.layers import squared_distances
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention from queries to observed points, with a Gaussian prior on their distance.
@@ -50,8 +52,7 @@ class CrossAttention(nn.Module):
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
         k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
         k, v = self._heads(k), self._heads(v)  # (B, H, I, C)
-        offsets = query_coords[:, :, None] - input_coords[:, None]  # (B, Q, I, 2)
-        distance2 = offsets.square().sum(-1)  # (B, Q, I)
+        distance2 = squared_distances(query_coords, input_coords)  # (B, Q, I)
         precision = 0.5 * torch.exp(-2 * self.log_sigma.float())  # (H,)
         prior = -precision[:, None, None] * distance2[:, None]  # (B, H, Q, I)
         dropout = self.dropout if self.training else 0.0

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.kernels.orders import POINT_ORDERS, inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
-from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, mlp
+from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, mlp, squared_distances
 from nfhelpers.models.perceiver import CrossAttention
 from nfhelpers.models.ssm import MambaBlock
 
@@ -256,9 +256,7 @@ class LocalImplicitField(FieldModel):
         # order, and by distances without the rounding of a matrix product.
         order = point_order(input_coords, "row")  # (B, I)
         input_coords, input_values = (gather_tokens(x, order) for x in (input_coords, input_values))
-        distance = torch.cdist(
-            query_coords, input_coords, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # (B, Q, I)
+        distance = squared_distances(query_coords, input_coords)  # (B, Q, I)
         nearest = distance.topk(k, largest=False).indices.flatten(1)  # (B, Q*K)
         coords = gather_tokens(input_coords, nearest).unflatten(1, (num_queries, k))  # (B, Q, K, 2)
         values = gather_tokens(input_values, nearest).unflatten(1, (num_queries, k))  # (B, Q, K, 3)
