@@ -78,7 +78,7 @@ class TimeEmbedding(nn.Module):
 
 
 def squared_distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Of all pairs of points (B, P, 2) and (B, Q, 2) -> (B, P, Q), without the rounding of a matrix product."""
+    """Of all pairs of points (B, P, 2) and (B, Q, 2) -> (B, P, Q), unrounded by a matrix product."""
     return (p[:, :, None] - q[:, None]).square().sum(-1)  # (B, P, Q)
 
 
