@@ -113,8 +113,8 @@ def execute(path, preset, timeout):
 def tidy(notebook):
     """Drop from the outputs, in place, what is worth nothing in a committed file.
 
-    Live views of widgets cannot be shown without their kernel, so a line of text takes their place; paths of
-    this machine are shortened.
+    Live views of widgets cannot be shown without their kernel, so a line of text takes their place; of a
+    progress bar its last state stays; paths of this machine are shortened.
     """
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -123,7 +123,23 @@ def tidy(notebook):
         for output in cell.outputs:
             if WIDGET_VIEW in output.get("data", {}):
                 output.data = nbformat.from_dict({"text/plain": "(a widget: run the notebook to use it)"})
-        cell.outputs = nbformat.from_dict(json.loads(shorten_paths(json.dumps(cell.outputs))))
+        outputs = last_lines(cell.outputs)
+        cell.outputs = nbformat.from_dict(json.loads(shorten_paths(json.dumps(outputs))))
+
+
+def last_lines(outputs):
+    """Outputs with neighbouring streams joined, and what a carriage return overwrote left out."""
+    joined = []
+    for output in outputs:
+        previous = joined[-1] if joined else {}
+        if output.output_type == "stream" and previous.get("name") == output.name:
+            previous.text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
+    return joined
 
 
 def shorten_paths(text):

@@ -193,3 +193,20 @@ def test_runner_removes_what_an_earlier_run_trained(folder, capsys, monkeypatch,
     assert run_all.main(["quick.ipynb"]) == 0
     assert old.exists() == kept
     assert all(path.exists() for path in others)
+
+
+def test_of_a_progress_bar_its_last_state_stays():
+    def stream(name, text):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    picture = nbformat.v4.new_output("display_data", data={"image/png": "AAAA"})
+    outputs = [
+        stream("stdout", "start\n"),
+        stream("stderr", "\r 0%"),
+        stream("stderr", "\r50%"),
+        picture,
+        stream("stderr", "\r99%"),
+        stream("stderr", "\r100%\n"),
+    ]
+    kept = [output.get("text") for output in run_all.last_lines(outputs)]
+    assert kept == ["start\n", "50%", None, "100%\n"]
