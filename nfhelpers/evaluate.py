@@ -45,9 +45,6 @@ CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
 ONE_STEP_MEAN = "posterior mean (1 step)"
 """Name of the one-step estimate of the posterior mean in the tables."""
 
-SSIM_WINDOW = 11
-"""Side in pixels of the window of `metrics.ssim`: the smallest scale of `multiscale`."""
-
 TOKENS_PER_FORWARD = 32_768
 """Images are grouped so that one forward pass sees about this many tokens (queries and inputs together)."""
 
@@ -485,9 +482,9 @@ def _check_scales(scales, sample_scales):
         raise ValueError("scales is empty; pass sides such as (32, 64)")
     for scale in scales:
         _check_counts(scale=scale)
-        if scale < SSIM_WINDOW:
+        if scale < metrics.SSIM_WINDOW:
             raise ValueError(
-                f"scale={scale} is smaller than the {SSIM_WINDOW} px window of SSIM; "
+                f"scale={scale} is smaller than the {metrics.SSIM_WINDOW} px window of SSIM; "
                 "pass scales such as (32, 64)"
             )
     others = [] if sample_scales is None else [scale for scale in sample_scales if scale not in scales]

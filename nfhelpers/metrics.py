@@ -10,6 +10,9 @@ from skimage.metrics import structural_similarity
 
 __all__ = ["calibration", "grid_pattern", "mean_and_error", "psnr", "sharpness", "speckle", "ssim"]
 
+SSIM_WINDOW = 11
+"""Side in pixels of the window of `ssim`: the smallest image it can compare."""
+
 _TOLERANCE = 1e-4  # how far outside [0, 1] rounding may take a value
 
 
@@ -33,7 +36,7 @@ def ssim(prediction, target) -> np.ndarray:
     pixels whose window lies inside the image.
     Raises ValueError unless both are finite floats `(N, H, W, 3)` in [0, 1] of one shape with sides >= 11.
     """
-    prediction, target = _pair(prediction, target, smallest=11)
+    prediction, target = _pair(prediction, target, smallest=SSIM_WINDOW)
     values = [
         structural_similarity(
             *images,

@@ -9,6 +9,8 @@ import re
 
 import torch
 
+from nfhelpers.flow import check_unit_range
+
 POINT_ORDERS = ("row", "column", "diagonal", "antidiagonal", "serpentine", "hilbert")
 _HILBERT_BITS = 16
 
@@ -48,11 +50,7 @@ def point_order(coords, kind):
     if not coords.is_floating_point():
         raise ValueError(f"coords is {coords.dtype}; pass (x, y) in [0, 1] as float32")
     coords = coords.detach()
-    if _is_read(coords) and not bool(((coords >= 0) & (coords <= 1)).all()):  # NaN is refused too
-        raise ValueError(
-            f"coords spans [{coords.min().item():.4g}, {coords.max().item():.4g}]; "
-            "pass (x, y) in [0, 1], such as nfhelpers.images.grid_coords(32, 32)"
-        )
+    check_unit_range("coords", coords, "(x, y)")
     if coords.dtype not in (torch.float32, torch.float64):
         coords = coords.float()
     x, y = coords.unbind(-1)  # (B, L) each

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
     """
 
     gradient_checkpointing: bool = False
+
+    def run_layers(self, layers: nn.ModuleList, tokens: torch.Tensor) -> torch.Tensor:
+        """Apply layers one after the other, recomputed in the backward pass if `gradient_checkpointing`."""
+        for layer in layers:
+            if self.gradient_checkpointing and self.training:
+                tokens = checkpoint(layer, tokens, use_reentrant=False)
+            else:
+                tokens = layer(tokens)
+        return tokens
 
     def _save_pretrained(self, save_directory: Path) -> None:
         settings = {"model_type": self.config.model_type, **asdict(self.config)}

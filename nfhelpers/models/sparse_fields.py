@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.kernels.orders import POINT_ORDERS, inverse_order, point_order
@@ -79,6 +78,14 @@ def check_shapes(
     check_unit_range("t", t, "times from noise, 0, to data, 1,")
     for name, coords in (("query_coords", query_coords), ("input_coords", input_coords)):
         check_unit_range(name, coords, "pixel centres (x, y)")
+
+
+def residual_decoder(d: int, dropout: float) -> nn.Sequential:
+    """Tokens (B, Q, D) -> what a velocity (B, Q, 3) adds to its linear part in x_t; zero to begin with."""
+    decoder = nn.Sequential(nn.RMSNorm(d), mlp(d, 2 * d, d, dropout), nn.GELU(), nn.Linear(d, 3))
+    nn.init.zeros_(decoder[-1].weight)
+    nn.init.zeros_(decoder[-1].bias)
+    return decoder
 
 
 def gather_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -164,11 +171,7 @@ class MambaDiffusion(FieldModel):
             for _ in range(config.num_layers)
         )
         self.cross_attention = CrossAttention(d, config.num_heads, config.dropout)
-        self.decoder = nn.Sequential(
-            nn.RMSNorm(d), mlp(d, 2 * d, d, config.dropout), nn.GELU(), nn.Linear(d, 3)
-        )
-        nn.init.zeros_(self.decoder[-1].weight)
-        nn.init.zeros_(self.decoder[-1].bias)
+        self.decoder = residual_decoder(d, config.dropout)
 
     def forward(
         self,
@@ -196,11 +199,7 @@ class MambaDiffusion(FieldModel):
         queries = self.query_embedding(self.fourier(query_coords), sorted_values)  # (B, Q, D)
         tokens = torch.cat([inputs, queries], dim=1) + time  # (B, L, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)  # (B, L, D)
+        tokens = self.run_layers(self.blocks, tokens)  # (B, L, D)
         inputs, queries = tokens.split([input_coords.shape[1], query_coords.shape[1]], dim=1)
         queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords)  # (B, Q, D)
         residual = gather_tokens(self.decoder(queries), inverse_order(query_order))  # (B, Q, 3)
@@ -234,11 +233,7 @@ class LocalImplicitField(FieldModel):
             )
             for _ in range(config.num_layers)
         )
-        self.decoder = nn.Sequential(
-            nn.RMSNorm(d), mlp(d, 2 * d, d, config.dropout), nn.GELU(), nn.Linear(d, 3)
-        )
-        nn.init.zeros_(self.decoder[-1].weight)
-        nn.init.zeros_(self.decoder[-1].bias)
+        self.decoder = residual_decoder(d, config.dropout)
 
     def forward(
         self,
@@ -268,10 +263,6 @@ class LocalImplicitField(FieldModel):
         query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
         tokens = torch.cat([query[:, :, None], neighbours], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(layer, tokens, use_reentrant=False)
-            else:
-                tokens = layer(tokens)  # (B*Q, 1+K, D)
+        tokens = self.run_layers(self.layers, tokens)  # (B*Q, 1+K, D)
         residual = self.decoder(tokens[:, 0]).unflatten(0, (batch, num_queries))  # (B, Q, 3)
         return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
