@@ -20,7 +20,7 @@ _ROOMS = (
     "train",
     "widgets",
 )
-_FUNCTIONS = {"selective_scan": "kernels"}  # name -> the room it lives in
+_FUNCTIONS = {"directional_scan": "kernels", "selective_scan": "kernels"}  # name -> the room it lives in
 
 __all__ = ["__version__", *_ROOMS, *_FUNCTIONS]
 

@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import time
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,8 +34,6 @@ from tqdm.auto import tqdm
 from nfhelpers import images as image_sources
 from nfhelpers import metrics, samplers
 from nfhelpers.images import grid_coords, to_image
-from nfhelpers.kernels.chunked import CHUNK
-from nfhelpers.models import ssm
 from nfhelpers.run import versions
 
 CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
@@ -741,18 +738,19 @@ def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
             kept[storage._cdata] = storage  # holding the storage keeps its identity unique
         return tensor
 
+    scan = torch.ops.nfhelpers.scan_chunked  # the one that tensors without data take
     with (
-        FlopCounterMode(display=False) as counter,
-        _scan_by_shape() as scans,
+        FlopCounterMode(display=False, custom_mapping={scan: _scan_flops}) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         twin(*batch)
     count = sum(p.numel() for p in parameters)
     activations = sum(storage.nbytes() for storage in kept.values())
+    scan_flops = counter.get_flop_counts()["Global"].get(scan, 0)
     return {
         "parameters": count,
-        "flops_forward": counter.get_total_flops() + sum(scans),
-        "flops_scan": sum(scans),
+        "flops_forward": counter.get_total_flops(),
+        "flops_scan": scan_flops,
         "activation_bytes": activations,
         "training_bytes": activations + 5 * 4 * count,
         "estimate": "float32 tensors that autograd saves (meta device), plus 5 copies of the parameters",
@@ -765,34 +763,6 @@ def _shape_of(tensor):
     return torch.empty_like(tensor, device="meta", dtype=dtype)
 
 
-class _ScanByShape(torch.autograd.Function):
-    """A selective scan of meta tensors that keeps for the backward pass what the chunked scan keeps."""
-
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, z):
-        batch, channels, length = u.shape
-        starts = u.new_empty(math.ceil(length / CHUNK), batch, channels, A.shape[1])
-        ctx.save_for_backward(*(x for x in (u, delta, A, B, C, z, starts) if x is not None))
-        return torch.empty_like(u)
-
-
-@contextmanager
-def _scan_by_shape():
-    """Replace the model's scan by its shapes inside; yields the list of the FLOPs of each call.
-
-    The scan loops over time, and tracing thousands of steps on the meta device would take longer than the
-    answer is worth to someone who moves a slider.
-    """
-    flops = []
-
-    def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-        batch, channels, length = u.shape
-        flops.append(batch * length * channels * (9 * A.shape[1] + 2))
-        return _ScanByShape.apply(u, delta, A, B, C, z)
-
-    real = ssm.selective_scan
-    ssm.selective_scan = scan
-    try:
-        yield flops
-    finally:
-        ssm.selective_scan = real
+def _scan_flops(u, delta, A, B, *others, out_shape=None, **options):
+    """FLOPs of a scan from the shapes of its arguments: delta is (B, K, L, D), B (..., N)."""
+    return math.prod(delta) * (9 * B[-1] + 2)

@@ -40,10 +40,10 @@ def error_of(capsys, *arguments):
 
 
 def test_doctor_prints_its_table_before_it_refuses_a_backend(capsys, monkeypatch):
-    monkeypatch.setenv("NF_SCAN_BACKEND", "native")
+    monkeypatch.setenv("NF_SCAN_BACKEND", "mamba_ssm")
     assert cli.main(["doctor"]) == 2
     captured = capsys.readouterr()
-    assert "chunked    ok" in captured.out and "NF_SCAN_BACKEND='native'" in captured.err
+    assert "chunked    ok" in captured.out and "NF_SCAN_BACKEND='mamba_ssm'" in captured.err
 
 
 def test_doctor_checks_every_backend(capsys):

@@ -138,9 +138,9 @@ def test_time_is_resolved_to_a_thousandth():
 # The selective state space mixer
 
 
-def small_ssm(d_model=6, d_state=3, expand=2, seed=0):
+def small_ssm(d_model=6, d_state=3, expand=2, seed=0, tied_decay=False):
     torch.manual_seed(seed)
-    return SelectiveSSM(d_model, d_state, expand)
+    return SelectiveSSM(d_model, d_state, expand, tied_decay)
 
 
 def recorded_scan(monkeypatch):
@@ -241,7 +241,7 @@ def test_ssm_keeps_its_recurrence_in_float32(monkeypatch, how):
 
 def test_mamba_block_is_residual():
     torch.manual_seed(0)
-    block = MambaBlock(6, 3, 2, 2.0, 0.0)
+    block = MambaBlock(6, 3, 2, False, 2.0, 0.0)
     tokens = torch.randn(1, 5, 6)
     with torch.no_grad():
         block.mlp[-1].weight.zero_(), block.mlp[-1].bias.zero_()

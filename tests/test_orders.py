@@ -106,6 +106,32 @@ def test_diagonals_of_a_grid_survive_rounding(size, dtype):
         assert torch.equal(order, exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 9), (9, 1), (3, 4), (32, 48), (31, 64), (96, 128), (97, 96), (511, 512)]
+)
+def test_lines_of_grids_that_are_not_square(height, width, dtype):
+    """x + y and x - y of pixel centres compared as whole numbers: few pixels share a diagonal, or none do."""
+    pixels = torch.arange(height * width)
+    row, column = pixels // width, pixels % width
+    coords = grid(height, width).to(dtype)
+    x, y = (2 * column + 1) * height, (2 * row + 1) * width  # times 2 H W
+    for kind, line in (("row", y), ("column", x), ("diagonal", x + y), ("antidiagonal", x - y)):
+        other = row if kind == "column" else column
+        exact = torch.argsort(line * 2 * (height + width) + other, stable=True)
+        assert torch.equal(point_order(coords, kind)[0], exact), kind
+
+
+@KINDS
+def test_the_dtype_of_the_same_points_changes_no_order(kind):
+    """A float64 copy has the rounding errors of float32; half precision holds these grids exactly."""
+    coords = grid(96, 96)
+    assert torch.equal(point_order(coords.double(), kind), point_order(coords, kind))
+    for dtype, size in ((torch.float16, 128), (torch.bfloat16, 64)):
+        coords = grid(size, size)
+        assert torch.equal(point_order(coords.to(dtype), kind), point_order(coords, kind))
+
+
 @pytest.mark.parametrize("size", [7, 96])
 def test_jitter_of_rounding_size_changes_no_line(size):
     """Pixel centres computed in another way differ in the last bit: rows, columns and the curve stay."""
@@ -152,7 +178,17 @@ def test_known_grid_orders():
     assert grid_order(2, 3, "v_flip").tolist() == [5, 2, 4, 1, 3, 0]
     # 3 x 5 in windows of 2 x 2: two whole windows, a column of two, then the row below.
     assert grid_order(3, 5, "w2").tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
-    assert torch.equal(grid_order(3, 5, "w7"), grid_order(3, 5, "h"))
+    # 5 x 7 in windows of 3 x 3: both far edges and the corner are cut.
+    assert grid_order(5, 7, "w3").tolist() == [
+        *(0, 1, 2, 7, 8, 9, 14, 15, 16),
+        *(3, 4, 5, 10, 11, 12, 17, 18, 19),
+        *(6, 13, 20),
+        *(21, 22, 23, 28, 29, 30),
+        *(24, 25, 26, 31, 32, 33),
+        *(27, 34),
+    ]
+    for kind in ("w5", "w7", "w" + "9" * 30):
+        assert torch.equal(grid_order(3, 5, kind), grid_order(3, 5, "h"))
     assert torch.equal(grid_order(3, 5, "w1"), grid_order(3, 5, "h"))
 
 
@@ -160,6 +196,26 @@ def test_inverse_order_is_batched():
     order = torch.tensor([[2, 0, 1], [0, 2, 1]])
     assert inverse_order(order).tolist() == [[1, 2, 0], [0, 2, 1]]
     assert inverse_order(torch.tensor([2, 0, 1])).tolist() == [1, 2, 0]
+    order = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    assert torch.equal(inverse_order(order), order.argsort(-1))
+    order = order[:1].expand(4, 3, 7)
+    assert torch.equal(inverse_order(order), order.argsort(-1))
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "serpentine", "hilbert"])
+def test_orders_compile_without_a_graph_break_and_for_changing_sizes(kind):
+    def both(coords, x):
+        order = point_order(coords, kind)
+        pixels = grid_order(*x.shape[-2:], "w2_flip")
+        return order, inverse_order(order), x.flatten(1)[:, pixels]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for batch, length in ((2, 20), (3, 31)):
+        coords = torch.rand(batch, length, 2, generator=torch.Generator().manual_seed(length))
+        x = torch.rand(batch, 5, length)
+        for traced, eager in zip(compiled(coords, x), both(coords, x), strict=True):
+            assert torch.equal(traced, eager)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def test_presets_are_package_data():
     spec = importlib.util.find_spec("nfhelpers")
     folder = spec.submodule_search_locations[0]
     project = tomllib.loads(open(f"{folder}/../pyproject.toml").read())
-    assert "presets.toml" in project["tool"]["setuptools"]["package-data"]["nfhelpers"]
+    shipped = project["tool"]["setuptools"]["package-data"]["nfhelpers"]
+    assert {"presets.toml", "kernels/native.cpp"} <= set(shipped)
 
 
 @pytest.mark.parametrize("page", ["README.md", "checkpoints/v1-photos/README.md"])

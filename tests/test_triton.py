@@ -1,105 +1,148 @@
-"""The Triton kernel against the float64 reference.
+"""The Triton kernels against the float64 reference.
 
 Runs on a CUDA device, or on any machine in Triton's interpreter, in a process of its own:
-``TRITON_INTERPRET=1 pytest tests/test_triton.py``.
+``TRITON_INTERPRET=1 pytest tests/test_triton.py``. The interpreter is slow, so sizes there are small.
 """
 
 import os
 
 import pytest
 import torch
+from test_kernels import directional_problem, drawer, outputs_and_gradients, problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from nfhelpers.kernels.reference import selective_scan_reference  # noqa: E402
-from nfhelpers.kernels.triton_scan import selective_scan_triton  # noqa: E402
+from nfhelpers.kernels import directional_scan, relative_error, selective_scan  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-# batch, dim, length, state, groups; what is given; what is constant
+ALL = "D z delta_bias"
+# arguments of `problem`; options of the scan
 CASES = {
-    "plain": dict(shape=(2, 6, 13, 4, 1)),
-    "zero-order hold": dict(shape=(2, 6, 13, 4, 1), discretization="zoh", last=True),
-    "groups": dict(shape=(2, 6, 17, 4, 2), extras="D z delta_bias", delta_softplus=True, last=True),
-    "odd state, odd width": dict(
-        shape=(1, 5, 9, 3, 1), extras="D z delta_bias", discretization="zoh", last=True
-    ),
-    "one step, one state": dict(shape=(2, 5, 1, 1, 1), extras="D delta_bias", delta_softplus=True),
-    "constant B and C": dict(shape=(2, 5, 9, 4, 1), extras="D z", constant="B C", delta_softplus=True),
-    "constant B, zero-order hold": dict(shape=(2, 5, 9, 4, 1), constant="B", discretization="zoh"),
-    "chunk boundary": dict(shape=(1, 3, 16, 4, 1), extras="z", last=True),
-    "several blocks": dict(shape=(1, 40, 9, 4, 1), extras="D z delta_bias", delta_softplus=True),
+    "plain": (dict(length=13), {}),
+    "all": (dict(length=17, states=16, extras=ALL), dict(delta_softplus=True)),
+    "tied": (dict(length=17, states=16, extras=ALL, tied=True), dict(delta_softplus=True)),
+    "zero-order hold": (dict(length=13, extras="D"), dict(discretization="zoh")),
+    "tied zero-order hold": (dict(length=9, tied=True), dict(discretization="zoh", delta_softplus=True)),
+    "groups": (dict(length=17, groups=2, extras=ALL), dict(delta_softplus=True)),
+    "odd state, odd width": (dict(channels=5, length=9, states=3, extras=ALL), dict(delta_softplus=True)),
+    "one step, one state": (dict(channels=5, length=1, states=1, extras="D"), dict(delta_softplus=True)),
+    "fixed B and C": (dict(length=9, fixed="B C", extras="D z"), dict(delta_softplus=True)),
+    "fixed B": (dict(length=9, fixed="B"), dict(discretization="zoh")),
+    "fixed C, groups": (dict(length=9, groups=3, fixed="C"), {}),
+    "end of a chunk": (dict(length=16, extras="z"), {}),
+    "several blocks": (dict(batch=1, channels=40, length=9, extras=ALL), dict(delta_softplus=True)),
+    "many states": (dict(batch=1, channels=3, length=9, states=64), {}),
+    "15": (dict(batch=1, length=15, states=16), {}),
+    "63": (dict(batch=1, length=63, states=1), {}),
+    "300": (dict(batch=1, length=300, extras="delta_bias"), dict(delta_softplus=True)),
+    "a field": (dict(batch=1, channels=3, length=1228, states=1), dict(delta_softplus=True)),
 }
 
 
-def draw(shape, extras="", constant=""):
-    """Random arguments in float32; u is a transposed view, as the models pass it."""
-    batch, dim, length, state, groups = shape
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
-    A = -2 * torch.rand(dim, state, generator=generator)
-    A[0, 0] = 0  # the limit the zero-order hold divides by
-    arguments = {
-        "u": rand(batch, length, dim).transpose(1, 2),
-        "delta": rand(batch, dim, length).abs(),
-        "A": A,
-    }
-    for name in ("B", "C"):
-        arguments[name] = rand(dim, state) if name in constant.split() else rand(batch, groups, state, length)
-    shapes = {"D": (dim,), "z": (batch, dim, length), "delta_bias": (dim,)}
-    return arguments | {name: rand(*shapes[name]) for name in extras.split()}
+def to_device(arguments, dtype=torch.float32):
+    return {name: x.to(DEVICE, dtype) for name, x in arguments.items()}
 
 
-def outputs_and_gradients(scan, arguments, dtype, device, last, **options):
-    """Output, last state, and the gradient of every argument under fixed cotangents."""
-    leaves = {k: v.to(device, dtype).detach().requires_grad_() for k, v in arguments.items()}
-    out, state = scan(**leaves, return_last_state=True, **options)
-    generator = torch.Generator().manual_seed(1)
-    loss = (out * torch.randn(out.shape, generator=generator).to(out)).sum()
-    if last:
-        loss = loss + (state * torch.randn(state.shape, generator=generator).to(state)).sum()
-    loss.backward()
-    return {"out": out, "state": state} | {f"d{k}": v.grad for k, v in leaves.items()}
-
-
-def relative_error(x, y):
-    return ((x.double().cpu() - y).norm() / y.norm().clamp(min=1e-9)).item()
+def assert_matches_reference(scan, arguments, tolerance=1e-5, **options):
+    wanted = outputs_and_gradients(
+        scan, {name: x.double() for name, x in arguments.items()}, backend="reference", **options
+    )
+    options = {name: x.to(DEVICE) if name == "orders" else x for name, x in options.items()}
+    found = outputs_and_gradients(scan, to_device(arguments), backend="triton", **options)
+    for i, (x, y) in enumerate(zip(wanted, found, strict=True)):
+        assert x.shape == y.shape
+        assert relative_error(y.cpu(), x) < tolerance, (i, list(arguments))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_float64_reference(name):
-    case = dict(CASES[name])
-    last = case.pop("last", False)
-    arguments = draw(case.pop("shape"), case.pop("extras", ""), case.pop("constant", ""))
-    truth = outputs_and_gradients(selective_scan_reference, arguments, torch.float64, "cpu", last, **case)
-    result = outputs_and_gradients(selective_scan_triton, arguments, torch.float32, DEVICE, last, **case)
-    for key, value in truth.items():
-        assert relative_error(result[key].detach(), value.detach()) < 1e-5, key
+def test_matches_reference(name):
+    arguments, options = CASES[name]
+    assert_matches_reference(
+        selective_scan,
+        problem(**arguments),
+        return_last_state=True,
+        tied_decay=arguments.get("tied", False),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+@pytest.mark.parametrize("shared", ["", "x A D delta_bias"], ids=["separate", "shared"])
+@pytest.mark.parametrize("order_a_sample", [False, True], ids=["one order", "an order a sample"])
+def test_directions_match_reference(shared, order_a_sample, tied):
+    arguments, orders = directional_problem(
+        batch=2, channels=5, length=11, states=4, shared=shared, order_a_sample=order_a_sample, tied=tied
+    )
+    options = dict(orders=orders, reverse=[False, True, True], tied_decay=tied)
+    assert_matches_reference(directional_scan, arguments, **options)
+
+
+def test_strided_and_length_contiguous_inputs():
+    """Halves of a wider tensor, channels last; and the (B, D, L) memory of mamba_ssm, copied."""
+    draw = drawer(0, torch.float32)
+    wide = draw(2, 11, 12)
+    arguments = problem(length=11) | dict(u=wide[..., :6].transpose(1, 2), z=wide[..., 6:].transpose(1, 2))
+    assert_matches_reference(selective_scan, arguments)
+    arguments |= dict(u=draw(2, 6, 11), z=draw(1, 6, 11).expand(2, 6, 11))
+    assert_matches_reference(selective_scan, arguments)
+
+
+def test_state_alone_has_a_gradient():
+    def last_state(**arguments):
+        y, last = selective_scan(**arguments, return_last_state=True)
+        return last + 0 * y.sum()  # C reaches the output only
+
+    assert_matches_reference(last_state, problem(length=9, seed=3))
 
 
 def test_backward_is_bitwise_repeatable():
-    arguments = draw((2, 40, 19, 4, 1), "D z delta_bias")
-    runs = [
-        outputs_and_gradients(
-            selective_scan_triton, arguments, torch.float32, DEVICE, True, delta_softplus=True
-        )
-        for _ in range(2)
-    ]
-    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+    arguments = to_device(problem(channels=40, length=19, extras=ALL))
+    options = dict(delta_softplus=True, return_last_state=True, backend="triton")
+    one, two = (outputs_and_gradients(selective_scan, arguments, **options) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter has no bfloat16")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_inputs_keep_a_float32_state(dtype):
-    arguments = draw((2, 64, 300, 16, 1), "z")
-    arguments = {k: v if k == "A" else v.to(dtype).float() for k, v in arguments.items()}
+@pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])
+def test_registered_operation_keeps_its_promises(directional):
+    """Fake kernels give the shapes and strides of the real ones, for any memory order of the inputs."""
+    if directional:
+        arguments, orders = directional_problem(batch=1, directions=2, length=9)
+        scan = lambda *given: directional_scan(*given, orders=orders.to(DEVICE), backend="triton")  # noqa: E731
+        given = to_device(arguments)
+        given = [given[name] for name in ("x", "delta", "A", "B", "C", "D")]
+    else:
+        scan = lambda *given: selective_scan(*given, backend="triton")  # noqa: E731
+        given = to_device(problem(batch=2, length=9, extras="D z"))
+        given = [given[name] for name in ("u", "delta", "A", "B", "C", "D", "z")]
+    given = [x.requires_grad_() for x in given]
+    compiled = torch.compile(scan, fullgraph=True, backend="aot_eager")
+    weights = torch.randn_like(scan(*given))
+    wanted = [scan(*given), *torch.autograd.grad((scan(*given) * weights).sum(), given)]
+    found = [compiled(*given), *torch.autograd.grad((compiled(*given) * weights).sum(), given)]
+    for x, y in zip(wanted, found, strict=True):
+        assert torch.equal(x, y)
 
-    def run(scan, low, device):
-        leaves = {k: v.to(device, torch.float32 if k == "A" else low) for k, v in arguments.items()}
-        return scan(**leaves)
 
-    truth = run(selective_scan_reference, torch.float64, "cpu")
-    assert relative_error(run(selective_scan_triton, dtype, DEVICE), truth) < 2e-2
+HALVES = (
+    [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
+)  # the interpreter has no bfloat16
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+def test_half_precision_inputs_keep_a_float32_state(dtype, tied):
+    arguments = problem(length=21, states=16, extras=ALL, tied=tied)
+    halves = ("u", "delta", "B", "C", "z")
+    arguments = {name: x.to(dtype).float() if name in halves else x for name, x in arguments.items()}
+    options = dict(delta_softplus=True, tied_decay=tied)
+    doubles = {name: x.double() for name, x in arguments.items()}
+    wanted = outputs_and_gradients(selective_scan, doubles, backend="reference", **options)
+    given = {name: x.to(DEVICE, dtype if name in halves else torch.float32) for name, x in arguments.items()}
+    found = outputs_and_gradients(selective_scan, given, backend="triton", **options)
+    for x, y, name in zip(wanted, found, ["y", *arguments], strict=True):
+        assert y.dtype == (dtype if name in ("y", *halves) else torch.float32)
+        assert relative_error(y.cpu().double(), x) < 2e-2, name

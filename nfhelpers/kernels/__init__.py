@@ -1,23 +1,56 @@
-"""The selective scan of S6: argument checks, choice of backend, self-check.
+"""The scans of S6: argument checks, choice of backend, registration with PyTorch, self-check.
 
 `selective_scan` takes the arguments and shapes of mamba_ssm's `selective_scan_fn`, so that either can replace
-the other, and runs on the backend that suits the device. `backend_status` says why a backend cannot be used.
+the other, and runs on the backend that suits the device. `directional_scan` scans the same tokens in several
+orders at once. `backend_status` says why a backend cannot be used.
+
+Both are views of one operation, which the modules chunked, native and triton_scan implement as `forward` and
+`backward` (tensors in, tensors out) and which is registered here as `torch.ops.nfhelpers.scan_<backend>`, so
+that autograd and torch.compile know it:
+
+    forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states)
+        -> y, last, states
+    backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
+        -> the gradients of u, delta, A, B, C, D, z, bias
+
+b batch, k direction (K of them), l token (row), d channel, n state, g group of channels that share B and C
+
+    u           (b, K, l, d), or (b, 1, l, d) when the directions share one input
+    delta, z    (b, K, l, d)
+    A           (K, d, N); tied (K, d), where state n decays at the rate (n + 1) A
+    B, C        varying (b, K, G, l, N), or fixed (K, d, N)
+    D, bias     (K, d)
+    order       None, or (1 or b, K, l): row visited at step t
+    reverse     bit k set: direction k walks its order from the last step to the first
+    y           (b, K, l, d) in u's dtype, in the order of the rows
+    last        (b, K, d, N) state after the last step
+    states      what the backend keeps for its backward pass; (0,) when keep_states is False
+
+A, D, bias and fixed B, C come contiguous in the state's dtype, the rest in any floating dtype and strides.
+A gradient has its argument's shape and dtype and the layout `torch.empty_like` gives it; (0,) for None.
 """
 
 import functools
 import importlib
 import os
+import warnings
 
 import torch
 
-from .chunked import selective_scan_chunked
-from .reference import selective_scan_reference
+from .reference import compute_dtype, directional_scan_reference, selective_scan_reference, state_rates
 
 BACKENDS = ("reference", "chunked", "native", "triton", "mamba_ssm")
 DISCRETIZATIONS = ("mamba", "zoh")
+_MODULES = {"chunked": ".chunked", "native": ".native", "triton": ".triton_scan"}
+"""Where each backend of the registered operation lives; imported on first use."""
 _CUDA_ONLY = ("triton", "mamba_ssm")
+_FLOAT64 = ("reference", "chunked")
 _BROKEN_INSTALL = (ImportError, OSError, AttributeError, RuntimeError, TypeError)
 """What the import of a package raises that is missing or was built for another torch, driver or Python."""
+_MOST_DIRECTIONS = 62  # bits of the mask `reverse`
+
+
+# ------------------------------------------------------------------------------------------ public functions
 
 
 def selective_scan(
@@ -34,6 +67,7 @@ def selective_scan(
     *,
     backend=None,
     discretization="mamba",
+    tied_decay=False,
 ):
     """Scan of a diagonal state space model whose step size, input and output weights vary along the sequence.
 
@@ -47,42 +81,149 @@ def selective_scan(
     Args:
         u: (B, D, L) input, any floating dtype. Any strides: a transposed (B, L, D) tensor is the fastest.
         delta: (B, D, L) step sizes, positive after bias and softplus for a meaningful model.
-        A: (D, N) real; negative for a stable recurrence.
+        A: (D, N) real; negative for a stable recurrence. With tied_decay (D,).
         B, C: (D, N) fixed, (B, N, L) varying, or (B, G, N, L) varying in G groups of D / G adjacent channels.
         D: (D,) skip weight. z: (B, D, L) gate. delta_bias: (D,).
         return_last_state: also return h after the last position.
         backend: one of BACKENDS; None takes NF_SCAN_BACKEND, else the best for u's device (`choose_backend`).
+        tied_decay: state n, counted from 0, decays at the rate (n + 1) A (the shape of S4D-real): one
+            exponential a channel and position instead of N.
 
     Returns:
         y (B, D, L) in u's dtype; with return_last_state, (y, last state (B, D, N)). The state is float32
         whatever the dtypes and autocast (float64 in reference and chunked when an argument is). Gradients
-        reach every argument.
+        reach every argument; second derivatives are the reference backend's alone.
 
     Raises:
         ValueError: wrong shape or dtype, empty batch or sequence, tensors on different devices, unknown
             discretization or backend, or a backend that cannot be used here.
 
     Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023; the
-    zero-order hold is seed 002's.
+    zero-order hold is seed 002's; S4D-real is of Gu et al., "On the Parameterization and Initialization of
+    Diagonal State Space Models", 2022.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, discretization)
-    name = choose_backend(u.device, backend)
-    if name == "mamba_ssm" and discretization != "mamba":
-        raise ValueError(
-            f"backend 'mamba_ssm' has no discretization={discretization!r}; use backend='chunked'"
-        )
-    scan = _scan_function(name)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    if name == "mamba_ssm":
-        return scan(*arguments)
-    return scan(*arguments, discretization=discretization)
-
-
-def _check(u, delta, A, B, C, D, z, delta_bias, discretization):
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization={discretization!r} is unknown; choose one of {DISCRETIZATIONS}")
     given = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    optional = ("D", "z", "delta_bias")
+    _check_tensors(given, optional=("D", "z", "delta_bias"))
+    _check_selective(given, tied_decay)
+    name = choose_backend(u.device, backend, compute_dtype(*given.values()))
+    options = (delta_softplus, return_last_state)
+    if name == "reference":
+        return selective_scan_reference(
+            *given.values(), *options, discretization=discretization, tied_decay=tied_decay
+        )
+    if name == "mamba_ssm":
+        if discretization != "mamba":
+            raise ValueError(
+                f"backend 'mamba_ssm' has no discretization={discretization!r}; use backend='chunked'"
+            )
+        if tied_decay:
+            A = state_rates(A, B.shape[1] if B.dim() == 2 else B.shape[-2])
+        return _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options)
+
+    def rows(x):  # (B, D, L) as (B, 1, L, D)
+        return None if x is None else x.transpose(1, 2).unsqueeze(1)
+
+    def weight(x):
+        if x.dim() == 2:
+            return x.unsqueeze(0)  # (1, D, N)
+        return (x.unsqueeze(1) if x.dim() == 3 else x).transpose(2, 3).unsqueeze(1)  # (B, 1, G, L, N)
+
+    A, D, delta_bias = (None if x is None else x.unsqueeze(0) for x in (A, D, delta_bias))
+    y, last = _scan(
+        name,
+        (rows(u), rows(delta), A, weight(B), weight(C), D, rows(z), delta_bias),
+        (None, 0, delta_softplus, discretization == "zoh", tied_decay),
+    )
+    y = y.squeeze(1).transpose(1, 2)
+    return (y, last.squeeze(1)) if return_last_state else y
+
+
+def directional_scan(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    orders,
+    delta_bias=None,
+    delta_softplus=True,
+    reverse=None,
+    backend=None,
+    tied_decay=False,
+):
+    """K selective scans of the same tokens at once, each in an order of its own.
+
+    At step t direction k visits token r = orders[k, t], with everything that token carries:
+
+        h_t = exp(delta[k, r] A[k]) h_{t-1} + delta[k, r] B[k, r] x[r]         delta after bias and softplus
+        y[k, r] = sum over n of C[k, r] h_t + D[k] x[r]
+
+    The projections that make delta, B and C are token-wise, so they are computed once, in the tokens' own
+    order. The permutation is an index inside the scan: no permuted copy is made, and a reversed direction
+    costs no flip.
+
+    Args:
+        x: (B, L, D) shared by the directions, or (B, K, L, D); any floating dtype and strides.
+        delta: (B, K, L, D) step sizes before bias and softplus.
+        A: (K, D, N), or (D, N) for all directions; with tied_decay (K, D) or (D,).
+        B, C: (B, K, L, N).
+        D, delta_bias: (K, D), or (D,) for all directions.
+        orders: (K, L), or (B, K, L) for an order a sample: integer permutations of 0 ... L-1
+            (`orders.point_order`, `orders.grid_order`).
+        reverse: K bools: which directions walk their order backwards. None: no one does.
+        backend, tied_decay: as in `selective_scan`. mamba_ssm has no orders: it is given permuted copies,
+            with the directions as groups of channels.
+
+    Returns:
+        y (B, K, L, D) in x's dtype, every direction in the tokens' own order. Gradients reach every argument
+        but the orders.
+
+    Raises:
+        ValueError: wrong shape or dtype, an empty tensor, tensors on different devices, an order on the CPU
+            that is not a permutation (on a GPU it is not read back), a backend that is unknown or cannot be
+            used here.
+
+    Source: seed 001, four directions over a set of points; Liu et al., "VMamba: Visual State Space Model",
+    2024, whose cross-scan makes the copies.
+    """
+    given = dict(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    _check_tensors(given, optional=("D", "delta_bias"))
+    _check_directional(given, tied_decay)
+    directions, channels = delta.shape[1], delta.shape[3]
+    _check_orders(orders, delta)
+    _check_reverse(reverse, directions)
+    name = choose_backend(x.device, backend, compute_dtype(*given.values()))
+    options = dict(delta_softplus=delta_softplus, tied_decay=tied_decay)
+    if name == "reference":
+        return directional_scan_reference(
+            *(x, delta, A, B, C, D), orders=orders, delta_bias=delta_bias, reverse=reverse, **options
+        )
+    x = x.unsqueeze(1) if x.dim() == 3 else x
+    A = A.expand(directions, *A.shape[-1 if tied_decay else -2 :])
+    D, delta_bias = (None if w is None else w.expand(directions, channels) for w in (D, delta_bias))
+    if orders.dim() == 2:
+        orders = orders.unsqueeze(0)  # (1, K, L)
+    if name == "mamba_ssm":
+        A = state_rates(A, B.shape[-1]) if tied_decay else A
+        return _mamba_ssm_directions(x, delta, A, B, C, D, orders, delta_bias, delta_softplus, reverse)
+    mask = sum(1 << k for k, flag in enumerate(reverse or ()) if flag)
+    y, _ = _scan(
+        name,
+        (x, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, None, delta_bias),
+        (orders, mask, delta_softplus, False, tied_decay),
+    )
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _check_tensors(given, optional):
+    first, device = next((name, getattr(x, "device", None)) for name, x in given.items())
     for name, x in given.items():
         if x is None and name in optional:
             continue
@@ -92,23 +233,37 @@ def _check(u, delta, A, B, C, D, z, delta_bias, discretization):
             raise ValueError(f"{name} is {x.dtype}; only real A, B, C are supported, pass float32")
         if not x.is_floating_point():
             raise ValueError(f"{name} is {x.dtype}; pass a floating dtype such as float32")
-        if x.device != u.device:
-            raise ValueError(f"{name} is on {x.device} and u on {u.device}; move them to one device")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and {first} on {device}; move them to one device")
 
+
+def _check_shapes(given, legal):
+    """`legal` maps a name to the shapes it may have."""
+    for name, shapes in legal.items():
+        if given[name] is not None and tuple(given[name].shape) not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} has shape {tuple(given[name].shape)}; it must be {wanted}")
+
+
+def _check_selective(given, tied_decay):
+    u, A, B = (given[name] for name in ("u", "A", "B"))
     if u.dim() != 3:
         raise ValueError(f"u has shape {tuple(u.shape)}; pass (B, D, L) such as (8, 256, 1228)")
     batch, channels, length = u.shape
     if 0 in u.shape:
         raise ValueError(f"u has shape {tuple(u.shape)}, which is empty; B, D and L must be at least 1")
-    if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
-        raise ValueError(
-            f"A has shape {tuple(A.shape)}; pass (D, N) with D={channels}, such as ({channels}, 16)"
-        )
-    states = A.shape[1]
-    shapes = dict(delta=u.shape, z=u.shape, D=(channels,), delta_bias=(channels,))
-    for name, shape in shapes.items():
-        if given[name] is not None and tuple(given[name].shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(given[name].shape)}; it must be {tuple(shape)}")
+    if tied_decay:
+        if tuple(A.shape) != (channels,):
+            raise ValueError(f"A has shape {tuple(A.shape)}; with tied_decay it must be {(channels,)}")
+        states = B.shape[1] if B.dim() == 2 else B.shape[-2] if B.dim() > 2 else 0
+    else:
+        if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
+            raise ValueError(
+                f"A has shape {tuple(A.shape)}; pass (D, N) with D={channels}, such as ({channels}, 16)"
+            )
+        states = A.shape[1]
+    row, channel = [(batch, channels, length)], [(channels,)]
+    _check_shapes(given, dict(delta=row, z=row, D=channel, delta_bias=channel))
     groups = set()
     for name in ("B", "C"):
         shape = tuple(given[name].shape)
@@ -116,10 +271,11 @@ def _check(u, delta, A, B, C, D, z, delta_bias, discretization):
         legal = [(channels, states), (batch, states, length)]
         if group:
             legal.append((batch, group, states, length))
-        if shape not in legal:
+        if shape not in legal or states == 0:
             raise ValueError(
                 f"{name} has shape {shape}; it must be (D, N), (B, N, L) or (B, G, N, L) "
-                f"with B={batch}, D={channels}, N={states}, L={length}, such as {legal[1]}"
+                f"with B={batch}, D={channels}, N={states or 16}, L={length}, such as "
+                f"{(batch, states or 16, length)}"
             )
         if group and channels % group:
             raise ValueError(
@@ -133,18 +289,165 @@ def _check(u, delta, A, B, C, D, z, delta_bias, discretization):
         )
 
 
-def _triton_module():
-    return importlib.import_module(".triton_scan", __name__)
+def _check_directional(given, tied_decay):
+    delta, B = given["delta"], given["B"]
+    if delta.dim() != 4:
+        raise ValueError(f"delta has shape {tuple(delta.shape)}; pass (B, K, L, D) such as (8, 4, 1228, 256)")
+    batch, directions, length, channels = delta.shape
+    if 0 in delta.shape:
+        raise ValueError(
+            f"delta has shape {tuple(delta.shape)}, which is empty; B, K, L, D must be at least 1"
+        )
+    if directions > _MOST_DIRECTIONS:
+        raise ValueError(f"delta has K={directions} directions; pass at most {_MOST_DIRECTIONS} in one call")
+    if B.dim() != 4 or B.shape[-1] == 0:
+        raise ValueError(
+            f"B has shape {tuple(B.shape)}; pass (B, K, L, N) such as {(batch, directions, length, 16)}"
+        )
+    states = B.shape[-1]
+    varying = [(batch, directions, length, states)]
+    channel = [(directions, channels), (channels,)]
+    rates = channel if tied_decay else [(directions, channels, states), (channels, states)]
+    rows = [(batch, length, channels), (batch, directions, length, channels)]
+    _check_shapes(given, dict(x=rows, A=rates, B=varying, C=varying, D=channel, delta_bias=channel))
 
 
-@functools.cache
-def _mamba_ssm():
-    """(selective_scan_fn, None) or (None, why it cannot be imported)."""
-    try:
-        module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        return module.selective_scan_fn, None
-    except _BROKEN_INSTALL as error:
-        return None, f"import failed: {type(error).__name__}: {error}"
+def _check_orders(orders, delta):
+    batch, directions, length, _ = delta.shape
+    if not isinstance(orders, torch.Tensor):
+        raise ValueError(f"orders is a {type(orders).__name__}; pass an int64 tensor {(directions, length)}")
+    if orders.is_floating_point() or orders.is_complex() or orders.dtype == torch.bool:
+        raise ValueError(f"orders is {orders.dtype}; pass an integer dtype such as int64")
+    _check_shapes(dict(orders=orders), dict(orders=[(directions, length), (batch, directions, length)]))
+    if orders.device != delta.device:
+        raise ValueError(f"orders is on {orders.device} and delta on {delta.device}; move them to one device")
+    if orders.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # reading values back from a GPU would stall it, and a trace has none
+    orders = orders.long()
+    low, high = (bound.item() for bound in orders.aminmax())
+    if low < 0 or high >= length:
+        raise ValueError(
+            f"orders holds {low if low < 0 else high}; it must be permutations of 0 ... {length - 1}"
+        )
+    visited = torch.zeros(orders.shape, dtype=torch.bool).scatter_(-1, orders, True)
+    if not visited.all():
+        missing = visited.logical_not().nonzero()[0].tolist()
+        raise ValueError(
+            f"orders{missing[:-1]} never visits token {missing[-1]}; it must be a permutation of "
+            f"0 ... {length - 1}"
+        )
+
+
+def _check_reverse(reverse, directions):
+    if reverse is None:
+        return
+    bools = isinstance(reverse, (list, tuple)) and all(isinstance(flag, bool) for flag in reverse)
+    if not bools or len(reverse) != directions:
+        raise ValueError(f"reverse is {reverse}; pass K={directions} bools, such as {(True,) * directions}")
+
+
+# ----------------------------------------------------------------------------------- the registered operation
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
+_OPTIONS = "Tensor? order, int reverse, bool softplus, bool zoh, bool tied"
+_FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor grad_y, Tensor? grad_last, Tensor states, {_INPUTS}, {_OPTIONS}) -> ("
+    + ", ".join(["Tensor"] * 8)
+    + ")"
+)
+
+
+def _module(name):
+    return importlib.import_module(_MODULES[name], __name__)
+
+
+@torch.compiler.assume_constant_result
+def _layout(name):
+    """What `states` looks like, as a string that is an argument of the operation and does nothing in it.
+
+    torch.compile keeps graphs on disk, with the shapes they were compiled for; without this a graph would be
+    taken for that of another version of the backend, which keeps its states differently.
+    """
+    return str(tuple(_module(name).states_shape(2, 3, 1_000_003, 5, 7)))
+
+
+def _register(name):
+    """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
+
+    def run(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states, layout=""):
+        arguments = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states)
+        with torch.autocast(u.device.type, enabled=False):
+            return _module(name).forward(*arguments)
+
+    def run_backward(grad_y, *arguments):
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return _module(name).backward(grad_y, *arguments)
+
+    op = torch.library.custom_op(f"nfhelpers::scan_{name}", run, mutates_args=(), schema=_FORWARD)
+    backward_op = torch.library.custom_op(
+        f"nfhelpers::scan_{name}_backward", run_backward, mutates_args=(), schema=_BACKWARD
+    )
+
+    @op.register_fake
+    def _(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states, layout=""):
+        batch, directions, length, channels = delta.shape
+        states = B.shape[-1]
+        y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
+        kept = _module(name).states_shape(batch, directions, length, channels, states)
+        return (
+            y,
+            A.new_empty(batch, directions, channels, states),
+            A.new_empty(kept if keep_states else (0,)),
+        )
+
+    @backward_op.register_fake
+    def _(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, *options):
+        arguments = (u, delta, A, B, C, D, z, bias)
+        return tuple(A.new_empty(0) if x is None else torch.empty_like(x) for x in arguments)
+
+    def setup(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        y, _, states = output
+        ctx.mark_non_differentiable(states)
+        arguments, ctx.options = inputs[:9], inputs[9:13]
+        ctx.save_for_backward(states, *arguments)
+        ctx.y_shape = y.shape
+
+    def differentiate(ctx, grad_y, grad_last, _):
+        states, *arguments = ctx.saved_tensors
+        u = arguments[0]
+        if grad_y is None:
+            grad_y = u.new_zeros(()).expand(ctx.y_shape)
+        grads = backward_op(grad_y, grad_last, states, *arguments, *ctx.options)
+        grads = (None if x is None else grad for x, grad in zip(arguments[:8], grads, strict=True))
+        return *grads, *[None] * 7  # order, reverse, softplus, zoh, tied, keep_states, layout
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"the {name} scan has no second derivative; use backend='reference'")
+
+    op.register_autograd(differentiate, setup_context=setup)
+    backward_op.register_autograd(refuse)
+    return op
+
+
+_OPERATIONS = {name: _register(name) for name in _MODULES}
+
+
+def _scan(name, tensors, options):
+    """(y, last) of the operation described above, without its dtypes: parameters are cast here."""
+    u, delta, A, B, C, D, z, bias = tensors
+    dtype = compute_dtype(*tensors)
+    A, D, bias = (None if x is None else x.to(dtype).contiguous() for x in (A, D, bias))
+    B, C = (x.to(dtype).contiguous() if x.dim() == 3 else x for x in (B, C))
+    tensors = (u, delta, A, B, C, D, z, bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, last, _ = _OPERATIONS[name](*tensors, *options, keep, _layout(name))
+    return y, last
+
+
+# -------------------------------------------------------------------------------------------------- mamba_ssm
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
@@ -157,14 +460,58 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_
     return (result[0].to(u.dtype), result[1]) if return_last_state else result.to(u.dtype)
 
 
-def _scan_function(name):
-    if name == "triton":
-        return _triton_module().selective_scan_triton
-    return {
-        "reference": selective_scan_reference,
-        "chunked": selective_scan_chunked,
-        "mamba_ssm": _mamba_ssm_scan,
-    }[name]
+def _mamba_ssm_directions(x, delta, A, B, C, D, orders, delta_bias, delta_softplus, reverse):
+    """Directions as groups of channels of one call, on permuted copies, as peers do it."""
+    batch, directions, length, channels = delta.shape
+    walks = orders.long().unbind(1)  # K of (1 or B, L)
+    if reverse is not None:
+        walks = [walk.flip(-1) if flag else walk for walk, flag in zip(walks, reverse, strict=True)]
+    walks = torch.stack(tuple(walks), 1).expand(batch, -1, -1).unsqueeze(-1)  # (B, K, L, 1)
+
+    def visit(rows):  # (B, K, L, F) -> (B, K, F, L), step by step
+        rows = rows.expand(-1, directions, -1, -1)
+        return rows.gather(2, walks.expand(-1, -1, -1, rows.shape[-1])).transpose(2, 3)
+
+    y = _mamba_ssm_scan(
+        visit(x).flatten(1, 2),  # (B, K D, L)
+        visit(delta).flatten(1, 2),
+        A.flatten(0, 1),  # (K D, N)
+        visit(B),  # (B, K, N, L)
+        visit(C),
+        None if D is None else D.flatten(),
+        None,
+        None if delta_bias is None else delta_bias.flatten(),
+        delta_softplus,
+        False,
+    )
+    y = y.unflatten(1, (directions, channels)).transpose(2, 3)  # (B, K, L, D), row t the result of step t
+    return torch.zeros_like(y).scatter(2, walks.expand_as(y), y)
+
+
+# --------------------------------------------------------------------------------------------------- backends
+
+
+@functools.cache
+def _mamba_ssm():
+    """(selective_scan_fn, None) or (None, why it cannot be imported)."""
+    try:
+        module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        return module.selective_scan_fn, None
+    except _BROKEN_INSTALL as error:
+        return None, f"import failed: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def _native_status():
+    try:
+        return " ".join(_module("native").status().split())  # a compiler's message has many lines
+    except _BROKEN_INSTALL as error:
+        return f"import failed: {type(error).__name__}: {error}"
+
+
+@functools.cache
+def _say_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _interpreted():
@@ -174,10 +521,8 @@ def _interpreted():
 def _triton_status():
     try:
         importlib.import_module("triton")
-        _triton_module()
+        _module("triton")
     except _BROKEN_INSTALL as error:
-        if isinstance(error, ImportError) and error.name == f"{__name__}.triton_scan":
-            return "not built yet"
         return f"import failed: {type(error).__name__}: {error}"
     if not torch.cuda.is_available() and not _interpreted():
         return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
@@ -196,36 +541,69 @@ def backend_status():
     return {
         "reference": "ok",
         "chunked": "ok",
-        "native": "not built yet",
+        "native": _native_status(),
         "triton": _triton_status(),
         "mamba_ssm": _mamba_ssm_status(),
     }
 
 
-def choose_backend(device, backend=None):
-    """Name of the backend that runs on `device`.
+def choose_backend(device, backend=None, dtype=torch.float32):
+    """Name of the backend that runs on `device` with states of `dtype`, float32 or float64.
 
-    That is `backend`, else the environment variable NF_SCAN_BACKEND, else triton on a CUDA device where it
-    works, else chunked.
+    That is `backend`, else the environment variable NF_SCAN_BACKEND, else triton on a CUDA device and native
+    on the CPU where they work, else chunked; chunked for float64. Where native does not work on a CPU, a
+    warning says so once. Tensors without data, on "meta", take chunked.
 
     Raises:
-        ValueError: an unknown backend, or one that is asked for and cannot be used on this device.
+        ValueError: an unknown backend, or one that is asked for and cannot be used on this device or in this
+            dtype.
     """
-    device = torch.device(device)
+    return _choose(str(device), backend, dtype == torch.float64)
+
+
+@torch.compiler.assume_constant_result
+def _choose(device, backend, double):
+    """`choose_backend` of constants: torch.compile calls it while it traces, and keeps the answer."""
+    kind = device.partition(":")[0]
+    if kind == "meta" and backend is None:
+        return "chunked"  # nothing is computed, only shapes
     source = "backend" if backend is not None else "NF_SCAN_BACKEND"
     backend = backend if backend is not None else os.environ.get("NF_SCAN_BACKEND") or None
     if backend is None:
-        return "triton" if device.type == "cuda" and _triton_status() == "ok" else "chunked"
+        return _best(kind, double)
     if backend not in BACKENDS:
         raise ValueError(f"{source}={backend!r} is unknown; choose one of {BACKENDS}")
-    status = backend_status()[backend]
-    if status == "ok" and backend in _CUDA_ONLY and device.type != "cuda":
-        if backend != "triton" or not _interpreted():
-            status = f"needs tensors on a CUDA device, not on {device}"
+    status = _status(backend, kind)
     if status != "ok":
         usable = [name for name, state in backend_status().items() if state == "ok"]
         raise ValueError(f"{source}={backend!r} cannot be used: {status}; usable here: {usable}")
+    if double and backend not in _FLOAT64:
+        raise ValueError(f"{source}={backend!r} computes in float32 only; use backend='chunked' for float64")
     return backend
+
+
+def _best(kind, double):
+    if not double and kind == "cuda" and _triton_status() == "ok":
+        return "triton"
+    if not double and kind == "cpu":
+        if _native_status() == "ok":
+            return "native"
+        _say_once(f"the native scan cannot be used: {_native_status()}; the slower chunked one runs instead")
+    return "chunked"
+
+
+def _status(backend, kind):
+    status = backend_status()[backend]
+    if status != "ok":
+        return status
+    if backend == "native" and kind != "cpu":
+        return f"needs tensors on the CPU, not on {kind}"
+    if backend in _CUDA_ONLY and kind != "cuda" and not (backend == "triton" and _interpreted()):
+        return f"needs tensors on a CUDA device, not on {kind}"
+    return "ok"
+
+
+# ------------------------------------------------------------------------------------------------- self-check
 
 
 def self_check(backend, device="cpu"):
@@ -239,45 +617,60 @@ def self_check(backend, device="cpu"):
     """
     choose_backend(device, backend)
     worst = dict(forward=0.0, backward=0.0)
-    for discretization in DISCRETIZATIONS if backend != "mamba_ssm" else ("mamba",):
-        for groups in (1, 2):
-            arguments, weights = _small_problem(groups)
-            truth = _evaluate("reference", arguments, weights, torch.float64, "cpu", discretization)
-            found = _evaluate(backend, arguments, weights, torch.float32, device, discretization)
-            for part, wanted, got in zip(("forward", "backward"), truth, found, strict=True):
-                errors = [relative_error(y, x) for x, y in zip(wanted, got, strict=True)]
-                worst[part] = max(worst[part], *errors)
+    for scan, arguments, options in _small_problems(zoh=backend != "mamba_ssm"):
+        truth = _evaluate(scan, arguments, options, "reference", torch.float64, "cpu")
+        found = _evaluate(scan, arguments, options, backend, torch.float32, device)
+        for part, wanted, got in zip(("forward", "backward"), truth, found, strict=True):
+            errors = [relative_error(y, x) for x, y in zip(wanted, got, strict=True)]
+            worst[part] = max(worst[part], *errors)
     return worst
 
 
-def _small_problem(groups, batch=2, channels=6, length=37, states=4):
-    """Every argument of a scan, and weights that make a scalar of its two outputs."""
-    generator = torch.Generator().manual_seed(groups)
+def _small_problems(zoh, batch=2, channels=6, length=37, states=4):
+    """(scan, arguments, options), with every argument there is."""
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
+    for groups, tied, discretization in (1, False, "mamba"), (2, True, "mamba"), (2, False, "zoh"):
+        if discretization == "mamba" or zoh:
+            arguments = dict(
+                u=draw(batch, channels, length),
+                delta=draw(batch, channels, length),
+                A=-draw(*(channels, states)[: 1 if tied else 2]).exp(),
+                B=draw(batch, groups, states, length),
+                C=draw(batch, groups, states, length),
+                D=draw(channels),
+                z=draw(batch, channels, length),
+                delta_bias=draw(channels),
+            )
+            options = dict(discretization=discretization, tied_decay=tied)
+            yield selective_scan, arguments, options | dict(delta_softplus=True, return_last_state=True)
+
+    directions = 3
     arguments = dict(
-        u=draw(batch, channels, length),
-        delta=draw(batch, channels, length),
-        A=-draw(channels, states).exp(),
-        B=draw(batch, groups, states, length),
-        C=draw(batch, groups, states, length),
-        D=draw(channels),
-        z=draw(batch, channels, length),
-        delta_bias=draw(channels),
+        x=draw(batch, length, channels),
+        delta=draw(batch, directions, length, channels),
+        A=-draw(directions, channels, states).exp(),
+        B=draw(batch, directions, length, states),
+        C=draw(batch, directions, length, states),
+        D=draw(directions, channels),
+        delta_bias=draw(directions, channels),
     )
-    return arguments, (draw(batch, channels, length), draw(batch, channels, states))
+    orders = torch.rand(directions, length, generator=generator).argsort(-1)
+    yield directional_scan, arguments, dict(orders=orders, reverse=(False, True, False))
 
 
-def _evaluate(backend, arguments, weights, dtype, device, discretization):
-    """Outputs, and gradients of their weighted sum with respect to every argument."""
+def _evaluate(scan, arguments, options, backend, dtype, device):
+    """Outputs, and gradients of a weighted sum of them with respect to every argument."""
     given = {name: x.to(device, dtype).requires_grad_() for name, x in arguments.items()}
-    options = dict(
-        delta_softplus=True, return_last_state=True, backend=backend, discretization=discretization
-    )
-    outputs = selective_scan(**given, **options)
-    loss = sum((y * weight.to(y)).sum() for y, weight in zip(outputs, weights, strict=True))
+    options = {name: x.to(device) if name == "orders" else x for name, x in options.items()}
+    outputs = scan(**given, **options, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    loss = sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
     return outputs, torch.autograd.grad(loss, list(given.values()))
 
 

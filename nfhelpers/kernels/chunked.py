@@ -1,83 +1,167 @@
-"""The selective scan in plain PyTorch with O(L) memory, for any device: chunk, keep one state, recompute.
+"""The scan in plain PyTorch with O(L) memory, for any device: chunk, keep one state, recompute.
 
 The recurrence is the one of `reference.py`. Only the step h_t = a_t h_{t-1} + x_t is serial: one in-place
-`addcmul_` per position on a time-major buffer. Exponentials, outputs and gradients are computed for a whole
-chunk of T positions at once. The forward pass keeps the state at the start of every chunk; the backward pass
-walks the chunks from the last to the first, recomputes the states of one, and runs the adjoint recurrence
+`addcmul_` per step on a time-major buffer. Exponentials, outputs and gradients are computed for a whole chunk
+of T steps at once. The forward pass keeps the state at the start of every chunk; the backward pass walks the
+chunks from the last to the first, recomputes the states of one, and runs the adjoint recurrence
 
     g_t = C_t dy_t + a_{t+1} g_{t+1}          g: gradient with respect to h
 
-in place. Memory is therefore the inputs plus L/T states plus a few buffers of T states. Autograd sees one
-node and never a slice: the backward of a slice under autograd fills a tensor as long as the whole sequence.
+in place. Memory is therefore the inputs plus L/T states plus a few buffers of T states. Rows are gathered one
+chunk at a time, so that a direction of scan costs no permuted copy of its inputs. Nothing here is seen by
+autograd (`kernels/__init__.py` registers both passes): the backward of a slice under autograd fills a tensor
+as long as the whole sequence.
 
-b batch, g group, n state, p channel inside its group, t position. Everything is time-major and channels-last,
-(T, b, G, P) or with states (T, b, G, N, P), so that elementwise work runs over contiguous channels.
+b batch, k direction, g group, n state, p channel inside its group, l row, t step. Chunks are time-major and
+channels-last, (T, b, k, G, P) or with states (T, b, k, G, N, P), so that elementwise work runs over
+contiguous channels.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .reference import SERIES_BELOW, SERIES_TERMS, compute_dtype
+from .reference import SERIES_BELOW, SERIES_TERMS, state_rates
 
-CHUNK = 32  # positions per chunk
+CHUNK = 32  # steps per chunk
 STEP_ELEMENTS = (
-    32768  # states per step and CPU thread: larger batches go through in slices that stay in cache
+    32768  # states per step and CPU thread: what is larger goes through in slices that stay in cache
 )
 TINY = 1e-30  # 1 / A is not formed below this
+LOG2E = math.log2(math.e)
 
 
-class _Plan(NamedTuple):
-    """How one call is cut up: groups x channels, slices of the batch, slices of the sequence."""
+def states_shape(batch, directions, length, channels, states):
+    """Shape of what `forward` keeps for `backward`: the state at the start of every chunk."""
+    return (-(-length // CHUNK), batch, directions, channels * states)
 
-    split: tuple
+
+class _Scan(NamedTuple):
+    """The arguments of one call, ready to be cut up: (b, K, l, ...) what varies, (K, ...) what is fixed."""
+
+    u: torch.Tensor  # (b, K, l, G, P)
+    delta: torch.Tensor  # (b, K, l, G, P)
+    B: torch.Tensor  # (b, K, l, G, N, 1), or (K, G, N, P) when fixed
+    C: torch.Tensor
+    A: torch.Tensor  # (K, G, N, P), or (K, G, P) when tied
+    D: torch.Tensor | None  # (K, G, P)
+    z: torch.Tensor | None  # (b, K, l, G, P)
+    bias: torch.Tensor | None  # (K, G, P)
+    visits: torch.Tensor | None  # (l, b', K): row visited at each step; None: row t at step t
     states: int
-    rows: list
-    spans: list
-    dtype: torch.dtype
-    device: torch.device
+    parts: list  # pairs of slices, of samples and of directions, whose states stay in cache
+    spans: list  # slices of the steps
 
-    def buffer(self, positions, rows):
-        shape = (positions, rows.stop - rows.start, self.split[0], self.states, self.split[1])
-        return torch.empty(shape, dtype=self.dtype, device=self.device)  # (T, b, G, N, P)
+    def buffer(self, part, steps):
+        """Room for the states of a part, (steps, b, k, G, N, P)."""
+        samples, directions = (piece.stop - piece.start for piece in part)
+        groups, inner = self.u.shape[-2:]
+        return self.A.new_empty(steps, samples, directions, groups, self.states, inner)
 
 
-def _plan(u, A, B, C, dtype, chunk):
-    (batch, channels, length), states = u.shape, A.shape[1]
-    groups = next((weight.shape[1] for weight in (B, C) if weight.dim() == 4), 1)
-    step = batch
+def _prepare(u, delta, A, B, C, D, z, bias, order, reverse):
+    batch, directions, length, channels = delta.shape
+    groups = next((weight.shape[2] for weight in (B, C) if weight.dim() == 5), 1)
+    split, states = (groups, channels // groups), B.shape[-1]
+    samples_at_once, directions_at_once = batch, directions
     if u.device.type == "cpu":
-        step = max(1, STEP_ELEMENTS * torch.get_num_threads() // (channels * states))
-    rows = [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
-    spans = [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
-    return _Plan((groups, channels // groups), states, rows, spans, dtype, u.device)
+        room = STEP_ELEMENTS * torch.get_num_threads() // (channels * states)
+        samples_at_once = max(1, min(batch, room))
+        directions_at_once = max(1, min(directions, room // batch))
+    return _Scan(
+        _split(u, split).expand(-1, directions, -1, -1, -1),
+        _split(delta, split),
+        _by_state(B, split),
+        _by_state(C, split),
+        _split(A, split) if A.dim() == 2 else _by_state(A, split),
+        *(_split(x, split) for x in (D, z, bias)),
+        _visits(order, reverse, directions, length, u.device),
+        states,
+        list(itertools.product(_cut(batch, samples_at_once), _cut(directions, directions_at_once))),
+        _cut(length, CHUNK),
+    )
 
 
-def _time_major(x, split):
-    """View (B, D, L) as (L, B, G, P)."""
-    return x.permute(2, 0, 1).unflatten(-1, split)
+def _cut(length, size):
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _state_weight(weight, plan):
-    """A, B or C broadcastable over (L, B, G, N, P): a copy of (D, N), a view of (B, N, L) or (B, G, N, L)."""
-    if weight.dim() == 2:
-        return weight.to(plan.dtype).unflatten(0, plan.split).transpose(1, 2).contiguous()  # (G, N, P)
-    weight = weight.unsqueeze(1) if weight.dim() == 3 else weight
-    return weight.permute(3, 0, 1, 2).unsqueeze(-1)  # (L, B, G, N, 1)
+def _split(x, split):
+    """(..., d) as (..., G, P)."""
+    return None if x is None else x.unflatten(-1, split)
 
 
-def _load(x, span, rows, dtype):
-    """The chunk of a time-major tensor, contiguous; a weight fixed in time (G, N, P) is returned as it is."""
-    return x if x.dim() == 3 else x[span, rows].contiguous().to(dtype)
+def _by_state(weight, split):
+    """A, B or C: a copy (K, G, N, P) of (K, d, N); a view (b, K, l, G, N, 1) of (b, K, G, l, N)."""
+    if weight.dim() == 3:
+        return weight.unflatten(1, split).transpose(2, 3).contiguous()
+    return weight.transpose(2, 3).unsqueeze(-1)
 
 
-def _step_size(delta, span, rows, bias, softplus, dtype):
-    """delta as the recurrence uses it, and what softplus was applied to: both (T, b, G, P)."""
-    raw = _load(delta, span, rows, dtype)
-    if bias is not None:
-        raw = raw + bias
+def _from_states(total):
+    """(K, G, N, P) as (K, d, N)."""
+    return total.transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _visits(order, reverse, directions, length, device):
+    if order is None:
+        if not reverse:
+            return None
+        order = torch.arange(length, device=device).expand(1, directions, length)
+    walks = [order[:, k].flip(-1) if reverse >> k & 1 else order[:, k] for k in range(directions)]
+    return torch.stack(walks, -1).transpose(0, 1).long().contiguous()  # (l, b', K)
+
+
+def _where(scan, part, span):
+    """Where in a tensor (b, K, l, ...) a chunk's rows are: slices, or indices that give (T, b, k, ...)."""
+    samples, directions = part
+    if scan.visits is None:
+        return samples, directions, span
+    rows = scan.visits[span, samples if scan.visits.shape[1] > 1 else slice(None), directions]
+    b, k = (torch.arange(piece.start, piece.stop, device=rows.device) for piece in part)
+    return b[:, None], k, rows
+
+
+def _load(x, where, dtype):
+    """The rows a chunk visits, (T, b, k, ...) contiguous."""
+    if isinstance(where[0], slice):
+        return x[where].movedim(2, 0).contiguous().to(dtype)
+    # As x[where], but index_select copies whole rows and is several times faster on a CPU. It wants one
+    # dimension of rows: with their greatest common divisor as its stride, any three strides lie on one.
+    unit = math.gcd(*x.stride()[:3]) or 1
+    strides = [stride // unit for stride in x.stride()[:3]]
+    count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=False))
+    rows = x.as_strided((count, *x.shape[3:]), (unit, *x.stride()[3:]))
+    index = sum(at * stride for at, stride in zip(where, strides, strict=True))  # (T, b, k)
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).to(dtype)
+
+
+def _store(x, where, chunk):
+    """The inverse of `_load`: put a chunk into the rows of x it belongs to."""
+    x[where] = (chunk.movedim(0, 2) if isinstance(where[0], slice) else chunk).to(x.dtype)
+
+
+def _add_directions(x, where, chunk):
+    """As `_store`, but into x (b, l, ...): directions share its rows and are added one after another."""
+    b, _, rows = where
+    if isinstance(b, slice):
+        x[b, rows] += chunk.sum(2).movedim(0, 1)
+        return
+    for k in range(chunk.shape[2]):  # within a direction no row occurs twice
+        x[b[:, 0], rows[:, :, k]] += chunk[:, :, k]
+
+
+def _weight(weight, where, part, dtype):
+    """B or C of one chunk: (T, b, k, G, N, 1), or (k, G, N, P) when fixed."""
+    return weight[part[1]] if weight.dim() == 4 else _load(weight, where, dtype)
+
+
+def _step_size(delta, bias, softplus):
+    """delta (T, b, k, G, P) as the recurrence uses it, and what softplus is applied to."""
+    raw = delta if bias is None else delta + bias
     return (F.softplus(raw) if softplus else raw), raw
 
 
@@ -88,25 +172,50 @@ def _reciprocal(A):
     return inverse, (tiny.to(A.dtype) if bool(tiny.any()) else None)
 
 
-def _states(a, h, step, u, A, B, reciprocal, hold=None):
-    """Fill a[t] = exp(delta_t A) and h[t + 1] = a[t] h[t] + Bbar_t u_t, from h[0].
+def _fill_powers(first, out):
+    """out[..., n, :] = first^(n + 1): products of powers that are there already."""
+    out[..., 0, :] = first
+    done, states = 1, out.shape[-2]
+    while done < states:
+        more = min(done, states - done)
+        torch.mul(out[..., :more, :], out[..., done - 1 : done, :], out=out[..., done : done + more, :])
+        done += more
+
+
+def _decays_and_inputs(a, x, step, u, A, B, reciprocal, hold=None):
+    """Fill a[t] = exp(delta_t A) and x[t] = Bbar_t u_t.
 
     With zero-order hold also hold[t] = (exp(delta_t A) - 1) / A: expm1 makes it exact for any A that has a
     reciprocal, and it is delta_t where A has none.
     """
-    step, u, x = step.unsqueeze(-2), u.unsqueeze(-2), h[1:]
-    torch.mul(step, A, out=a)
     if reciprocal is None:
-        torch.mul(step * u, B, out=x)
+        torch.mul((step * u).unsqueeze(-2), B, out=x)
+        # exp2, not exp, which is several times slower on a CPU, more so where the result underflows.
+        if A.dim() == 3:
+            _fill_powers(torch.exp2(step * (A * LOG2E)), a)
+        else:
+            torch.mul(step.unsqueeze(-2), A * LOG2E, out=a).exp2_()
     else:
         inverse, tiny = reciprocal
-        torch.expm1(a, out=hold).mul_(inverse)
+        step, u = step.unsqueeze(-2), u.unsqueeze(-2)
+        torch.mul(step, A, out=hold).expm1_()
+        torch.add(hold, 1, out=a)
+        hold.mul_(inverse)
         if tiny is not None:
             hold.addcmul_(step, tiny)
         torch.mul(hold, B, out=x).mul_(u)
-    a.exp_()
-    for a_t, before, after in zip(a.unbind(0), h[:-1].unbind(0), x.unbind(0), strict=True):
-        after.addcmul_(a_t, before)
+
+
+def _run(a, h, count):
+    """h[t + 1] += a[t] h[t] for t < count: the recurrence, on lists of the steps of two buffers."""
+    for t in range(count):
+        h[t + 1].addcmul_(a[t], h[t])
+
+
+def _run_back(a, g, count):
+    """g[t] += a[t + 1] g[t + 1] for t < count - 1, from the last to the first: the adjoint recurrence."""
+    for t in range(count - 2, -1, -1):
+        g[t].addcmul_(a[t + 1], g[t + 1])
 
 
 def _hold_slope(a, hold, step, A, inverse, scratch):
@@ -116,7 +225,7 @@ def _hold_slope(a, hold, step, A, inverse, scratch):
     torch.mul(step, A, out=q).clamp_(-limit, limit)
     series.fill_(1 / (math.factorial(SERIES_TERMS) * (SERIES_TERMS + 2)))
     for k in reversed(range(SERIES_TERMS)):
-        series.mul_(q).add_(1 / (math.factorial(k) * (k + 2)))
+        torch.addcmul(q.new_tensor(1 / (math.factorial(k) * (k + 2))), series, q, out=series)
     series.mul_(step).mul_(step)
     # 0 where |q| <= limit and 1 elsewhere, by arithmetic: torch.where is slower on a CPU.
     torch.mul(step, A, out=far).abs_().sub_(limit).mul_(1 / TINY).clamp_(0, 1)
@@ -125,10 +234,10 @@ def _hold_slope(a, hold, step, A, inverse, scratch):
 
 
 def _sum_states(x, weight):
-    """(T, b, G, P): sum over n of x[t, b, g, n, p] * weight[g, n, p] or weight[t, b, g, n, 1]."""
-    if weight.dim() > 3:
-        products = torch.bmm(weight.view(-1, 1, weight.shape[3]), x.view(-1, *x.shape[3:]))
-        return products.view(*x.shape[:3], -1)
+    """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[t, b, k, g, n, 1] or [k, g, n, p]."""
+    if weight.dim() > 4:
+        products = torch.bmm(weight.view(-1, 1, weight.shape[4]), x.view(-1, *x.shape[4:]))
+        return products.view(*x.shape[:4], -1)
     terms = list(zip(x.unbind(-2), weight.unbind(-2), strict=True))
     out = terms[0][0] * terms[0][1]
     for x_n, weight_n in terms[1:]:
@@ -137,14 +246,14 @@ def _sum_states(x, weight):
 
 
 def _sum_channels(x, weight):
-    """(T, b, G, N, 1): sum over p of x[t, b, g, n, p] * weight[t, b, g, p]."""
+    """(T, b, k, G, N, 1): sum over p of x[t, b, k, g, n, p] weight[t, b, k, g, p]."""
     # Row vector times transposed matrix: the same product as matrix times column vector is slower.
-    rows = torch.bmm(weight.reshape(-1, 1, x.shape[4]), x.view(-1, *x.shape[3:]).transpose(1, 2))
-    return rows.view(*x.shape[:4], 1)
+    rows = torch.bmm(weight.reshape(-1, 1, x.shape[5]), x.view(-1, *x.shape[4:]).transpose(1, 2))
+    return rows.view(*x.shape[:5], 1)
 
 
-def _sum_positions(x, weight):
-    """(G, N, P): sum over t and b of x[t, b, g, n, p] * weight[t, b, g, p]."""
+def _sum_steps(x, weight):
+    """(k, G, N, P): sum over t and b of x[t, b, k, g, n, p] weight[t, b, k, g, p]."""
     weight = weight.unsqueeze(-2)
     total = x[0] * weight[0]
     for x_t, weight_t in zip(x[1:].unbind(0), weight[1:].unbind(0), strict=True):
@@ -152,186 +261,165 @@ def _sum_positions(x, weight):
     return total.sum(0)
 
 
-def _weight_gradient(total, x, weight, span, rows):
-    """Put one chunk's gradient of B or C into `total`: (G, N, P) if fixed, (L, B, G, N, 1) if varying."""
-    if total.dim() == 3:
-        total += _sum_positions(x, weight)
-    else:
-        total[span, rows] = _sum_channels(x, weight).to(total.dtype)
+def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states):
+    """(y, last, states) of the scan as `kernels/__init__.py` describes it and has checked its arguments."""
+    batch, directions, length, channels = delta.shape
+    dtype = A.dtype
+    if zoh and tied:  # zero-order hold takes an expm1 a state anyway
+        A = state_rates(A, B.shape[-1])
+    y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
+    scan = _prepare(u, delta, A, B, C, D, z, bias, order, reverse)
+    split = scan.u.shape[-2:]
+    y_rows = _split(y, split)
+    last = A.new_empty(batch, directions, split[0], scan.states, split[1])
+    kept = states_shape(batch, directions, length, channels, scan.states) if keep_states else (0,)
+    states = A.new_empty(kept)
+    starts = states.view(-1, *last.shape) if keep_states else None
 
-
-def _forward(u, delta, A, B, C, D, z, delta_bias, softplus, zoh, plan, keep_states):
-    """(out, last_state (B, D, N), states at the start of every chunk (L/T, B, G, N, P) or None)."""
-    split, dtype = plan.split, plan.dtype
-    out = torch.empty_like(u)
-    last = torch.empty(u.shape[0], split[0], plan.states, split[1], dtype=dtype, device=u.device)
-    starts = last.new_empty(len(plan.spans), *last.shape) if keep_states else None
-
-    A, B, C = (_state_weight(weight, plan) for weight in (A, B, C))
-    D, bias = (None if weight is None else weight.to(dtype).view(split) for weight in (D, delta_bias))
-    reciprocal = _reciprocal(A) if zoh else None
-    u, delta, y_all = (_time_major(x, split) for x in (u, delta, out))
-    z = None if z is None else _time_major(z, split)
-
-    for rows in plan.rows:
-        longest = plan.spans[0].stop
-        h_buffer, a_buffer, *hold_buffer = (
-            plan.buffer(longest + extra, rows) for extra in (1, 0, *[0] * zoh)
-        )
-        h_buffer[0].zero_()
-        for index, span in enumerate(plan.spans):
+    for part in scan.parts:
+        longest = scan.spans[0].stop
+        buffers = [scan.buffer(part, steps) for steps in (longest + 1, longest, *[longest] * zoh)]
+        A_k, D_k, bias_k = (None if x is None else x[part[1]] for x in (scan.A, scan.D, scan.bias))
+        h_steps, a_steps = (buffer.unbind(0) for buffer in buffers[:2])
+        reciprocal = _reciprocal(A_k) if zoh else None
+        carry = torch.zeros_like(buffers[0][0])
+        for index, span in enumerate(scan.spans):
             count = span.stop - span.start
-            h, (a, *hold) = h_buffer[: count + 1], (buffer[:count] for buffer in (a_buffer, *hold_buffer))
+            h, a, *hold = (buffer[: count + (i == 0)] for i, buffer in enumerate(buffers))
+            where = _where(scan, part, span)
+            step, _ = _step_size(_load(scan.delta, where, dtype), bias_k, softplus)
+            u_t = _load(scan.u, where, dtype)
+            B_t, C_t = (_weight(weight, where, part, dtype) for weight in (scan.B, scan.C))
+            h[0] = carry
             if keep_states:
-                starts[index, rows] = h[0]
-            step, _ = _step_size(delta, span, rows, bias, softplus, dtype)
-            u_t, B_t, C_t = (_load(x, span, rows, dtype) for x in (u, B, C))
-            _states(a, h, step, u_t, A, B_t, reciprocal, *hold[:1])
-            y = _sum_states(h[1:], C_t)
+                starts[index, *part] = carry
+            _decays_and_inputs(a, h[1:], step, u_t, A_k, B_t, reciprocal, *hold)
+            _run(a_steps, h_steps, count)
+            y_t = _sum_states(h[1:], C_t)
             if D is not None:
-                y.addcmul_(D, u_t)
+                y_t.addcmul_(u_t, D_k)
             if z is not None:
-                y.mul_(F.silu(_load(z, span, rows, dtype)))
-            y_all[span, rows] = y.to(y_all.dtype)
-            h_buffer[0].copy_(h[count])
-        last[rows] = h_buffer[0]
-    return out, last.transpose(2, 3).flatten(1, 2), starts
+                y_t.mul_(F.silu(_load(scan.z, where, dtype)))
+            _store(y_rows, where, y_t)
+            carry.copy_(h[count])
+        last[part] = carry
+    return y, last.transpose(3, 4).flatten(2, 3).contiguous(), states
 
 
-def _backward(grad_out, grad_last, starts, u, delta, A, B, C, D, z, delta_bias, softplus, zoh, plan):
-    """Gradients of u, delta, A, B, C, D, z and delta_bias, each in its argument's shape."""
-    split, dtype = plan.split, plan.dtype
-    du, ddelta, dz = (None if x is None else torch.empty_like(x) for x in (u, delta, z))
-    dB, dC = (torch.empty_like(x) if x.dim() > 2 else None for x in (B, C))
-
-    A, B, C = (_state_weight(x, plan) for x in (A, B, C))
-    D, bias = (None if x is None else x.to(dtype).view(split) for x in (D, delta_bias))
-    reciprocal = _reciprocal(A) if zoh else None
-    u, delta, dy_all, du_all, ddelta_all = (_time_major(x, split) for x in (u, delta, grad_out, du, ddelta))
-    z, dz_all = (None if x is None else _time_major(x, split) for x in (z, dz))
-    dB_all, dC_all = (
-        torch.zeros_like(weight) if grad is None else _state_weight(grad, plan)
-        for weight, grad in ((B, dB), (C, dC))
+def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied):
+    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; (0,) where one is None."""
+    directions, dtype = delta.shape[1], A.dtype
+    widened = zoh and tied  # as in `forward`
+    if widened:
+        A = state_rates(A, B.shape[-1])
+    scan = _prepare(u, delta, A, B, C, D, z, bias, order, reverse)
+    split = scan.u.shape[-2:]
+    du, ddelta, dB, dC, dz = (
+        A.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, B, C, z)
     )
-    dA, dD, dbias = torch.zeros_like(A), A.new_zeros(split), A.new_zeros(split)
-    grad_last = grad_last.to(dtype).unflatten(1, split).transpose(2, 3)  # (B, G, N, P)
+    shared = u.shape[1] < directions
+    du_rows = _split(u.new_zeros(du[:, 0].shape, dtype=dtype) if shared else du, split)
+    dy_rows, ddelta_rows = _split(grad_y, split), _split(ddelta, split)
+    dz_rows = None if z is None else _split(dz, split)
+    dB_rows, dC_rows = (
+        torch.zeros_like(weight) if weight.dim() == 4 else _by_state(gradient, split)
+        for weight, gradient in ((scan.B, dB), (scan.C, dC))
+    )
+    dA, dD, dbias = torch.zeros_like(scan.A), *(A.new_zeros(directions, *split) for _ in range(2))
+    starts = states.view(-1, *delta.shape[:2], split[0], scan.states, split[1])
+    if grad_last is not None:
+        grad_last = _split(grad_last.transpose(2, 3), split).transpose(2, 3)  # (b, K, G, N, P)
+    ramp = torch.arange(1, scan.states + 1, dtype=dtype, device=u.device).unsqueeze(-1)  # (N, 1)
 
-    for rows in plan.rows:
-        longest = plan.spans[0].stop
-        buffers = [plan.buffer(longest + extra, rows) for extra in (1, 0, 0, *[0] * (4 * zoh))]
-        carry = grad_last[rows].contiguous()
-        for index, span in reversed(list(enumerate(plan.spans))):
+    for part in scan.parts:
+        longest = scan.spans[0].stop
+        buffers = [
+            scan.buffer(part, steps) for steps in (longest + 1, longest, longest, *[longest] * (4 * zoh))
+        ]
+        A_k, D_k, bias_k = (None if x is None else x[part[1]] for x in (scan.A, scan.D, scan.bias))
+        h_steps, a_steps, g_steps = (buffer.unbind(0) for buffer in buffers[:3])
+        reciprocal = _reciprocal(A_k) if zoh else None
+        carry = torch.zeros_like(buffers[0][0])
+        if grad_last is not None:
+            carry.copy_(grad_last[part])
+        for index, span in reversed(list(enumerate(scan.spans))):
             count = span.stop - span.start
-            h, (a, g, *hold) = buffers[0][: count + 1], (buffer[:count] for buffer in buffers[1:])
-            step, raw = _step_size(delta, span, rows, bias, softplus, dtype)
-            u_t, B_t, C_t, dy = (_load(x, span, rows, dtype) for x in (u, B, C, dy_all))
-            h[0] = starts[index, rows]
-            _states(a, h, step, u_t, A, B_t, reciprocal, *hold[:1])
+            h, a, g, *hold = (buffer[: count + (i == 0)] for i, buffer in enumerate(buffers))
+            where = _where(scan, part, span)
+            step, raw = _step_size(_load(scan.delta, where, dtype), bias_k, softplus)
+            u_t, dy = (_load(x, where, dtype) for x in (scan.u, dy_rows))
+            B_t, C_t = (_weight(weight, where, part, dtype) for weight in (scan.B, scan.C))
+            h[0] = starts[index, *part]
+            _decays_and_inputs(a, h[1:], step, u_t, A_k, B_t, reciprocal, *hold[:1])
+            _run(a_steps, h_steps, count)
 
             if z is not None:
-                z_t = _load(z, span, rows, dtype)
-                y = _sum_states(h[1:], C_t)
+                z_t = _load(scan.z, where, dtype)
+                y_t = _sum_states(h[1:], C_t)
                 if D is not None:
-                    y.addcmul_(D, u_t)
+                    y_t.addcmul_(u_t, D_k)
                 gate = torch.sigmoid(z_t)
-                dz_all[span, rows] = (dy * y * gate * (1 + z_t * (1 - gate))).to(dz_all.dtype)
+                _store(dz_rows, where, dy * y_t * gate * (1 + z_t * (1 - gate)))
                 dy = dy * gate * z_t
 
-            _weight_gradient(dC_all, h[1:], dy, span, rows)
+            _weight_gradient(dC_rows, where, part, h[1:], dy)
             torch.mul(dy.unsqueeze(-2), C_t, out=g)
             g[-1].add_(carry)
-            a_steps, g_steps = a.unbind(0), g.unbind(0)
-            for t in range(count - 2, -1, -1):
-                g_steps[t].addcmul_(a_steps[t + 1], g_steps[t + 1])
+            _run_back(a_steps, g_steps, count)
             torch.mul(a_steps[0], g_steps[0], out=carry)
 
             if zoh:
                 hold, *scratch = hold
-                slope = _hold_slope(a, hold, step.unsqueeze(-2), A, reciprocal[0], scratch)
+                slope = _hold_slope(a, hold, step.unsqueeze(-2), A_k, reciprocal[0], scratch)
                 hold.mul_(g)  # gradient of B u
-                _weight_gradient(dB_all, hold, u_t, span, rows)
+                _weight_gradient(dB_rows, where, part, hold, u_t)
                 du_t = _sum_states(hold, B_t)
                 dhold = torch.mul(g, B_t, out=hold).mul_(u_t.unsqueeze(-2))
-                dA.add_(slope.mul_(dhold).sum((0, 1)))
+                dA[part[1]] += slope.mul_(dhold).sum((0, 1))
                 dstep = dhold.mul_(a).sum(-2)  # d hold / d delta = a
             else:
                 dx = _sum_states(g, B_t)
-                _weight_gradient(dB_all, g, step * u_t, span, rows)
+                _weight_gradient(dB_rows, where, part, g, step * u_t)
                 du_t, dstep = dx * step, dx * u_t
             # dh_t / d(delta_t A) = a_t h_{t-1}, in both discretisations
             w = h[:-1].mul_(g).mul_(a)
-            dA.add_(_sum_positions(w, step))
-            dstep.add_(_sum_states(w, A))
+            if A_k.dim() == 3:
+                w = _sum_states(w, ramp.expand(*w.shape[:4], -1, -1).contiguous())
+                dstep.addcmul_(w, A_k)
+                dA[part[1]] += w.mul_(step).sum((0, 1))
+            else:
+                dstep.add_(_sum_states(w, A_k))
+                dA[part[1]] += _sum_steps(w, step)
 
             if D is not None:
-                dD.add_((dy * u_t).sum((0, 1)))
-                du_t.addcmul_(dy, D)
+                dD[part[1]] += (dy * u_t).sum((0, 1))
+                du_t.addcmul_(dy, D_k)
             if softplus:
                 dstep.mul_(torch.sigmoid(raw))
             if bias is not None:
-                dbias.add_(dstep.sum((0, 1)))
-            du_all[span, rows] = du_t.to(du_all.dtype)
-            ddelta_all[span, rows] = dstep.to(ddelta_all.dtype)
+                dbias[part[1]] += dstep.sum((0, 1))
+            (_add_directions if shared else _store)(du_rows, where, du_t)
+            _store(ddelta_rows, where, dstep)
 
-    dA, fixed_dB, fixed_dC = (
-        x.transpose(1, 2).flatten(0, 1) if x.dim() == 3 else None for x in (dA, dB_all, dC_all)
+    if shared:
+        du[:, 0] = du_rows.flatten(-2)
+    dA = dA.flatten(1) if dA.dim() == 3 else _from_states(dA)
+    if widened:
+        dA = dA @ ramp[:, 0]
+    dB, dC = (
+        _from_states(rows) if rows.dim() == 4 else gradient
+        for rows, gradient in ((dB_rows, dB), (dC_rows, dC))
     )
-    dB, dC = (fixed_dB if dB is None else dB), (fixed_dC if dC is None else dC)
-    return du, ddelta, dA, dB, dC, dD.flatten(), dz, dbias.flatten()
+    dD, dbias = (
+        total.new_empty(0) if weight is None else total.flatten(1)
+        for weight, total in ((D, dD), (bias, dbias))
+    )
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-class _ChunkedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, plan):
-        with torch.autocast(u.device.type, enabled=False):
-            out, last, starts = _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, zoh, plan, True)
-        ctx.save_for_backward(starts, u, delta, A, B, C, D, z, delta_bias)
-        ctx.options = delta_softplus, zoh, plan
-        return out, last
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_last):
-        # once_differentiable would let a second derivative through as zero when grad_out is a constant.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True: the chunked scan has no second derivative; use backend='reference'"
-            )
-        starts, *arguments = ctx.saved_tensors
-        with torch.autocast(grad_out.device.type, enabled=False):
-            grads = _backward(grad_out, grad_last, starts, *arguments, *ctx.options)
-        grads = [
-            None if argument is None else grad.to(argument.dtype)
-            for grad, argument in zip(grads, arguments, strict=True)
-        ]
-        return *grads, None, None, None
-
-
-def selective_scan_chunked(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=False,
-    *,
-    discretization="mamba",
-    chunk=CHUNK,
-):
-    """Selective scan in chunks. Arguments and result as `kernels.selective_scan`, which checks them.
-
-    chunk: positions per chunk. L / chunk states are kept for the backward pass, which needs work buffers of a
-    few times chunk states. A second derivative raises RuntimeError: use backend "reference" for it.
-    """
-    plan = _plan(u, A, B, C, compute_dtype(u, delta, A, B, C, D, z, delta_bias), chunk)
-    arguments = (u, delta, A, B, C, D, z, delta_bias)
-    options = (delta_softplus, discretization == "zoh", plan)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
-        out, last = _ChunkedScan.apply(*arguments, *options)
+def _weight_gradient(total, where, part, x, weight):
+    """Put one chunk's gradient of B or C into `total`: add to (K, G, N, P) if fixed, else store its rows."""
+    if total.dim() == 4:
+        total[part[1]] += _sum_steps(x, weight)
     else:
-        with torch.autocast(u.device.type, enabled=False):
-            out, last, _ = _forward(*arguments, *options, keep_states=False)
-    return (out, last) if return_last_state else out
+        _store(total, where, _sum_channels(x, weight))

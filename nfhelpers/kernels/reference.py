@@ -1,6 +1,6 @@
-"""The selective scan as it is written: one step after another, in any floating dtype. The truth of the tests.
+"""The scans as they are written: one step after another, in any floating dtype. The truth of the tests.
 
-b batch, d channel, l position, n state, g group of channels that share B and C.
+b batch, k direction, d channel, l position, n state, g group of channels that share B and C.
 
     h_l = exp(delta_l A) h_{l-1} + Bbar_l u_l          h: (B, D, N), h_{-1} = 0
     y_l = sum_n C_l h_l + D u_l,  then  y_l * silu(z_l) if z is given
@@ -23,6 +23,11 @@ def compute_dtype(*tensors):
     """float64 when any tensor is float64, float32 otherwise: half precision is never the state's dtype."""
     doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if doubles else torch.float32
+
+
+def state_rates(A, states):
+    """Decay rates (..., D, N) that the tied rates A (..., D) stand for: state n decays at (n + 1) A."""
+    return A.unsqueeze(-1) * torch.arange(1, states + 1, dtype=A.dtype, device=A.device)
 
 
 def hold(delta, A):
@@ -65,6 +70,7 @@ def selective_scan_reference(
     return_last_state=False,
     *,
     discretization="mamba",
+    tied_decay=False,
 ):
     """Step-by-step selective scan. Arguments and result as `kernels.selective_scan`, which checks them.
 
@@ -73,7 +79,9 @@ def selective_scan_reference(
     length, channels = u.shape[-1], u.shape[1]
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
-        A = A.to(dtype)  # (D, N)
+        A = A.to(dtype)
+        if tied_decay:
+            A = state_rates(A, B.shape[1] if B.dim() == 2 else B.shape[-2])  # (D, N)
         inputs = u.to(dtype)  # (B, D, L)
         delta = delta.to(dtype)
         if delta_bias is not None:
@@ -103,3 +111,53 @@ def selective_scan_reference(
             out = out * F.silu(z.to(dtype))
         out = out.to(u.dtype)
     return (out, state) if return_last_state else out
+
+
+def directional_scan_reference(
+    x,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    orders,
+    delta_bias=None,
+    delta_softplus=True,
+    reverse=None,
+    tied_decay=False,
+):
+    """One selective scan a direction, of gathered rows. Arguments and result as `kernels.directional_scan`.
+
+    K L steps that autograd differentiates: memory grows as B·K·D·L·N when gradients are wanted.
+    """
+    batch, directions, length, channels = delta.shape
+    x = x.unsqueeze(1) if x.dim() == 3 else x
+    x = x.expand(batch, directions, length, channels)
+    per_direction = 1 if tied_decay else 2  # dimensions of A that one direction has
+    A = A.expand(directions, *A.shape[-per_direction:])
+    D, delta_bias = (None if w is None else w.expand(directions, channels) for w in (D, delta_bias))
+    outputs = []
+    for k in range(directions):
+        walk = orders[..., k, :].expand(batch, length).long()  # row visited at each step
+        if reverse is not None and reverse[k]:
+            walk = walk.flip(-1)
+
+        def visit(rows, k=k, walk=walk):
+            index = walk.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
+            return rows[:, k].gather(1, index).transpose(1, 2)  # (B, ..., L)
+
+        y = selective_scan_reference(
+            visit(x),
+            visit(delta),
+            A[k],
+            visit(B),
+            visit(C),
+            None if D is None else D[k],
+            None,
+            None if delta_bias is None else delta_bias[k],
+            delta_softplus,
+            tied_decay=tied_decay,
+        ).transpose(1, 2)  # (B, L, D), row t the result of step t
+        outputs.append(torch.zeros_like(y).scatter(1, walk.unsqueeze(-1).expand_as(y), y))
+    return torch.stack(outputs, 1)  # (B, K, L, D)

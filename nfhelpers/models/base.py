@@ -40,6 +40,11 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, kind | int) or not value > 0:
                 raise ValueError(f"{name}={value!r} is not a positive {kind.__name__}; try 16")
 
+    def check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; pass True or False")
+
     def check_heads(self) -> None:
         if self.d_model % self.num_heads or self.d_model % 2:
             raise ValueError(

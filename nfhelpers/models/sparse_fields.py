@@ -101,7 +101,7 @@ class MambaDiffusionConfig(ModelConfig):
     """Settings of `MambaDiffusion`; the defaults are seed 002's.
 
     `order` is the scan order within the observed points and within the queries
-    (`kernels.orders.point_order`).
+    (`kernels.orders.point_order`); `tied_decay` ties the N decays of a channel (`SelectiveSSM`).
     """
 
     d_model: int = 512
@@ -114,9 +114,11 @@ class MambaDiffusionConfig(ModelConfig):
     mlp_ratio: float = 2.0
     dropout: float = 0.0
     order: str = "row"
+    tied_decay: bool = False
     model_type: ClassVar[str] = "v1"
 
     def __post_init__(self):
+        self.check_flag("tied_decay")
         if self.order not in POINT_ORDERS:
             raise ValueError(f"order={self.order!r} is not an order of points; choose one of {POINT_ORDERS}")
         self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
@@ -167,7 +169,7 @@ class MambaDiffusion(FieldModel):
         self.query_embedding = PointEmbedding(2 * config.num_fourier_features, d)
         self.time = TimeEmbedding(d)
         self.blocks = nn.ModuleList(
-            MambaBlock(d, config.d_state, config.expand, config.mlp_ratio, config.dropout)
+            MambaBlock(d, config.d_state, config.expand, config.tied_decay, config.mlp_ratio, config.dropout)
             for _ in range(config.num_layers)
         )
         self.cross_attention = CrossAttention(d, config.num_heads, config.dropout)

@@ -25,14 +25,16 @@ class SelectiveSSM(nn.Module):
     The tokens of a sparse field are not evenly spaced, so a fixed stencil over the sequence means nothing.
     The parametrisation is stable by construction: ``A = -exp(A_log)`` and ``delta = softplus(.) > 0`` keep
     every decay ``exp(delta A)`` in (0, 1), so the state needs no clamping. A starts as the S4D-real spectrum
-    -1 .. -N, delta log-uniform in [0.001, 0.1].
+    -1 .. -N, delta log-uniform in [0.001, 0.1]. With `tied_decay` it keeps that shape, ``-(n + 1) a`` with
+    one a per channel: the scan then takes one exponential a step and channel in place of N.
     """
 
-    def __init__(self, d_model: int, d_state: int, expand: int):
+    def __init__(self, d_model: int, d_state: int, expand: int, tied_decay: bool):
         super().__init__()
         d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
         self.d_state = d_state
+        self.tied_decay = tied_decay
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner, bias=False)
@@ -42,7 +44,8 @@ class SelectiveSSM(nn.Module):
         delta = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))  # (E,)
         self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus, (E,)
         spectrum = torch.arange(1, d_state + 1, dtype=torch.float32)  # (N,)
-        self.A_log = nn.Parameter(spectrum.log().repeat(d_inner, 1))  # (E, N)
+        log_rates = torch.zeros(d_inner) if tied_decay else spectrum.log().repeat(d_inner, 1)
+        self.A_log = nn.Parameter(log_rates)  # (E, N), tied (E,)
         self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
@@ -54,13 +57,14 @@ class SelectiveSSM(nn.Module):
         y = selective_scan(
             x.transpose(1, 2),  # (B, E, L)
             self.dt_proj(delta).transpose(1, 2),  # (B, E, L)
-            -torch.exp(self.A_log.float()),  # (E, N)
+            -torch.exp(self.A_log.float()),  # (E, N), tied (E,)
             B.transpose(1, 2),  # (B, N, L)
             C.transpose(1, 2),  # (B, N, L)
             D=self.D.float(),
             z=z.transpose(1, 2),
             delta_bias=self.dt_bias.float(),
             delta_softplus=True,
+            tied_decay=self.tied_decay,
         )  # (B, E, L)
         return self.out_proj(y.transpose(1, 2))  # (B, L, D)
 
@@ -68,10 +72,12 @@ class SelectiveSSM(nn.Module):
 class MambaBlock(nn.Module):
     """Pre-norm residual block: a sequence mixer, then a token-wise MLP (seed 001's MambaBlock)."""
 
-    def __init__(self, d_model: int, d_state: int, expand: int, mlp_ratio: float, dropout: float):
+    def __init__(
+        self, d_model: int, d_state: int, expand: int, tied_decay: bool, mlp_ratio: float, dropout: float
+    ):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(d_model)
-        self.mixer = SelectiveSSM(d_model, d_state, expand)
+        self.mixer = SelectiveSSM(d_model, d_state, expand, tied_decay)
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
         self.dropout = nn.Dropout(dropout)

@@ -1,0 +1,1022 @@
+// The selective scan of S6 on a CPU: forward and backward of the operation that native.py describes.
+//
+// b batch, k direction, l row, d channel, n state, g group of channels that share B and C.
+//
+// Channels lie side by side in SIMD registers, LANES to a vector and W vectors to a block. A block walks the
+// sequence in chunks of T steps. In a chunk, NB states at a time go through all T steps, so that their values
+// stay in registers; sums over the states wait in the Step records. The forward pass keeps the state at the
+// start of every chunk; the backward pass takes the chunks from the last to the first, recomputes one, and
+// runs the adjoint recurrence
+//
+//     g_t = C_t dy_t + a_{t+1} g_{t+1}          g: gradient with respect to h
+//
+// through it. Sums over channels (dB, dC) are made for a part of PART blocks, and the parts are added up in
+// their order, whether one unit of work takes all of them or one each; sums over samples (dA, dD, dbias) and
+// directions (du) have a fixed order too. So the result is bitwise the same at any number of threads.
+//
+// Denormal numbers are taken as zero. NaN and infinity propagate: there is no -ffast-math in the flags.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifndef NF_CHUNK
+#error "native.py defines NF_CHUNK, the number of steps between two states that are kept"
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define NF_LANES 16
+#elif defined(__AVX__)
+#define NF_LANES 8
+#else
+#define NF_LANES 4
+#endif
+
+// Loops over states and vectors vanish: the arrays they index live in registers.
+#if defined(__clang__)
+#define NF_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define NF_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace {
+
+constexpr int LANES = NF_LANES;
+constexpr int T = NF_CHUNK;
+constexpr int W = 2;                            // vectors of channels in a block
+constexpr int NB = LANES >= 8 ? 4 : 2;          // states that stay in registers together
+constexpr int BLOCK = W * LANES;                // channels in a block
+constexpr int64_t PART = 2;                     // blocks in a part
+constexpr int64_t STATES_PER_THREAD = 1 << 17;  // states times steps for which a thread is worth starting
+constexpr float TINY = 1e-30f;                  // 1 / A is not formed below this
+constexpr float LN2 = 0.693147180559945f;
+constexpr float LOG2E = 1.44269504088896f;
+
+static_assert(2 * NB <= LANES, "fold needs a lane for dB and dC of each state");
+static_assert(T % LANES == 0, "tiles are transposed LANES rows at a time");
+
+typedef float V __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+typedef V VU __attribute__((aligned(4), may_alias));
+typedef Half HalfU __attribute__((aligned(2), may_alias));
+
+// ------------------------------------------------------------------------------------- what native.py passes
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
+
+struct View {  // a tensor (b, k, l, d): strides in elements; directions that share it have stride 0
+    void* data;
+    int64_t b, k, l, d, dtype;
+};
+
+struct Problem {
+    int64_t batch, directions, length, channels, states, groups, threads, reverse;
+    int64_t shared, softplus, zoh, tied, fixed_B, fixed_C, order_b;
+    View u, delta, z, y, grad_y, du, ddelta, dz;
+    const float *A, *B, *C, *D, *bias, *grad_last;
+    const int64_t* order;
+    float *last, *kept, *dA, *dB, *dC, *dD, *dbias;
+};
+
+// ------------------------------------------------------------------------------------------------ arithmetic
+
+inline V splat(float x) { return x - V{}; }
+
+inline V select(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
+
+// a0 b0 a1 b1 ..., from the lower and the upper halves.
+#if defined(__clang__) || __GNUC__ >= 12
+#define NF_SHUFFLE __builtin_shufflevector
+#if NF_LANES == 16
+inline V zip_low(V a, V b) {
+    return NF_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline V zip_high(V a, V b) {
+    return NF_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif NF_LANES == 8
+inline V zip_low(V a, V b) { return NF_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline V zip_high(V a, V b) { return NF_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+inline V zip_low(V a, V b) { return NF_SHUFFLE(a, b, 0, 4, 1, 5); }
+inline V zip_high(V a, V b) { return NF_SHUFFLE(a, b, 2, 6, 3, 7); }
+#endif
+#else  // older GCC
+template <int FIRST>
+inline V zip(V a, V b) {
+    I mask;
+    for (int i = 0; i < LANES; ++i) mask[i] = FIRST + i / 2 + (i % 2) * LANES;
+    return __builtin_shuffle(a, b, mask);
+}
+inline V zip_low(V a, V b) { return zip<0>(a, b); }
+inline V zip_high(V a, V b) { return zip<LANES / 2>(a, b); }
+#endif
+
+// x[i] lane j becomes x[j] lane i.
+inline void transpose(V* x) {
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        V y[LANES];
+        NF_UNROLL for (int i = 0; i < LANES / 2; ++i) {
+            y[2 * i] = zip_low(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = zip_high(x[i], x[i + LANES / 2]);
+        }
+        NF_UNROLL for (int i = 0; i < LANES; ++i) x[i] = y[i];
+    }
+}
+
+// One vector whose lane i holds partial sums of x[i % COUNT].
+template <int COUNT>
+inline V fold(V* x) {
+    if constexpr (COUNT == 1) {
+        return x[0];
+    } else {
+        NF_UNROLL for (int i = 0; i < COUNT / 2; ++i)
+            x[i] = zip_low(x[i], x[i + COUNT / 2]) + zip_high(x[i], x[i + COUNT / 2]);
+        return fold<COUNT / 2>(x);
+    }
+}
+
+// x within bounds; NaN stays NaN.
+inline V bounded(V x, float low, float high) {
+#if NF_LANES == 16
+    return (V)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
+#elif NF_LANES == 8
+    return (V)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
+#elif defined(__SSE2__)
+    return (V)_mm_min_ps((__m128)splat(high), _mm_max_ps((__m128)splat(low), (__m128)x));
+#else
+    x = select(x < low, splat(low), x);
+    return select(x > high, splat(high), x);
+#endif
+}
+
+// (2^f - 1) / f on [-1/2, 1/2]; the relative error of 2^f is 1e-7, and 0 at 0.
+inline V power_slope(V f) {
+    V p = f * 0.0013265119632706046f + 0.009671499952673912f;
+    p = p * f + 0.05550732463598251f;
+    p = p * f + 0.24022242426872253f;
+    return p * f + 0.6931470036506653f;
+}
+
+// 2^x for finite x, and 2^x - 1: 0 and -1 below 2^-126, infinite from 2^128.
+#if NF_LANES == 16
+inline V nearest(V x) { return (V)_mm512_roundscale_ps((__m512)x, 8); }
+inline V scaled(V x, V n) { return (V)_mm512_scalef_ps((__m512)x, (__m512)n); }  // x 2^n
+
+inline V exp2(V x) {
+    V n = nearest(x), f = x - n;
+    return scaled(f * power_slope(f) + 1.0f, n);
+}
+inline V exp2m1(V x) {
+    x = bounded(x, -200.0f, 200.0f);
+    V n = nearest(x), f = x - n, s = scaled(splat(1.0f), n);
+    return s * (f * power_slope(f)) + (s - 1.0f);
+}
+#else
+// 2^n and f = x - n for the integer n nearest to x.
+inline V split(V x, V& f) {
+    const V magic = splat(12582912.0f);  // 1.5 2^23: adding it rounds to an integer, held in the lowest bits
+    x = bounded(x, -127.0f, 128.0f);
+    V shifted = x + magic;
+    f = x - (shifted - magic);
+    return (V)(((U)shifted + 127) << 23);
+}
+inline V exp2(V x) {
+    V f, s = split(x, f);
+    return s * (f * power_slope(f) + 1.0f);
+}
+inline V exp2m1(V x) {
+    V f, s = split(x, f);
+    return s * (f * power_slope(f)) + (s - 1.0f);
+}
+#endif
+
+inline V sigmoid(V x) { return 1.0f / (1.0f + exp2(bounded(x * -LOG2E, -200.0f, 200.0f))); }
+
+// log(1 + exp(x)), with a small relative error everywhere, and its slope 1 / (1 + exp(-x)) if asked for.
+template <bool SLOPE>
+inline V softplus(V x, V& slope) {
+    V e = exp2(bounded(select(x < 0.0f, x, -x) * LOG2E, -200.0f, 0.0f));  // exp(-|x|)
+    if (SLOPE) slope = select(x < 0.0f, e, splat(1.0f)) / (1.0f + e);
+    V s = e / (2.0f + e), q = s * s;  // log1p(e) = 2 artanh(e / (2 + e))
+    V p = q * 0.2817833423614502f + 0.27960601449012756f;
+    p = p * q + 0.40024909377098083f;
+    p = p * q + 0.6666631698608398f;
+    p = p * q + 2.0f;
+    return select(x < 0.0f, V{}, x) + s * p;
+}
+
+// d hold / dA over dt^2, (q exp(q) - exp(q) + 1) / q^2, near q = x / log2(e) = 0.
+inline V hold_series(V x) {
+    V q = x * LN2;
+    V p = q * (1.0f / 840) + 1.0f / 144;
+    p = p * q + 1.0f / 30;
+    p = p * q + 1.0f / 8;
+    p = p * q + 1.0f / 3;
+    return p * q + 0.5f;
+}
+constexpr float SERIES_BELOW = 0.4f;  // |x| for which the series is used
+
+// --------------------------------------------------------------------------------------------- tiles of rows
+
+struct Block {
+    V v[W];  // BLOCK channels
+};
+
+struct Vector {
+    V v;
+};
+
+struct Rows {  // the rows that `count` steps visit
+    int64_t at[T];
+    int count;
+    int walk;  // 1 or -1: rows follow each other upwards or downwards; 0: gathered
+};
+
+inline V load(const float* p) { return *(const VU*)p; }
+inline V load(const uint16_t* p) { return (V)(__builtin_convertvector(*(const HalfU*)p, U) << 16); }
+inline float load_one(const float* p) { return *p; }
+inline float load_one(const uint16_t* p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline void store(float* p, V x) { *(VU*)p = x; }
+inline void store(uint16_t* p, V x) {
+    U bits = (U)x;
+    U rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    rounded = (U)select(x == x, (V)rounded, (V)(bits | 0x400000));  // NaN stays NaN
+    *(HalfU*)p = __builtin_convertvector(rounded >> 16, Half);
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(uint16_t* p, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits | 0x400000) >> 16;
+}
+
+inline int clamp_lanes(int channels, int j) { return std::min(std::max(channels - j * LANES, 0), LANES); }
+
+// Rows of `channels` channels from `offset` on into out[0], out[stride], ...; missing channels are 0.
+template <class S>
+void load_rows(const View& x, int64_t offset, const Rows& rows, int channels, Block* out, int stride) {
+    for (int j = 0; j < W; ++j) {
+        const int lanes = clamp_lanes(channels, j);
+        const S* from = (const S*)x.data + offset + j * LANES * x.d;
+        int t = 0;
+        if (x.l == 1 && x.d != 1 && rows.walk) {
+            for (; t + LANES <= rows.count; t += LANES) {
+                V tile[LANES];
+                const S* corner = from + rows.at[rows.walk > 0 ? t : t + LANES - 1];
+                for (int c = 0; c < LANES; ++c) tile[c] = c < lanes ? load(corner + c * x.d) : V{};
+                transpose(tile);
+                for (int i = 0; i < LANES; ++i)
+                    out[(rows.walk > 0 ? t + i : t + LANES - 1 - i) * stride].v[j] = tile[i];
+            }
+        }
+        for (; t < rows.count; ++t) {
+            const S* p = from + rows.at[t] * x.l;
+            V value{};
+            if (x.d == 1 && lanes == LANES) {
+                value = load(p);
+            } else {
+                for (int c = 0; c < lanes; ++c) value[c] = load_one(p + c * x.d);
+            }
+            out[t * stride].v[j] = value;
+        }
+    }
+}
+
+template <class S>
+void store_rows(const View& x, int64_t offset, const Rows& rows, int channels, const Block* in, int stride) {
+    for (int j = 0; j < W; ++j) {
+        const int lanes = clamp_lanes(channels, j);
+        S* to = (S*)x.data + offset + j * LANES * x.d;
+        int t = 0;
+        if (x.l == 1 && x.d != 1 && rows.walk) {
+            for (; t + LANES <= rows.count; t += LANES) {
+                V tile[LANES];
+                S* corner = to + rows.at[rows.walk > 0 ? t : t + LANES - 1];
+                for (int i = 0; i < LANES; ++i)
+                    tile[i] = in[(rows.walk > 0 ? t + i : t + LANES - 1 - i) * stride].v[j];
+                transpose(tile);
+                for (int c = 0; c < lanes; ++c) store(corner + c * x.d, tile[c]);
+            }
+        }
+        for (; t < rows.count; ++t) {
+            S* p = to + rows.at[t] * x.l;
+            const V value = in[t * stride].v[j];
+            if (x.d == 1 && lanes == LANES) {
+                store(p, value);
+            } else {
+                for (int c = 0; c < lanes; ++c) store_one(p + c * x.d, value[c]);
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------- the inner loops
+
+struct Step {
+    Block dt, dtu;   // step size; what B multiplies: dt u (mamba) or u (zero-order hold)
+    Block y;         // sum over n of C h; then the output
+    Block e, power;  // tied decays: exp(dt A); e^n of the states done so far (minus 1 for zero-order hold)
+    Block dy;        // gradient of y before the gate
+    Block sum_B;     // sum over n of g B (times the hold weight); then du
+    Block sum_A;     // sum over n of g a h_before times A log2(e), tied decays times n + 1; then ddelta
+    Block sum_hold;  // sum over n of g B u a (zero-order hold)
+    Block e1;        // e - 1 (tied decays with zero-order hold)
+    Block size;      // dt, whose own entry is kept finite so that exp2 never sees infinity
+    Block u, slope;  // input; d dt / d delta
+    Block z, raw_dy; // gate, then dz; gradient of y
+};
+constexpr int STEP = sizeof(Step) / sizeof(Block);
+
+struct Operand {  // B or C: one number for all channels at each step, or (fixed) one for each channel
+    const float* row[T];
+    const Block* fixed;
+};
+
+// What a block of channels carries along the sequence: `states` Blocks of each kind, then dD and dbias.
+enum Slot { SCALED_A, INVERSE, IS_TINY, STATE, GRAD, FIXED_B, FIXED_C, D_A, D_B, D_C, SLOTS };
+
+constexpr int STREAMS = 7;  // tensors whose next tile is fetched while this one is computed
+
+// What a thread needs.
+struct Work {
+    Rows rows, next_rows;           // of this chunk and of the one after it
+    const char* ahead[STREAMS][T];  // addresses in the next tile
+    int streams, pass;              // how many, and the present pass over the steps
+    Step step[T];
+    Block h[(T + 1) * NB], a[T * NB];  // states and decays (minus 1 for zero-order hold), NB states at a time
+    Operand B, C;
+    const Block* A2;                // A log2(e)
+    const Block *inverse, *tiny;    // 1 / A, and 1 where A is too small for that
+    Block *state, *grad;            // h at the start of the chunk, g at its end
+    Block *dA, *dB, *dC, *dD, *dbias;  // sums over positions; dB and dC where these are fixed
+    Block D, bias;
+    int folds;                      // passes over the states
+    std::vector<Vector> folded;     // (T, folds): dB and dC of the states of a pass, lanes still to be added
+    std::vector<Block> own;         // what the blocks of a unit carry along
+};
+
+inline V operand(const Operand& x, int t, int n, int j) {
+    return x.fixed ? x.fixed[n].v[j] : splat(x.row[t][n]);
+}
+
+// Each pass over the steps of a tile fetches another tensor of the next tile.
+inline const char* const* next_stream(Work& w) {
+    const int pass = w.pass++;
+    return pass < w.streams ? w.ahead[pass] : nullptr;
+}
+
+inline void fetch(const char* p) {
+    for (size_t byte = 0; byte < sizeof(Block); byte += 64) __builtin_prefetch(p + byte);
+}
+
+// States n0 ... n0 + M - 1 through the chunk. KEEP: for `retreat` to use, y only if it is wanted.
+template <int M, bool FIX, bool ZOH, bool TIED, bool KEEP>
+void advance(Work& w, int n0, bool want_y) {
+    const Block *A2 = w.A2 + n0, *inverse = w.inverse + n0, *tiny = w.tiny + n0;
+    const int count = w.rows.count;
+    V h[M][W];
+    NF_UNROLL for (int i = 0; i < M; ++i)
+        NF_UNROLL for (int j = 0; j < W; ++j) {
+            h[i][j] = w.state[n0 + i].v[j];
+            if (KEEP) w.h[i].v[j] = h[i][j];
+        }
+    const char* const* ahead = next_stream(w);
+    for (int t = 0; t < count; ++t) {
+        if (ahead) fetch(ahead[t]);
+        Step& s = w.step[t];
+        V y[W], power[W];
+        NF_UNROLL for (int j = 0; j < W; ++j) {
+            if (!KEEP || want_y) y[j] = s.y.v[j];
+            if (TIED) power[j] = s.power.v[j];
+        }
+        NF_UNROLL for (int i = 0; i < M; ++i) {
+            V B = FIX ? V{} : splat(w.B.row[t][n0 + i]), C = FIX ? V{} : splat(w.C.row[t][n0 + i]);
+            NF_UNROLL for (int j = 0; j < W; ++j) {
+                if (FIX) B = operand(w.B, t, n0 + i, j), C = operand(w.C, t, n0 + i, j);
+                V a, x = s.dtu.v[j] * B;
+                if (ZOH) {
+                    V less = TIED ? power[j] * s.e.v[j] + s.e1.v[j] : exp2m1(s.dt.v[j] * A2[i].v[j]);
+                    if (TIED) power[j] = less;
+                    if (KEEP) w.a[t * NB + i].v[j] = less;
+                    x = x * (less * inverse[i].v[j] + s.dt.v[j] * tiny[i].v[j]);
+                    a = less + 1.0f;
+                } else if (TIED) {
+                    a = power[j] = power[j] * s.e.v[j];
+                } else {
+                    a = exp2(s.dt.v[j] * A2[i].v[j]);
+                    if (KEEP) w.a[t * NB + i].v[j] = a;
+                }
+                h[i][j] = a * h[i][j] + x;
+                if (KEEP) w.h[(t + 1) * NB + i].v[j] = h[i][j];
+                if (!KEEP || want_y) y[j] += h[i][j] * C;
+            }
+        }
+        NF_UNROLL for (int j = 0; j < W; ++j) {
+            if (!KEEP || want_y) s.y.v[j] = y[j];
+            if (TIED && !KEEP) s.power.v[j] = power[j];
+        }
+    }
+    if (!KEEP) {
+        NF_UNROLL for (int i = 0; i < M; ++i)
+            NF_UNROLL for (int j = 0; j < W; ++j) w.state[n0 + i].v[j] = h[i][j];
+    }
+}
+
+// Their gradients, from the last step to the first.
+template <int M, bool FIX, bool ZOH, bool TIED>
+void retreat(Work& w, int n0, int fold_at) {
+    const Block *A2 = w.A2 + n0, *inverse = w.inverse + n0, *tiny = w.tiny + n0;
+    V g[M][W], dA[M][W], tied_dA[W];
+    NF_UNROLL for (int j = 0; j < W; ++j) {
+        NF_UNROLL for (int i = 0; i < M; ++i) {
+            g[i][j] = w.grad[n0 + i].v[j];
+            if (!TIED) dA[i][j] = w.dA[n0 + i].v[j];
+        }
+        if (TIED) tied_dA[j] = w.dA[0].v[j];
+    }
+    const char* const* ahead = next_stream(w);
+    for (int t = w.rows.count - 1; t >= 0; --t) {
+        if (ahead) fetch(ahead[t]);
+        Step& s = w.step[t];
+        V sum_B[W], sum_A[W], sum_hold[W], power[W], partial[2 * M];
+        NF_UNROLL for (int j = 0; j < W; ++j) {
+            sum_B[j] = s.sum_B.v[j], sum_A[j] = s.sum_A.v[j];
+            if (ZOH) sum_hold[j] = s.sum_hold.v[j];
+            if (TIED) power[j] = s.power.v[j];
+        }
+        NF_UNROLL for (int i = 0; i < M; ++i) {
+            V B = FIX ? V{} : splat(w.B.row[t][n0 + i]), C = FIX ? V{} : splat(w.C.row[t][n0 + i]);
+            partial[i] = partial[M + i] = V{};
+            NF_UNROLL for (int j = 0; j < W; ++j) {
+                if (FIX) B = operand(w.B, t, n0 + i, j), C = operand(w.C, t, n0 + i, j);
+                const V dt = s.dt.v[j], dy = s.dy.v[j], before = w.h[t * NB + i].v[j];
+                V dC = dy * w.h[(t + 1) * NB + i].v[j];
+                V total = g[i][j] + dy * C;
+                V dB = total * s.dtu.v[j], gB = total * B;
+                V a, back;
+                if (ZOH) {
+                    V less = w.a[t * NB + i].v[j];
+                    a = less + 1.0f;
+                    V hold = less * inverse[i].v[j] + dt * tiny[i].v[j];
+                    dB *= hold;
+                    sum_B[j] += gB * hold;
+                    V gBu = gB * s.dtu.v[j];
+                    sum_hold[j] += gBu * a;
+                    back = total * a;
+                    V da = back * before;
+                    V x = dt * A2[i].v[j];
+                    V far = (dt * a - hold) * inverse[i].v[j], near = dt * dt * hold_series(x);
+                    V slope = select((x < SERIES_BELOW) & (x > -SERIES_BELOW), near, far);
+                    V dAn = da * dt + gBu * slope;
+                    if (TIED) {
+                        sum_A[j] += da * (float)(n0 + i + 1);
+                        tied_dA[j] += dAn * (float)(n0 + i + 1);
+                    } else {
+                        sum_A[j] += da * A2[i].v[j];
+                        dA[i][j] += dAn;
+                    }
+                } else {
+                    sum_B[j] += gB;
+                    a = TIED ? power[j] *= s.e.v[j] : w.a[t * NB + i].v[j];
+                    back = total * a;
+                    V da = back * before;
+                    if (TIED) {
+                        sum_A[j] += da * (float)(n0 + i + 1);
+                    } else {
+                        sum_A[j] += da * A2[i].v[j];
+                        dA[i][j] += da * dt;
+                    }
+                }
+                g[i][j] = back;
+                (FIX && w.B.fixed ? w.dB[n0 + i].v[j] : partial[i]) += dB;
+                (FIX && w.C.fixed ? w.dC[n0 + i].v[j] : partial[M + i]) += dC;
+            }
+        }
+        w.folded[t * w.folds + fold_at].v += fold<2 * M>(partial);
+        NF_UNROLL for (int j = 0; j < W; ++j) {
+            s.sum_B.v[j] = sum_B[j], s.sum_A.v[j] = sum_A[j];
+            if (ZOH) s.sum_hold.v[j] = sum_hold[j];
+            if (TIED && ZOH) power[j] = w.a[t * NB + M - 1].v[j];
+            if (TIED) s.power.v[j] = power[j];
+        }
+    }
+    NF_UNROLL for (int j = 0; j < W; ++j) {
+        NF_UNROLL for (int i = 0; i < M; ++i) {
+            w.grad[n0 + i].v[j] = g[i][j];
+            if (!TIED) w.dA[n0 + i].v[j] = dA[i][j];
+        }
+        if (TIED) w.dA[0].v[j] = tied_dA[j];
+    }
+}
+
+struct Kernels {  // for NB states and for one
+    void (*forward[2])(Work&, int, bool);
+    void (*again[2])(Work&, int, bool);
+    void (*backward[2])(Work&, int, int);
+};
+
+template <bool FIX, bool ZOH, bool TIED>
+constexpr Kernels KERNELS = {
+    {advance<NB, FIX, ZOH, TIED, false>, advance<1, FIX, ZOH, TIED, false>},
+    {advance<NB, FIX, ZOH, TIED, true>, advance<1, FIX, ZOH, TIED, true>},
+    {retreat<NB, FIX, ZOH, TIED>, retreat<1, FIX, ZOH, TIED>},
+};
+
+const Kernels& choose(const Problem& p) {
+    static const Kernels table[8] = {
+        KERNELS<false, false, false>, KERNELS<false, false, true>, KERNELS<false, true, false>,
+        KERNELS<false, true, true>,   KERNELS<true, false, false>, KERNELS<true, false, true>,
+        KERNELS<true, true, false>,   KERNELS<true, true, true>,
+    };
+    return table[4 * (p.fixed_B || p.fixed_C) + 2 * (p.zoh != 0) + (p.tied != 0)];
+}
+
+// --------------------------------------------------------------------------------------- a block of channels
+
+struct Place {  // one block of channels of one direction of one sample
+    int64_t b, k, g, channel;
+    int channels;
+};
+
+struct Plan {
+    int64_t width, blocks, chunks;  // channels and blocks of a group, chunks of the sequence
+    explicit Plan(const Problem& p)
+        : width(p.channels / p.groups),
+          blocks((width + BLOCK - 1) / BLOCK),
+          chunks((p.length + T - 1) / T) {}
+    Place place(int64_t b, int64_t k, int64_t g, int64_t block) const {
+        return {b, k, g, g * width + block * BLOCK, (int)std::min<int64_t>(BLOCK, width - block * BLOCK)};
+    }
+};
+
+inline int64_t offset(const View& x, const Place& at) { return at.b * x.b + at.k * x.k + at.channel * x.d; }
+
+void load_tile(const View& x, const Place& at, const Rows& rows, Block* out) {
+    if (x.dtype == BFLOAT16)
+        load_rows<uint16_t>(x, offset(x, at), rows, at.channels, out, STEP);
+    else
+        load_rows<float>(x, offset(x, at), rows, at.channels, out, STEP);
+}
+
+void store_tile(const View& x, const Place& at, const Rows& rows, const Block* in) {
+    if (x.dtype == BFLOAT16)
+        store_rows<uint16_t>(x, offset(x, at), rows, at.channels, in, STEP);
+    else
+        store_rows<float>(x, offset(x, at), rows, at.channels, in, STEP);
+}
+
+// How far apart the entries of a weight are.
+struct Weight {
+    int64_t channel, state;
+};
+
+// out[n] has the channels of state n; missing channels are 0.
+void load_weight(const float* from, Weight stride, int states, int channels, Block* out) {
+    for (int n = 0; n < states; ++n) {
+        float lanes[BLOCK] = {};
+        for (int c = 0; c < channels; ++c) lanes[c] = from[c * stride.channel + n * stride.state];
+        std::memcpy(&out[n], lanes, sizeof lanes);
+    }
+}
+
+void store_weight(float* to, Weight stride, int states, int channels, const Block* in) {
+    for (int n = 0; n < states; ++n) {
+        float lanes[BLOCK];
+        std::memcpy(lanes, &in[n], sizeof lanes);
+        for (int c = 0; c < channels; ++c) to[c * stride.channel + n * stride.state] = lanes[c];
+    }
+}
+
+// The rows of one chunk; none for a chunk before the first or after the last.
+void visit(const Problem& p, int64_t b, int64_t k, int64_t chunk, Rows& rows) {
+    const int64_t first = chunk * T;
+    const bool backwards = p.reverse >> k & 1;
+    const int64_t* order = p.order ? p.order + b * p.order_b + k * p.length : nullptr;
+    rows.count = chunk < 0 ? 0 : (int)std::clamp<int64_t>(p.length - first, 0, T);
+    rows.walk = order ? 0 : backwards ? -1 : 1;
+    for (int t = 0; t < rows.count; ++t) {
+        const int64_t step = backwards ? p.length - 1 - (first + t) : first + t;
+        rows.at[t] = order ? order[step] : step;
+    }
+}
+
+// On to the next chunk of the walk, `after` being the one that follows it.
+void move_on(const Problem& p, int64_t b, int64_t k, int64_t g, int64_t after, Work& w) {
+    w.rows = w.next_rows;
+    visit(p, b, k, after, w.next_rows);
+    const int64_t base = ((b * p.directions + k) * p.groups + g) * p.length;
+    for (int t = 0; t < w.rows.count; ++t) {
+        const int64_t row = base + w.rows.at[t];
+        w.B.row[t] = p.fixed_B ? nullptr : p.B + row * p.states;
+        w.C.row[t] = p.fixed_C ? nullptr : p.C + row * p.states;
+    }
+}
+
+// Choose one more tile to be fetched. Only whole tiles, and only where channels or rows are side by side.
+void look_ahead(const View& x, const Place& at, const Rows& rows, Work& w) {
+    if (!x.data || rows.count < T || (x.d != 1 && (x.l != 1 || !rows.walk))) return;
+    const int64_t size = x.dtype == BFLOAT16 ? 2 : 4;
+    const char* base = (const char*)x.data + offset(x, at) * size;
+    const char** out = w.ahead[w.streams++];
+    if (x.d == 1) {
+        for (int t = 0; t < T; ++t) out[t] = base + rows.at[t] * x.l * size;
+    } else {
+        base += std::min(rows.at[0], rows.at[T - 1]) * size;
+        for (int t = 0; t < T; ++t)
+            out[t] = base + (t % at.channels) * x.d * size + t / BLOCK * sizeof(Block) % (T * size);
+    }
+}
+
+// Start a walk: w.own[at] gets the weights of one block, and zeros for what is summed.
+void prepare(const Problem& p, const Place& at, Block* own) {
+    const int N = (int)p.states;
+    const int64_t channel = at.k * p.channels + at.channel;
+    std::fill(own, own + SLOTS * N + 2, Block{});
+    const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
+    Block *A = own + SCALED_A * N, *inverse = own + INVERSE * N, *tiny = own + IS_TINY * N;
+    load_weight(p.A + channel * rates.channel, rates, N, at.channels, A);
+    for (int n = 0; n < N; ++n)
+        for (int j = 0; j < W; ++j) {
+            V a = A[n].v[j] * (p.tied ? n + 1.0f : 1.0f);
+            I small = (a < TINY) & (a > -TINY);
+            inverse[n].v[j] = select(small, V{}, 1.0f / a);
+            tiny[n].v[j] = select(small, splat(1.0f), V{});
+            A[n].v[j] = bounded(a * LOG2E, -1e19f, 1e19f);
+        }
+    if (p.fixed_B) load_weight(p.B + channel * N, {N, 1}, N, at.channels, own + FIXED_B * N);
+    if (p.fixed_C) load_weight(p.C + channel * N, {N, 1}, N, at.channels, own + FIXED_C * N);
+}
+
+// Take up the walk of one block again.
+void enter(const Problem& p, const Place& at, Work& w, Block* own) {
+    const int N = (int)p.states;
+    const int64_t channel = at.k * p.channels + at.channel;
+    w.A2 = own + SCALED_A * N;
+    w.inverse = own + INVERSE * N;
+    w.tiny = own + IS_TINY * N;
+    w.state = own + STATE * N;
+    w.grad = own + GRAD * N;
+    w.B.fixed = p.fixed_B ? own + FIXED_B * N : nullptr;
+    w.C.fixed = p.fixed_C ? own + FIXED_C * N : nullptr;
+    w.dA = own + D_A * N;
+    w.dB = own + D_B * N;
+    w.dC = own + D_C * N;
+    w.dD = own + SLOTS * N;
+    w.dbias = own + SLOTS * N + 1;
+    w.D = w.bias = Block{};
+    if (p.D) load_weight(p.D + channel, {1, 0}, 1, at.channels, &w.D);
+    if (p.bias) load_weight(p.bias + channel, {1, 0}, 1, at.channels, &w.bias);
+    w.streams = w.pass = 0;
+}
+
+// Step sizes of a chunk and what follows from them.
+template <bool BACKWARD>
+void load_steps(const Problem& p, const Place& at, Work& w) {
+    load_tile(p.u, at, w.rows, &w.step[0].u);
+    load_tile(p.delta, at, w.rows, &w.step[0].dt);
+    for (int t = 0; t < w.rows.count; ++t) {
+        Step& s = w.step[t];
+        for (int j = 0; j < W; ++j) {
+            V dt = s.dt.v[j] + w.bias.v[j];
+            if (p.softplus) dt = softplus<BACKWARD>(dt, s.slope.v[j]);
+            s.size.v[j] = dt;
+            s.dt.v[j] = p.zoh ? dt : bounded(dt, -1e18f, 1e18f);
+            s.dtu.v[j] = p.zoh ? s.u.v[j] : dt * s.u.v[j];
+            s.y.v[j] = V{};
+            if (p.tied) {
+                V x = s.dt.v[j] * w.A2[0].v[j];
+                s.e1.v[j] = p.zoh ? exp2m1(x) : V{};
+                s.e.v[j] = p.zoh ? s.e1.v[j] + 1.0f : exp2(x);
+                s.power.v[j] = splat(p.zoh ? 0.0f : 1.0f);
+            }
+        }
+    }
+}
+
+float* kept_state(const Problem& p, const Plan& plan, const Place& at, int64_t chunk) {
+    return p.kept + ((at.b * p.directions + at.k) * plan.chunks + chunk) * p.states * p.channels + at.channel;
+}
+
+void forward_unit(const Problem& p, const Plan& plan, const Kernels& kernels, Work& w, int64_t unit) {
+    const int N = (int)p.states;
+    const int64_t block = unit % plan.blocks, g = unit / plan.blocks % p.groups;
+    const int64_t k = unit / plan.blocks / p.groups % p.directions;
+    const int64_t b = unit / plan.blocks / p.groups / p.directions;
+    const Place at = plan.place(b, k, g, block);
+    prepare(p, at, w.own.data());
+    visit(p, b, k, 0, w.next_rows);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+        move_on(p, b, k, g, chunk + 1, w);
+        enter(p, at, w, w.own.data());
+        for (const View* x : {&p.u, &p.delta, &p.z}) look_ahead(*x, at, w.next_rows, w);
+        look_ahead(p.y, at, w.rows, w);
+        if (p.kept) store_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+        load_steps<false>(p, at, w);
+        if (p.z.data) load_tile(p.z, at, w.rows, &w.step[0].z);
+        int n = 0;
+        for (; n + NB <= N; n += NB) kernels.forward[0](w, n, true);
+        for (; n < N; ++n) kernels.forward[1](w, n, true);
+        for (int t = 0; t < w.rows.count; ++t) {
+            Step& s = w.step[t];
+            for (int j = 0; j < W; ++j) {
+                if (p.D) s.y.v[j] += w.D.v[j] * s.u.v[j];
+                if (p.z.data) s.y.v[j] *= s.z.v[j] * sigmoid(s.z.v[j]);
+            }
+        }
+        store_tile(p.y, at, w.rows, &w.step[0].y);
+    }
+    float* last = p.last + ((b * p.directions + k) * p.channels + at.channel) * N;
+    store_weight(last, {N, 1}, N, at.channels, w.state);
+}
+
+// The gradients of one chunk of one block; those with respect to B and C are added to w.folded.
+void backward_chunk(const Problem& p, const Kernels& kernels, Work& w, const Place& at) {
+    const int N = (int)p.states;
+    load_steps<true>(p, at, w);
+    load_tile(p.grad_y, at, w.rows, &w.step[0].raw_dy);
+    if (p.z.data) load_tile(p.z, at, w.rows, &w.step[0].z);
+    for (int t = 0; t < w.rows.count; ++t) {
+        Step& s = w.step[t];
+        s.sum_B = s.sum_A = s.sum_hold = Block{};
+        for (int j = 0; j < W; ++j)
+            s.dy.v[j] = p.z.data ? s.raw_dy.v[j] * s.z.v[j] * sigmoid(s.z.v[j]) : s.raw_dy.v[j];
+    }
+    int n = 0, pass = 0;
+    for (; n + NB <= N; n += NB, ++pass) {
+        kernels.again[0](w, n, p.z.data != nullptr);
+        kernels.backward[0](w, n, pass);
+    }
+    for (; n < N; ++n, ++pass) {
+        kernels.again[1](w, n, p.z.data != nullptr);
+        kernels.backward[1](w, n, pass);
+    }
+
+    for (int t = 0; t < w.rows.count; ++t) {
+        Step& s = w.step[t];
+        for (int j = 0; j < W; ++j) {
+            const V u = s.u.v[j], dy = s.dy.v[j];
+            if (p.z.data) {
+                V gate = sigmoid(s.z.v[j]), y = s.y.v[j];
+                if (p.D) y += w.D.v[j] * u;
+                s.z.v[j] = s.raw_dy.v[j] * y * gate * (1.0f + s.z.v[j] * (1.0f - gate));
+            }
+            if (p.tied && !p.zoh) w.dA[0].v[j] += s.dt.v[j] * s.sum_A.v[j];
+            V ddelta = s.sum_A.v[j] * (p.tied ? w.A2[0].v[j] * LN2 : splat(LN2));
+            ddelta += p.zoh ? s.sum_hold.v[j] : u * s.sum_B.v[j];
+            if (p.softplus) ddelta *= s.slope.v[j];
+            s.sum_A.v[j] = ddelta;
+            w.dbias->v[j] += ddelta;
+            if (!p.zoh) s.sum_B.v[j] *= s.size.v[j];
+            if (p.D) {
+                s.sum_B.v[j] += dy * w.D.v[j];
+                w.dD->v[j] += dy * u;
+            }
+        }
+    }
+    store_tile(p.ddelta, at, w.rows, &w.step[0].sum_A);
+    if (p.z.data) store_tile(p.dz, at, w.rows, &w.step[0].z);
+    if (p.shared && at.k > 0) {
+        load_tile(p.du, at, w.rows, &w.step[0].u);
+        for (int t = 0; t < w.rows.count; ++t)
+            for (int j = 0; j < W; ++j) w.step[t].sum_B.v[j] += w.step[t].u.v[j];
+    }
+    store_tile(p.du, at, w.rows, &w.step[0].sum_B);
+}
+
+// Where units put their share of gradients that are sums over units: (samples, ...), dB and dC (pieces, ...).
+struct Shares {
+    float *dA, *dB, *dC, *dD, *dbias;
+};
+
+// Add the lanes of w.folded; write rows of dB and dC, or add to them.
+void unfold(const Problem& p, const Work& w, bool add, float* dB, float* dC) {
+    const int N = (int)p.states;
+    for (int t = 0; t < w.rows.count; ++t) {
+        const int64_t row = w.rows.at[t] * N;
+        int n = 0;
+        for (int pass = 0; pass < w.folds; ++pass) {
+            const int M = n + NB <= N ? NB : 1;
+            float lanes[LANES];
+            std::memcpy(lanes, &w.folded[t * w.folds + pass], sizeof lanes);
+            for (int half = LANES / 2; half >= 2 * M; half /= 2)
+                for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+            for (int i = 0; i < M; ++i, ++n) {
+                if (dB) dB[row + n] = (add ? dB[row + n] : 0.0f) + lanes[i];
+                if (dC) dC[row + n] = (add ? dC[row + n] : 0.0f) + lanes[M + i];
+            }
+        }
+    }
+}
+
+// Blocks first ... last - 1 of a group in one direction, chunk by chunk; dB and dC (l, n) are their share.
+void backward_blocks(const Problem& p, const Plan& plan, const Kernels& kernels, const Shares& shares,
+                     Work& w, const Place& group, int64_t first, int64_t last, float* dB, float* dC) {
+    const int N = (int)p.states;
+    const int64_t b = group.b, k = group.k, g = group.g;
+    auto own = [&](int64_t block) { return &w.own[(block - first) * (SLOTS * N + 2)]; };
+    for (int64_t block = first; block < last; ++block) {
+        const Place at = plan.place(b, k, g, block);
+        prepare(p, at, own(block));
+        if (p.grad_last) {
+            const float* from = p.grad_last + ((b * p.directions + k) * p.channels + at.channel) * N;
+            load_weight(from, {N, 1}, N, at.channels, own(block) + GRAD * N);
+        }
+    }
+    visit(p, b, k, plan.chunks - 1, w.next_rows);
+    for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
+        move_on(p, b, k, g, chunk - 1, w);
+        for (int64_t block = first; block < last; ++block) {
+            const Place at = plan.place(b, k, g, block);
+            enter(p, at, w, own(block));
+            const bool more = block + 1 < last;
+            const Place next = plan.place(b, k, g, more ? block + 1 : first);
+            for (const View* x : {&p.u, &p.delta, &p.grad_y, &p.z})
+                look_ahead(*x, next, more ? w.rows : w.next_rows, w);
+            for (const View* x : {&p.du, &p.ddelta, &p.dz}) look_ahead(*x, at, w.rows, w);
+            load_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+            if (block % PART == 0) std::fill(w.folded.begin(), w.folded.end(), Vector{});
+            backward_chunk(p, kernels, w, at);
+            if (block % PART == PART - 1 || !more) unfold(p, w, block >= first + PART, dB, dC);
+        }
+    }
+    for (int64_t block = first; block < last; ++block) {
+        const Place at = plan.place(b, k, g, block);
+        const int64_t channel = (b * p.directions + k) * p.channels + at.channel;
+        auto give = [&](float* share, Weight stride, int states, int64_t slot) {
+            const Block* sums = own(block) + slot;
+            store_weight(share + channel * stride.channel, stride, states, at.channels, sums);
+        };
+        give(shares.dA, p.tied ? Weight{1, 0} : Weight{N, 1}, p.tied ? 1 : N, D_A * N);
+        if (p.fixed_B) give(shares.dB, {N, 1}, N, D_B * N);
+        if (p.fixed_C) give(shares.dC, {N, 1}, N, D_C * N);
+        if (p.D) give(shares.dD, {1, 0}, 1, SLOTS * N);
+        if (p.bias) give(shares.dbias, {1, 0}, 1, SLOTS * N + 1);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------- threads
+
+// Denormal numbers cost up to a hundred cycles each: a decaying state would meet them.
+struct FlushDenormals {
+#if defined(__SSE2__)
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" ::"r"(before | 1 << 24));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before)); }
+#endif
+};
+
+// run(work, unit) for every unit, on `workers.size()` threads, this one included.
+template <class F>
+void parallel(std::vector<std::unique_ptr<Work>>& workers, int64_t units, F run) {
+    std::atomic<int64_t> next{0};
+    auto loop = [&](Work& work) {
+        FlushDenormals guard;
+        for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) run(work, unit);
+    };
+    std::vector<std::thread> threads;
+    threads.reserve(workers.size());
+    for (size_t i = 1; i < workers.size() && (int64_t)i < units; ++i) {
+        try {
+            threads.emplace_back(loop, std::ref(*workers[i]));
+        } catch (const std::exception&) {
+            break;  // no memory for another thread, or too many: those that run do the work
+        }
+    }
+    loop(*workers[0]);
+    for (std::thread& thread : threads) thread.join();
+}
+
+std::vector<std::unique_ptr<Work>> hire(const Problem& p, int64_t units, int64_t blocks) {
+    const int64_t states = p.batch * p.directions * p.length * p.channels * p.states;
+    const int64_t count = std::max<int64_t>(1, std::min({p.threads, units, 1 + states / STATES_PER_THREAD}));
+    std::vector<std::unique_ptr<Work>> workers;
+    for (int64_t i = 0; i < count; ++i) {
+        workers.emplace_back(new Work());
+        Work& w = *workers.back();
+        w.folds = (int)(p.states / NB + p.states % NB);
+        w.folded.resize(T * w.folds);
+        w.own.resize(blocks * (SLOTS * p.states + 2));
+    }
+    return workers;
+}
+
+void run_forward(const Problem& p) {
+    const Plan plan(p);
+    const Kernels& kernels = choose(p);
+    const int64_t units = p.batch * p.directions * p.groups * plan.blocks;
+    auto workers = hire(p, units, 1);
+    parallel(workers, units, [&](Work& w, int64_t unit) { forward_unit(p, plan, kernels, w, unit); });
+}
+
+void run_backward(const Problem& p) {
+    const Plan plan(p);
+    const Kernels& kernels = choose(p);
+    // Directions that share u stay in one unit, which adds up du.
+    const int64_t inside = p.shared ? p.directions : 1, outside = p.directions / inside;
+    const int64_t groups = p.batch * outside * p.groups, parts = (plan.blocks + PART - 1) / PART;
+    // A unit takes all parts of a group, or a single one where threads would be idle otherwise.
+    const int64_t pieces = p.threads == 1 || groups >= 2 * p.threads ? 1 : parts;
+    const int64_t blocks = pieces == 1 ? plan.blocks : PART;
+
+    struct Sum {
+        float *result, **share;
+        int64_t size, count;
+        std::unique_ptr<float[]> memory;
+    };
+    const int64_t channels = p.directions * p.channels;
+    const int64_t varying = p.batch * p.directions * p.groups * p.length * p.states;
+    Shares shares{};
+    Sum sums[] = {
+        {p.dA, &shares.dA, channels * (p.tied ? 1 : p.states), p.batch, nullptr},
+        {p.dB, &shares.dB, p.fixed_B ? channels * p.states : varying, p.fixed_B ? p.batch : pieces, nullptr},
+        {p.dC, &shares.dC, p.fixed_C ? channels * p.states : varying, p.fixed_C ? p.batch : pieces, nullptr},
+        {p.dD, &shares.dD, channels, p.batch, nullptr},
+        {p.dbias, &shares.dbias, channels, p.batch, nullptr},
+    };
+    for (Sum& sum : sums) {
+        if (!sum.result) continue;
+        if (sum.count > 1) sum.memory.reset(new float[sum.size * sum.count]);
+        *sum.share = sum.memory ? sum.memory.get() : sum.result;
+    }
+
+    const int64_t units = groups * pieces;
+    auto workers = hire(p, units, blocks);
+    parallel(workers, units, [&](Work& w, int64_t unit) {
+        const int64_t piece = unit % pieces, g = unit / pieces % p.groups;
+        const int64_t b = unit / pieces / p.groups / outside;
+        const int64_t first = piece * blocks, last = std::min(first + blocks, plan.blocks);
+        for (int64_t i = 0; i < inside; ++i) {
+            const int64_t k = unit / pieces / p.groups % outside * inside + i;
+            const int64_t group = ((piece * p.batch + b) * p.directions + k) * p.groups + g;
+            const int64_t share = group * p.length * p.states;
+            backward_blocks(p, plan, kernels, shares, w, plan.place(b, k, g, 0), first, last,
+                            p.fixed_B ? nullptr : shares.dB + share, p.fixed_C ? nullptr : shares.dC + share);
+        }
+    });
+
+    constexpr int64_t STRETCH = 4096;
+    for (Sum& sum : sums) {
+        if (!sum.memory) continue;
+        parallel(workers, (sum.size + STRETCH - 1) / STRETCH, [&](Work&, int64_t stretch) {
+            const int64_t first = stretch * STRETCH, last = std::min(first + STRETCH, sum.size);
+            const float* from = sum.memory.get();
+            std::memcpy(sum.result + first, from + first, (last - first) * sizeof(float));
+            for (int64_t i = 1; i < sum.count; ++i) {
+                from += sum.size;
+                for (int64_t at = first; at < last; ++at) sum.result[at] += from[at];
+            }
+        });
+    }
+}
+
+// Whether every row that `order` names exists.
+bool rows_exist(const Problem& p) {
+    if (!p.order) return true;
+    const int64_t count = (p.order_b ? p.batch : 1) * p.directions * p.length;
+    return std::all_of(p.order, p.order + count, [&](int64_t row) { return 0 <= row && row < p.length; });
+}
+
+enum Outcome { DONE = 0, NO_MEMORY = 1, NO_SUCH_ROW = 2 };
+
+template <void RUN(const Problem&)>
+int guarded(const Problem& p) {
+    try {
+        if (!rows_exist(p)) return NO_SUCH_ROW;
+        RUN(p);
+        return DONE;
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
+
+}  // namespace
+
+#define NF_EXPORT extern "C" __attribute__((visibility("default")))
+NF_EXPORT int nf_forward(const Problem* p) { return guarded<run_forward>(*p); }
+NF_EXPORT int nf_backward(const Problem* p) { return guarded<run_backward>(*p); }
