@@ -8,7 +8,7 @@
 # benchmarks/ or .mamba/: its scan is then built while the tests run (nvcc, ninja, einops). Else its rows are
 # missing, with the reason.
 #
-#     OUT                  folder for logs and results                 (benchmarks/results/gpu)
+#     OUT                  folder for logs and results                 (build/gpu)
 #     PYTHON               interpreter                                 (python3)
 #     MAMBA_SSM_SDIST      the source archive, or a folder that has it (benchmarks/, .mamba/)
 #     MAMBA_SSM_PREBUILT   selective_scan_cuda.so of an earlier build, tried before building
@@ -18,7 +18,7 @@
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-benchmarks/results/gpu}
+OUT=${OUT:-build/gpu}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET NF_SCAN_BACKEND
 
@@ -51,7 +51,7 @@ finished() {
 step() {
     local name=$1 log=$2 limit=$3 signal=$4 started=$SECONDS status
     shift 4
-    timeout --signal="$signal" --kill-after=10 "$limit" "$@" >>"$OUT/$log.log" 2>&1
+    timeout --signal="$signal" --kill-after=15 "$limit" "$@" >>"$OUT/$log.log" 2>&1
     status=$?
     finished "$name" "$status" "$started"
     return "$status"
@@ -81,7 +81,7 @@ fi
 # ------------------------------------------------------------------------------------------------- the tests
 parallel=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-step tests tests 130 TERM "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" \
+step tests tests 190 TERM "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" \
     tests/test_triton.py tests/test_local_scan.py || failed=1
 
 if [ -n "$builder" ]; then
@@ -99,11 +99,11 @@ fi
 
 # --------------------------------------------------------------------------------- benchmark, then profiles
 # An interrupt makes the benchmark print what it has.
-step scan scan 170 INT "$PYTHON" benchmarks/scan.py --device cuda --out "$OUT/scan-$slug.json" \
+step scan scan 205 INT "$PYTHON" benchmarks/scan.py --device cuda --out "$OUT/scan-$slug.json" \
     --figure "$OUT/scan_gpu.png" || failed=1
-step profile profile 30 TERM "$PYTHON" benchmarks/scan.py --profile table --backends "${profiled[@]}"
+step profile profile 25 TERM "$PYTHON" benchmarks/scan.py --profile table --backends "${profiled[@]}"
 if command -v ncu >/dev/null; then
-    step ncu profile 40 TERM ncu --clock-control none --profile-from-start off --launch-count 2 \
+    step ncu profile 30 TERM ncu --clock-control none --profile-from-start off --launch-count 2 \
         --kernel-name 'regex:^(forward|backward)_kernel' --print-details all --section SpeedOfLight \
         --section ComputeWorkloadAnalysis --section Occupancy --section LaunchStats --section WarpStateStats \
         "$PYTHON" benchmarks/scan.py --profile ncu --backends triton

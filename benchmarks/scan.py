@@ -24,7 +24,8 @@ Backends without fused directions gather a copy of the input for every order and
 their delta, B and C are given in the order of the scan.
 
 Times are, on a CPU, the shortest of several runs taken in turn with the other rows; on a GPU, the median
-by CUDA events, after a fill of FLUSH_BYTES that evicts every cache and covers the launches. Memory is the
+by CUDA events, after FILLS fills of FLUSH_BYTES: they evict every cache, and keep the GPU busy until all of
+a run is launched, so that kernels are timed and not the host. Memory is the
 peak of what tensors beyond the arguments hold during forward and backward: on a CPU from the record the
 profiler keeps of torch's allocations (native also adds up dB and dC in buffers of its own, which are not in
 it), on a GPU from the CUDA allocator. A growth exponent is the slope of log(value) against log(L) over the
@@ -79,6 +80,7 @@ GROWTH_RANGE = (1024, 65536)
 
 SPECIAL_RATE = 16  # exponentials a clock and SM, compute capability 5 to 9
 FLUSH_BYTES = 2**29
+FILLS = 16
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 MEMORY_LIMIT = 8 * 2**30  # on a CPU; on a GPU what is free
 TIME_LIMIT = {"cpu": 2.0, "cuda": 0.5}  # seconds a run, where an earlier size lets it be foreseen
@@ -424,7 +426,8 @@ def stopwatch(device):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def by_events(run):
-        filler.zero_()
+        for _ in range(FILLS):
+            filler.zero_()
         start.record()
         run()
         end.record()

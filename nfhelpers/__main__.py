@@ -1,9 +1,11 @@
-"""The command line: python -m nfhelpers doctor | train | evaluate.
+"""The command line: python -m nfhelpers doctor | train | evaluate | compare.
 
     python -m nfhelpers doctor
     python -m nfhelpers train v1 --preset demo --data photos
     accelerate launch -m nfhelpers train v1 --preset full
     python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
+    python -m nfhelpers evaluate checkpoints/v1-photos --samplers heun sde ddim --temperature 0.5
+    python -m nfhelpers compare checkpoints/v1-photos checkpoints/v2-photos --num-samples 50
 
 Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or training met
 a loss that is not finite; 2 an error of the user's; 130 interrupted.
@@ -47,7 +49,7 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="python -m nfhelpers", description="State space models for continuous neural fields."
     )
-    commands = parser.add_subparsers(required=True, metavar="doctor | train | evaluate")
+    commands = parser.add_subparsers(required=True, metavar="doctor | train | evaluate | compare")
 
     doctor_parser = commands.add_parser(
         "doctor",
@@ -106,9 +108,22 @@ def build_parser():
         help="sides at which posterior samples, many steps each, are drawn too (default: all; none if empty)",
     )
     evaluate_parser.add_argument(
-        "--steps", type=int, default=50, help="solver steps of a sample (default: %(default)s)"
+        "--steps", type=int, default=50, help="sampler steps of a sample (default: %(default)s)"
     )
-    evaluate_parser.add_argument("--method", choices=sorted(samplers.SAMPLERS), default="heun", help="solver")
+    evaluate_parser.add_argument(
+        "--samplers",
+        choices=sorted(samplers.SAMPLERS),
+        nargs="+",
+        default=["heun"],
+        metavar="SAMPLER",
+        help=f"one or more of {', '.join(samplers.SAMPLERS)}, a row each (default: heun)",
+    )
+    evaluate_parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="of sde: how much noise its steps replace, 0 for none (default: %(default)s)",
+    )
     evaluate_parser.add_argument(
         "--data", default="photos", help="source of test images (default: %(default)s)"
     )
@@ -127,6 +142,43 @@ def build_parser():
         "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
     )
     evaluate_parser.set_defaults(function=evaluate_checkpoint)
+
+    compare_parser = commands.add_parser(
+        "compare",
+        help="two checkpoints on the same pixels of the same images, with paired tests and charts",
+        description="Reconstruct the same test images with two checkpoints; print and write "
+        "comparison_results.txt (PSNR, SSIM, speckle and seconds with standard errors, improvement, paired "
+        "t-test and Wilcoxon's test), v1_vs_v2_comparison.png and improvement_chart.png.",
+    )
+    for name, example in (("a", "checkpoints/v1-photos"), ("b", "checkpoints/v2-photos")):
+        compare_parser.add_argument(
+            f"checkpoint_{name}", type=Path, help=f"folder of a saved model, such as {example}"
+        )
+    compare_parser.add_argument(
+        "--num-samples", type=int, default=50, help="how many test images (default: %(default)s)"
+    )
+    compare_parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[50],
+        metavar="STEPS",
+        help="Heun steps of a sample; two numbers for A and B (default: 50)",
+    )
+    compare_parser.add_argument(
+        "--data", default="photos", help="source of test images (default: %(default)s)"
+    )
+    compare_parser.add_argument(
+        "--observed", type=float, default=0.2, help="fraction of pixels observed (default: %(default)s)"
+    )
+    compare_parser.add_argument(
+        "--output", type=Path, help="folder of the results (default: runs/compare/A_vs_B)"
+    )
+    compare_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    compare_parser.add_argument(
+        "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
+    )
+    compare_parser.set_defaults(function=compare_checkpoints)
     return parser
 
 
@@ -279,7 +331,8 @@ def evaluate_checkpoint(options, command):
         scales=tuple(options.scales),
         sample_scales=options.sample_scales,
         steps=options.steps,
-        method=options.method,
+        method=options.samplers,
+        temperature=options.temperature,
         images=options.images,
         observed=options.observed,
         seed=options.seed,
@@ -301,6 +354,80 @@ def evaluate_checkpoint(options, command):
         plots.multiscale_grid(pictures, title=heading).savefig(path, bbox_inches="tight")
         print(f"wrote {path}")
     return 0
+
+
+# ---------------------------------------------------------------- compare
+
+
+PICTURES = 4
+"""Images shown in v1_vs_v2_comparison.png."""
+
+
+def compare_checkpoints(options, command):
+    """Print the tables of `evaluate.compare`; write them, example pictures and the chart to a folder."""
+    device = pick_device(options.device)
+    paths = (options.checkpoint_a, options.checkpoint_b)
+    loaded = [models.load_model(path).to(device) for path in paths]
+    names = checkpoint_names(*paths)
+    pictures = {}  # column -> (k, H, W, 3)
+
+    def keep_first(kind, fields_a, fields_b, target, mask):
+        first = slice(PICTURES)
+        pictures.setdefault("observed", plots.observed_pixels(target[first], mask[first]))
+        for name, fields in zip(names, (fields_a, fields_b), strict=True):
+            pictures[f"{name}\nposterior {kind}"] = fields[first]
+        pictures["target"] = target[first]
+
+    rows = evaluate.compare(
+        *loaded,
+        options.data,
+        images=options.num_samples,
+        observed=options.observed,
+        steps=options.steps if len(options.steps) > 1 else options.steps[0],
+        seed=options.seed,
+        device=device,
+        progress=sys.stderr.isatty(),
+        callback=keep_first,
+    )
+    output = options.output or Path("runs") / "compare" / "_vs_".join(names)
+    output.mkdir(parents=True, exist_ok=True)
+    about = [
+        f"{name}: {path}, {sum(p.numel() for p in model.parameters()):,} parameters"
+        for name, path, model in zip(names, paths, loaded, strict=True)
+    ]
+    heading = f"{options.data}, {options.observed:.0%} of pixels observed"
+    text = "\n".join(
+        [
+            *about,
+            f"{heading}, {run.describe_device(device)}",
+            f"mean ± standard error; improvement of {names[1]} over {names[0]}, positive where it is better;",
+            "two-sided p-values of paired tests over the images; seconds are those of one image",
+            "",
+            evaluate.format_comparison(rows, names),
+        ]
+    )
+    print(text)
+    results = output / "comparison_results.txt"
+    results.write_text(f"{command}\n{text}\n", encoding="utf-8")
+    target = pictures.pop("target")
+    for file, figure in (
+        ("v1_vs_v2_comparison.png", plots.comparison_grid(pictures, target, title=heading)),
+        ("improvement_chart.png", plots.improvement_chart(rows, names, title=heading)),
+    ):
+        figure.savefig(output / file, bbox_inches="tight")
+    print(f"wrote comparison_results.txt, v1_vs_v2_comparison.png and improvement_chart.png to {output}")
+    return 0
+
+
+def checkpoint_names(path_a, path_b):
+    """Short and different names of two checkpoints: v1/best and v2/best are "v1-best" and "v2-best"."""
+    parts = [path.resolve().parts for path in (path_a, path_b)]
+    if parts[0] == parts[1]:
+        return tuple(f"{parts[0][-1]}-{letter}" for letter in "AB")
+    depth = 1
+    while parts[0][-depth:] == parts[1][-depth:]:
+        depth += 1
+    return tuple("-".join(part[-depth:]) for part in parts)
 
 
 if __name__ == "__main__":

@@ -215,11 +215,6 @@ def _check_counts(**counts):
             raise ValueError(f"{name}={value!r} is not a whole number of at least 1; pass a count such as 32")
 
 
-def _check_method(method):
-    if method not in samplers.SAMPLERS:
-        raise ValueError(f"method={method!r} is unknown; pass one of {sorted(samplers.SAMPLERS)}")
-
-
 def _check_device(device):
     """`device` as a torch.device; ValueError if torch does not know it or finds none of its kind here."""
     try:
@@ -254,6 +249,7 @@ def reconstruct(
     draws=1,
     method="heun",
     steps=None,
+    temperature=1.0,
     seed=0,
     device=None,
     callback=None,
@@ -268,22 +264,24 @@ def reconstruct(
             observed pixels are kept and only the others are asked for.
         kind: "mean", the posterior mean and its standard deviation, or "sample", one posterior draw.
         draws: for "mean", how many draws are averaged (the standard deviation of one draw is undefined: NaN).
-        method: ODE solver of "sample", a key of `samplers.SAMPLERS`.
-        steps: solver steps; 1 for "mean" (the one-step estimate) and 50 for "sample" if None. A mean of draws
-            with many steps each is the mean of that many samples, and only then is `std` the spread of the
-            posterior.
+        method: sampler of "sample", a key of `samplers.SAMPLERS`.
+        steps: sampler steps; 1 for "mean" (the one-step estimate) and 50 for "sample" if None. A mean of
+            draws with many steps each is the mean of that many samples, and only then is `std` the spread of
+            the posterior.
+        temperature: of "sample", see `samplers.sample`.
         seed: of the noise, drawn on the CPU so that it is the same on every device, and, when `images` is not
             yet observed, of the observed pixels.
         device: where to compute; the model's device if None.
-        callback: of the solver of a sample, callback(step, t, x) with x (N, asked pixels, 3) in [-1, 1].
+        callback: of the sampler, callback(step, t, x) with x (N, asked pixels, 3) in [-1, 1].
 
     Returns:
         dict: fields (N, h, w, 3) float32 in [0, 1]; std (N, h, w, 3) in the same units, 0 where observed,
         None for a sample; mask (N, H, W); images (N, H, W, 3) in [0, 1].
 
-    Raises ValueError for wrong shapes and values, an unknown kind, method or device, steps or draws below 1.
+    Raises ValueError for wrong shapes and values, an unknown kind, method or device, steps or draws below 1,
+    a temperature below 0.
     """
-    _check_method(method)
+    samplers.check_method(method)
     if kind not in ("mean", "sample"):
         raise ValueError(f"kind={kind!r} is unknown; pass 'mean' or 'sample'")
     if kind == "sample" and draws != 1:
@@ -319,7 +317,9 @@ def reconstruct(
         if kind == "mean":
             values, spread = samplers.posterior_mean(model, *batch, draws=draws, **options)
         else:
-            values = samplers.sample(model, *batch, method=method, callback=callback, **options)
+            values = samplers.sample(
+                model, *batch, method=method, temperature=temperature, callback=callback, **options
+            )
 
     out = torch.zeros(count, shape[0] * shape[1], 3)
     deviation = torch.zeros_like(out) if kind == "mean" else None
@@ -378,6 +378,7 @@ def multiscale(
     sample_scales=None,
     steps=50,
     method="heun",
+    temperature=1.0,
     draws=1,
     images=16,
     observed=0.2,
@@ -399,7 +400,8 @@ def multiscale(
         source: of `images.load_images`.
         scales: sides of the square fields.
         sample_scales: scales at which posterior samples (many steps each) are drawn too; all if None.
-        steps, method: of the posterior samples.
+        steps, method: of the posterior samples; several names of methods give a row each.
+        temperature: of the method "sde" alone; the others draw at 1, so that all are posterior samples.
         draws: one-step estimates averaged for the posterior mean.
         images: how many test images.
         observed, observed_size: fraction of observed pixels and the side of the grid they are observed on.
@@ -414,10 +416,16 @@ def multiscale(
         PSNR in dB) and versus_biharmonic_se, seconds (all images), note.
 
     Raises ValueError, before anything is computed, for no scales, a scale below the window of SSIM,
-    sample_scales that are not among the scales, an unknown method or device, and counts below 1.
+    sample_scales that are not among the scales, an unknown method or device, counts below 1, and a
+    temperature below 0 or that no method uses.
     """
     _check_scales(scales, sample_scales)
-    _check_method(method)
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    for name in methods:
+        samplers.check_method(name)
+    samplers.check_temperature(temperature)
+    if temperature != 1 and "sde" not in methods:
+        raise ValueError(f"temperature={temperature} is that of 'sde', which is not in {methods}; add 'sde'")
     _check_counts(steps=steps, draws=draws, images=images, observed_size=observed_size)
     if device is not None:
         _check_device(device)
@@ -439,13 +447,16 @@ def multiscale(
             "mean",
             lambda s=scale: _model_mean(model, fields, s, draws, seed, device),
         )
-        if scale in sample_scales:
+        for name in methods if scale in sample_scales else ():
+            options = {"method": name, "steps": steps, "seed": seed, "device": device}
+            heat = ""
+            if name == "sde":
+                options["temperature"] = temperature
+                heat = f", temperature {temperature:g}"
             add(
-                f"sample ({method}, {steps} steps)",
+                f"sample ({name}, {steps} steps{heat})",
                 "sample",
-                lambda s=scale: reconstruct(
-                    model, fields, size=s, kind="sample", method=method, steps=steps, seed=seed, device=device
-                )["fields"],
+                lambda s=scale, o=options: reconstruct(model, fields, size=s, kind="sample", **o)["fields"],
             )
         start = time.perf_counter()
         classical = _classical_fields(fields, scale)
@@ -531,6 +542,7 @@ def steps_curve(
     *,
     steps=(1, 2, 5, 10, 20, 50),
     method="euler",
+    temperature=1.0,
     draws=8,
     observed=0.2,
     seed=0,
@@ -548,7 +560,7 @@ def steps_curve(
         model: a sparse-field velocity model.
         images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict of `observe_images`.
         steps: numbers of solver steps to try.
-        method: ODE solver, a key of `samplers.SAMPLERS`.
+        method: sampler, a key of `samplers.SAMPLERS`; temperature: its own, see `samplers.sample`.
         draws: K of the mean of K samples, each drawn with the largest number of steps; 0 leaves that row out.
         observed, seed, device: as in `reconstruct`.
         progress: show a bar.
@@ -562,7 +574,8 @@ def steps_curve(
     options = {"seed": seed, "device": device}
     rows = []
     for count in tqdm(steps, desc="steps", disable=not progress):
-        sampled = reconstruct(model, fields, kind="sample", method=method, steps=count, **options)["fields"]
+        drawn = {"kind": "sample", "method": method, "steps": count, "temperature": temperature}
+        sampled = reconstruct(model, fields, **drawn, **options)["fields"]
         rows.append(_row(f"sample ({method})", "sample", _score(sampled, target), steps=count, draws=1))
     mean = reconstruct(model, fields, **options)["fields"]
     rows.append(_row(ONE_STEP_MEAN, "mean", _score(mean, target), steps=1, draws=1))
@@ -572,6 +585,151 @@ def steps_curve(
             _row(f"mean of {draws} samples", "mean", _score(mean, target), steps=max(steps), draws=draws)
         )
     return rows
+
+
+COMPARED = {
+    "psnr": ("PSNR (dB)", 1, 2),
+    "ssim": ("SSIM", 1, 4),
+    "speckle": ("speckle", -1, 4),
+    "seconds": ("seconds", -1, 3),
+}
+"""What `compare` compares: its name in tables, 1 if more is better and -1 if less is, digits to print."""
+
+
+def compare(
+    model_a,
+    model_b,
+    source="photos",
+    *,
+    images=50,
+    observed=0.2,
+    observed_size=32,
+    steps=50,
+    seed=0,
+    device=None,
+    progress=False,
+    callback=None,
+):
+    """Compare two models on the same pixels of the same test images with the same noise, image by image.
+
+    Posterior means (one step) and posterior samples (Heun) are compared apart. Images are reconstructed one
+    at a time, so `seconds` is the time of one image; each model has run once before its clock starts.
+
+    Args:
+        model_a, model_b: sparse-field velocity models.
+        source: of `images.load_images`.
+        images: how many test images, at least 2.
+        observed, observed_size: fraction of observed pixels and the side of the images.
+        steps: Heun steps of a sample, or a pair of them, A's and B's.
+        seed: of observed pixels and noise.
+        device: the model's if None.
+        progress: show a bar.
+        callback: callback(kind, fields_a, fields_b, target, mask) for each kind at the end, to keep pictures:
+            fields and target (N, H, W, 3) in [0, 1], mask (N, H, W).
+
+    Returns:
+        list of dicts, one a kind ("mean", "sample") and metric ("psnr", "ssim", "speckle", "seconds"):
+        method, kind, metric; a and b, the means over the images, and their standard errors a_se and b_se;
+        improvement, the mean of the paired differences, positive if B is better (B - A, or A - B for speckle
+        and seconds), improvement_se, and percent, of A's mean; p_t and p_wilcoxon of `metrics.paired_test`;
+        differences, a list of the improvements of single images; images, their number. What is undefined
+        (speckle of an image without flat regions, PSNR of a perfect field) is left out pairwise, and None
+        where nothing is left.
+
+    Raises ValueError, before anything is computed, for fewer than two images, sizes or steps below 1 and an
+    unknown device.
+    Source: seed 003 (eval_v1_vs_v2).
+    """
+    both = tuple(steps) if isinstance(steps, tuple | list) else (steps, steps)
+    if len(both) != 2:
+        raise ValueError(f"steps={steps!r} are {len(both)} numbers; pass one for both models, or two")
+    _check_counts(steps=both[0], images=images, observed_size=observed_size)
+    _check_counts(steps=both[1])
+    if images < 2:
+        raise ValueError(f"images={images} cannot be compared in pairs; pass at least 2, such as 50")
+    if observed_size < metrics.SSIM_WINDOW:
+        raise ValueError(
+            f"observed_size={observed_size} is below SSIM's window; pass at least 11, such as 32"
+        )
+    if device is not None:
+        _check_device(device)
+    fields = observe_images(
+        image_sources.load_images(source, "test", observed_size, limit=images), observed, seed
+    )
+    target = fields["images"].numpy()
+    options = [
+        {"mean": {"kind": "mean"}, "sample": {"kind": "sample", "method": "heun", "steps": count}}
+        for count in both
+    ]
+    for model in (model_a, model_b):
+        reconstruct(model, {name: part[:1] for name, part in fields.items()}, device=device)
+    made = {kind: ([], []) for kind in ("mean", "sample")}
+    seconds = {kind: ([], []) for kind in made}
+    for index in tqdm(range(len(target)), desc="images", disable=not progress):
+        one = {name: part[index : index + 1] for name, part in fields.items()}
+        for kind in made:
+            for which, model in enumerate((model_a, model_b)):
+                start = time.perf_counter()
+                result = reconstruct(model, one, seed=seed + index, device=device, **options[which][kind])
+                seconds[kind][which].append(time.perf_counter() - start)
+                made[kind][which].append(result["fields"][0])
+    counts = str(both[0]) if both[0] == both[1] else f"{both[0]} and {both[1]}"
+    names = {"mean": ONE_STEP_MEAN, "sample": f"sample (heun, {counts} steps)"}
+    rows = []
+    for kind in made:
+        stacks = [np.stack(made[kind][which]) for which in (0, 1)]
+        scores = [
+            {**_score(stack, target), "seconds": np.array(spent)}
+            for stack, spent in zip(stacks, seconds[kind], strict=True)
+        ]
+        for metric in COMPARED:
+            a, b = (score[metric] for score in scores)
+            rows.append({"method": names[kind], "kind": kind, "metric": metric, **_paired(metric, a, b)})
+        if callback is not None:
+            callback(kind, *stacks, target, fields["mask"].numpy())
+    return rows
+
+
+def _paired(metric, a, b):
+    """The numbers of one row of `compare` from a metric's values (N,) of A and of B."""
+    defined = np.isfinite(a) & np.isfinite(b)
+    a, b = a[defined], b[defined]
+    differences = COMPARED[metric][1] * (b - a)
+    row = {}
+    for name, values in (("a", a), ("b", b), ("improvement", differences)):
+        row[name], row[f"{name}_se"] = _mean_and_error(values)
+    row["percent"] = 100 * row["improvement"] / row["a"] if row["a"] else None
+    row["p_t"], row["p_wilcoxon"] = (
+        p if math.isfinite(p) else None for p in metrics.paired_test(differences)
+    )
+    return {**row, "differences": differences.tolist(), "images": int(defined.sum())}
+
+
+def format_comparison(rows, names=("A", "B")):
+    """Rows of `compare` as text: a table each for posterior mean and sample; "-" where undefined."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of compare")
+    head = ["", *names, "improvement", "relative", "paired t", "Wilcoxon", "images"]
+    parts = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines = []
+        for row in (row for row in rows if row["method"] == method):
+            label, _, digits = COMPARED[row["metric"]]
+            values = [
+                _plus_minus(row[name], row[f"{name}_se"], digits, name == "improvement")
+                for name in ("a", "b", "improvement")
+            ]
+            percent = "-" if row["percent"] is None else f"{row['percent']:+.1f}%"
+            tests = [_p_value(row[name]) for name in ("p_t", "p_wilcoxon")]
+            lines.append([label, *values, percent, *tests, str(row["images"])])
+        parts.append(f"{method}\n{align(head, lines, left=1)}")
+    return "\n\n".join(parts)
+
+
+def _p_value(p):
+    if p is None:
+        return "-"
+    return f"p = {p:.3f}" if p >= 1e-3 else f"p = {p:.0e}"
 
 
 def calibrate(model, images, *, observed=0.2, draws=8, steps=20, seed=0, device=None):

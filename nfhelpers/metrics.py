@@ -1,14 +1,25 @@
 """Image quality and calibration: arrays or tensors `(N, H, W, 3)` in [0, 1], one number per image.
 
-All computation is in float64. `mean_and_error` turns the numbers of many images into mean and standard error.
+All computation is in float64. `mean_and_error` turns the numbers of many images into mean and standard error,
+`paired_test` tells whether two methods differ on them.
 """
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.stats import ttest_1samp, wilcoxon
 from skimage.metrics import structural_similarity
 
-__all__ = ["calibration", "grid_pattern", "mean_and_error", "psnr", "sharpness", "speckle", "ssim"]
+__all__ = [
+    "calibration",
+    "grid_pattern",
+    "mean_and_error",
+    "paired_test",
+    "psnr",
+    "sharpness",
+    "speckle",
+    "ssim",
+]
 
 SSIM_WINDOW = 11
 """Side in pixels of the window of `ssim`: the smallest image it can compare."""
@@ -61,8 +72,10 @@ def speckle(prediction, target, flat: float = 0.1) -> np.ndarray:
     A pixel is flat if over its 3 x 3 neighbourhood every channel of the target varies by at most `flat`
     (maximum minus minimum); the outermost pixels are left out. White noise of standard deviation s has
     E[h**2] = 8/9 s**2, so the unit is that of the images and white noise of sigma s scores s. A perfect
-    prediction scores 0, and an offset that varies linearly in space adds nothing. An image without flat
-    pixels scores NaN.
+    prediction scores 0, and an offset that varies linearly in space adds nothing. A blur adds no speckle and
+    is charged only for the faint texture it removes in flat regions and for what it moves there across an
+    edge: 0.006 to 0.013 on the 32 px photographs for a Gaussian blur of 0.5 to 2 px, however wide, where
+    noise of sigma 0.05 scores 0.048. An image without flat pixels scores NaN.
 
     Raises ValueError unless both are finite floats `(N, H, W, 3)` in [0, 1] of one shape with sides >= 3, and
     `flat` is in (0, 1].
@@ -177,6 +190,24 @@ def mean_and_error(values) -> tuple[float, float]:
     if len(values) == 1 or not np.isfinite(mean):
         return mean, float("nan")
     return mean, float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def paired_test(differences) -> tuple[float, float]:
+    """Do two methods differ, given the differences `(n,)` of their scores on the same images?
+
+    Returns the two-sided p-values of the paired t-test, which assumes differences that are about normal, and
+    of Wilcoxon's signed-rank test (1945), which assumes only that they are symmetric and leaves out zeros.
+    Differences that are not finite are left out. Both p-values are NaN where nothing can be tested: fewer
+    than two differences, or all of them equal, as those of a method and itself.
+    Raises ValueError unless `differences` are floats of one dimension.
+    """
+    differences = _numbers("differences", differences)
+    if differences.ndim != 1:
+        raise ValueError(f"differences are {differences.shape}; pass one number an image, (n,)")
+    differences = differences[np.isfinite(differences)]
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return float("nan"), float("nan")
+    return float(ttest_1samp(differences, 0).pvalue), float(wilcoxon(differences).pvalue)
 
 
 def _pair(prediction, target, smallest=1, name="prediction"):

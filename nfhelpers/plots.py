@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nfhelpers import metrics
+from nfhelpers.evaluate import COMPARED
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: distinct for every common kind of colour vision; curves have
@@ -447,4 +448,55 @@ def cost_bars(costs, title=None):
         ax.set_title(label, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8, labelleft=column == 0)
+    return figure
+
+
+def improvement_chart(rows, names=("A", "B"), title=None):
+    """Two models on the same images: their scores above and, below, B's improvement on every single image.
+
+    Above, mean and standard error of each model, for the posterior mean and for samples apart; below, a dot
+    an image, the mean improvement with its standard error in black, and the p-value of Wilcoxon's test. Above
+    the line at zero B is the better one, in every panel.
+
+    rows: from `evaluate.compare`; names: of A and B. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.compare")
+    metrics_shown = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, axes = _grid(2, len(metrics_shown), title, width=2.7, height=2.7)
+    for column, metric in enumerate(metrics_shown):
+        label, sign, _ = COMPARED[metric]
+        shown = [row for row in rows if row["metric"] == metric]
+        place = np.arange(len(shown))
+        kinds = [row["kind"] for row in shown]
+        top, bottom = axes[:, column]
+        for shift, key, name, colour in ((-0.2, "a", names[0], COLOURS[0]), (0.2, "b", names[1], COLOURS[4])):
+            values, errors = (
+                [row[entry] or 0 for row in shown] for entry in (key, f"{key}_se")
+            )  # an undefined score has no bar
+            bars = top.bar(place + shift, values, 0.38, yerr=errors, capsize=3, color=colour, label=name)
+            top.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        top.set_ylim(0, 1.2 * max(top.get_ylim()[1], 1e-12))
+        for x, row in zip(place, shown, strict=True):
+            dots = np.array(row["differences"])
+            spread = np.linspace(-0.18, 0.18, len(dots)) if len(dots) > 1 else np.zeros(len(dots))
+            bottom.plot(x + spread, dots, ".", color=COLOURS[5], markersize=4)
+            if row["improvement"] is not None:
+                bottom.errorbar(
+                    x, row["improvement"], row["improvement_se"], color="black", marker="D", capsize=5
+                )
+        bottom.axhline(0, color="grey", linewidth=0.8)
+        bottom.set_xlim(-0.5, len(shown) - 0.5)
+        for ax, heading in ((top, f"{label}, {'more' if sign > 0 else 'less'} is better"), (bottom, None)):
+            _curve_axes(ax, "", "", heading)
+            ax.set_axisbelow(True)
+            ax.tick_params(axis="y", labelsize=8)
+        top.set_xticks(place, [f"posterior\n{kind}" for kind in kinds], fontsize=8)
+        tests = ["" if row["p_wilcoxon"] is None else f"\np = {row['p_wilcoxon']:.1g}" for row in shown]
+        bottom.set_xticks(
+            place, [f"posterior\n{kind}{test}" for kind, test in zip(kinds, tests, strict=True)], fontsize=8
+        )
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    axes[1, 0].set_ylabel(f"{names[1]} better by", fontsize=9)
     return figure

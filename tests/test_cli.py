@@ -1,8 +1,9 @@
-"""python -m nfhelpers doctor | train | evaluate: exit codes, one-line errors, and what they leave behind."""
+"""python -m nfhelpers doctor | train | evaluate | compare: exit codes, one-line errors, what they leave."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,83 @@ def test_evaluate_errors_are_one_line(checkpoint, tmp_path, capsys):
     assert "observed=1.5" in error_of(capsys, "evaluate", checkpoint, "--observed", "1.5", "--device", "cpu")
     (checkpoint / "model.safetensors").write_bytes(b"truncated")
     error_of(capsys, "evaluate", checkpoint, "--device", "cpu")
+
+
+def test_evaluate_compares_samplers(checkpoint, capsys):
+    arguments = ["evaluate", checkpoint, "--scales", 16, "--steps", 1, "--images", 2, "--device", "cpu"]
+    arguments += ["--samplers", "heun", "sde", "ddim", "--temperature", 0.5]
+    assert cli.main([str(a) for a in arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "sample (" in line]
+    samplers = ("heun, 1 steps", "sde, 1 steps, temperature 0.5", "ddim, 1 steps")
+    assert len(lines) == 3
+    assert all(f"sample ({sampler})" in line for sampler, line in zip(samplers, lines, strict=True))
+    error = error_of(capsys, "evaluate", checkpoint, "--temperature", "0.5", "--device", "cpu")
+    assert "temperature=0.5 is that of 'sde'" in error
+
+
+# ---------------------------------------------------------------- compare
+
+
+def test_compare_writes_its_three_files(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other" / "tiny"
+    model_class, config_class = models.FIELD_MODELS["v1"]
+    torch.manual_seed(1)
+    model_class(config_class(d_model=32, num_layers=1, d_state=2, num_heads=2)).save_pretrained(other)
+    arguments = ["compare", checkpoint, other, "--num-samples", 3, "--steps", 2, 1, "--device", "cpu"]
+    assert cli.main([str(a) for a in arguments]) == 0
+    printed = capsys.readouterr().out
+    output = tmp_path / "runs" / "compare" / "checkpoints-tiny_vs_other-tiny"
+    found = {path.name: path for path in output.iterdir()}
+    assert set(found) == {"comparison_results.txt", "v1_vs_v2_comparison.png", "improvement_chart.png"}
+    text = found["comparison_results.txt"].read_text()
+    assert text.startswith("python -m nfhelpers compare ") and text.split("\n", 1)[1] in printed
+    for word in (
+        "posterior mean (1 step)",
+        "sample (heun, 2 and 1 steps)",
+        "PSNR (dB)",
+        "SSIM",
+        "speckle",
+        "seconds",
+        "paired t",
+        "Wilcoxon",
+        "±",
+    ):
+        assert word in text
+    parameters = sum(p.numel() for p in models.load_model(other).parameters())
+    assert f"other-tiny: {other}, {parameters:,} parameters" in text
+    for name in ("v1_vs_v2_comparison.png", "improvement_chart.png"):
+        assert found[name].read_bytes().startswith(b"\x89PNG")
+    arguments += ["--output", tmp_path / "here"]
+    assert cli.main([str(a) for a in arguments]) == 0
+    assert len(list((tmp_path / "here").iterdir())) == 3
+
+
+def test_compare_errors_are_one_line(checkpoint, tmp_path, capsys):
+    nowhere = tmp_path / "nowhere"
+    assert "holds no config.json" in error_of(
+        capsys, "compare", checkpoint, nowhere, "--output", tmp_path / "o"
+    )
+    both = ["compare", checkpoint, checkpoint, "--device", "cpu", "--output", tmp_path / "o"]
+    assert "images=1 cannot" in error_of(capsys, *both, "--num-samples", 1)
+    assert "3 numbers" in error_of(capsys, *both, "--steps", 1, 2, 3)
+    assert "'no-source'" in error_of(capsys, *both, "--data", "no-source")
+    assert not (tmp_path / "o").exists(), "an error left files behind"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("checkpoints/v1-photos", "checkpoints/v2-photos"), ("v1-photos", "v2-photos")),
+        (("runs/v1/full/best", "runs/v2/full/best"), ("v1-full-best", "v2-full-best")),
+        (("a/best", "a/best/"), ("best-A", "best-B")),
+        (("a/b", "b"), ("a-b", "{}-b")),
+    ],
+)
+def test_names_of_checkpoints_differ(paths, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = tuple(name.format(tmp_path.name) for name in names)
+    assert cli.checkpoint_names(*map(Path, paths)) == names
 
 
 # ---------------------------------------------------------------- the process

@@ -250,6 +250,7 @@ def test_groups_of_images_change_nothing(monkeypatch):
         ({"size": 0}, "size=0"),
         ({"size": 16.0}, "size=16.0"),
         ({"method": "rk9"}, "rk9"),  # also where it is not used
+        ({"kind": "sample", "temperature": -1}, "temperature=-1"),
         ({"device": "tpu9"}, "device='tpu9' cannot be used"),
         ({"images": {}}, r"a dict without \['images', 'input_coords', 'input_values', 'mask'\]"),
     ],
@@ -292,6 +293,9 @@ def test_noise_is_drawn_on_the_cpu_whatever_the_device():
         ({"scales": (16.5,)}, "scale=16.5"),
         ({"sample_scales": (32, 48)}, r"sample_scales has \[48\]"),
         ({"method": "rk9"}, "method='rk9'"),
+        ({"method": ("heun", "rk9")}, "method='rk9'"),
+        ({"temperature": 0.5}, "temperature=0.5 is that of 'sde'"),
+        ({"method": "sde", "temperature": -1.0}, r"temperature=-1.0 is not in \[0, inf\)"),
         ({"steps": 0}, "steps=0"),
         ({"images": 1.5}, "images=1.5"),
         ({"device": "tpu9"}, "device='tpu9'"),
@@ -396,6 +400,160 @@ def test_multiscale_is_paired_with_the_real_images(rows_and_pictures):
     for (scale, method), (fields, _) in pictures.items():
         if scale == 16:
             np.testing.assert_allclose(fields[mask], kept["images"].numpy()[mask], atol=1e-6, err_msg=method)
+
+
+def test_multiscale_compares_samplers_on_the_same_noise():
+    """The temperature is that of sde alone: heun and ddim draw at 1."""
+    pictures, model = {}, GaussianPosterior(std=0.5)
+    rows = evaluate.multiscale(
+        model,
+        scales=(16,),
+        method=("heun", "sde", "ddim", "euler"),
+        temperature=0.5,
+        steps=4,
+        images=1,
+        observed_size=16,
+        callback=lambda scale, method, fields, target: pictures.update({method: fields}),
+    )
+    names = [row["method"] for row in rows if row["kind"] == "sample"]
+    assert names == [
+        "sample (heun, 4 steps)",
+        "sample (sde, 4 steps, temperature 0.5)",
+        "sample (ddim, 4 steps)",
+        "sample (euler, 4 steps)",
+    ]
+    heun, sde, ddim, euler = (pictures[name] for name in names)
+    np.testing.assert_allclose(ddim, euler, atol=1e-6)
+    photo = images.load_images("photos", "test", 16, limit=1)
+    options = {"kind": "sample", "steps": 4}
+    np.testing.assert_array_equal(heun, evaluate.reconstruct(model, photo, **options)["fields"])
+    options |= {"method": "sde", "temperature": 0.5}
+    np.testing.assert_array_equal(sde, evaluate.reconstruct(model, photo, **options)["fields"])
+
+
+def test_temperature_of_a_sample_reaches_the_sampler():
+    drawn = {
+        temperature: evaluate.reconstruct(
+            GaussianPosterior(), smooth_images(1), 0.5, kind="sample", steps=4, temperature=temperature
+        )
+        for temperature in (0.0, 1.0)
+    }
+    hidden = ~drawn[0.0]["mask"]
+    np.testing.assert_allclose(drawn[0.0]["fields"][hidden], 0.5, atol=1e-6)  # no noise: the mean
+    assert drawn[1.0]["fields"][hidden].std() > 0.05
+    curve = evaluate.steps_curve(GaussianPosterior(), smooth_images(2), steps=(4,), draws=0, temperature=0.0)
+    assert curve[0]["psnr"] == pytest.approx(curve[1]["psnr"], abs=1e-4)
+
+
+# ---------------------------------------------------------------- comparison of two models
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    """Two biased posteriors on the photographs, and what `compare` hands to its callback."""
+    kept = {}
+
+    def keep(kind, fields_a, fields_b, target, mask):
+        kept[kind] = {"a": fields_a, "b": fields_b, "target": target, "mask": mask}
+
+    a, b = GaussianPosterior(mean=0.2, std=0.3), GaussianPosterior(mean=0.0, std=0.05)
+    rows = evaluate.compare(a, b, images=5, observed_size=16, steps=(3, 2), seed=3, callback=keep)
+    return rows, kept, (a, b)
+
+
+def test_compare_keeps_means_and_samples_apart(comparison):
+    rows, kept, _ = comparison
+    assert [(row["kind"], row["metric"]) for row in rows] == [
+        (kind, metric) for kind in ("mean", "sample") for metric in evaluate.COMPARED
+    ]
+    assert {row["method"] for row in rows if row["kind"] == "mean"} == {evaluate.ONE_STEP_MEAN}
+    assert {row["method"] for row in rows if row["kind"] == "sample"} == {"sample (heun, 3 and 2 steps)"}
+    assert set(kept) == {"mean", "sample"}
+    assert np.abs(kept["mean"]["a"] - kept["sample"]["a"]).max() > 0.05
+
+
+def test_compare_is_paired_image_by_image(comparison):
+    rows, kept, (a, _) = comparison
+    truth = images.load_images("photos", "test", 16, limit=5) / 255
+    for kind, made in kept.items():
+        np.testing.assert_allclose(made["target"], truth, atol=1e-6)
+        for which in "ab":
+            np.testing.assert_allclose(made[which][made["mask"]], truth[made["mask"]], atol=1e-6)
+        for name, metric in (("psnr", metrics.psnr), ("ssim", metrics.ssim), ("speckle", metrics.speckle)):
+            row = evaluate.find_row(rows, kind=kind, metric=name)
+            one, other = metric(made["a"], truth), metric(made["b"], truth)
+            improvement = (one - other) if name == "speckle" else (other - one)
+            assert row["a"] == pytest.approx(one.mean(), abs=1e-4)
+            assert row["b_se"] == pytest.approx(other.std(ddof=1) / np.sqrt(5), abs=1e-4)
+            assert row["differences"] == pytest.approx(improvement, abs=1e-4)
+            assert row["improvement"] == pytest.approx(improvement.mean(), abs=1e-4)
+            assert row["improvement_se"] == pytest.approx(improvement.std(ddof=1) / np.sqrt(5), abs=1e-4)
+            assert row["percent"] == pytest.approx(100 * improvement.mean() / one.mean(), rel=1e-3)
+            p = metrics.paired_test(np.array(row["differences"]))
+            assert (row["p_t"], row["p_wilcoxon"]) == p and row["images"] == 5
+    seconds = evaluate.find_row(rows, kind="sample", metric="seconds")
+    assert 0 < seconds["a"] < 1 and len(seconds["differences"]) == 5
+    # Image 2 is that of `reconstruct` with its own seed, so no two images share their noise.
+    fields = evaluate.observe_images(images.load_images("photos", "test", 16, limit=5), 0.2, 3)
+    one = {name: part[2:3] for name, part in fields.items()}
+    alone = evaluate.reconstruct(a, one, kind="sample", steps=3, seed=3 + 2)
+    np.testing.assert_allclose(kept["sample"]["a"][2], alone["fields"][0], atol=1e-6)
+    json.dumps(rows, allow_nan=False)  # as write_results needs it
+
+
+def test_a_model_does_not_differ_from_itself():
+    model = GaussianPosterior()
+    rows = evaluate.compare(model, model, images=2, observed_size=16, steps=1)
+    for row in rows:
+        if row["metric"] != "seconds":
+            assert row["improvement"] == 0 and row["p_t"] is None and row["p_wilcoxon"] is None
+    assert " - " in evaluate.format_comparison(rows)
+
+
+def test_undefined_scores_are_left_out_in_pairs():
+    row = evaluate._paired("speckle", np.array([0.2, np.nan, 0.4]), np.array([0.1, 0.1, np.nan]))
+    assert (row["a"], row["b"], row["improvement"], row["images"]) == (0.2, 0.1, pytest.approx(0.1), 1)
+    assert row["percent"] == pytest.approx(50) and row["p_t"] is None and row["a_se"] is None
+    nothing = evaluate._paired("psnr", np.array([np.inf]), np.array([20.0]))
+    assert nothing["a"] is nothing["percent"] is None and nothing["images"] == 0
+
+
+def test_comparison_as_text(comparison):
+    rows = comparison[0]
+    text = evaluate.format_comparison(rows, ("v1", "v2"))
+    mean, sample = text.split("\n\n")
+    assert mean.splitlines()[0] == evaluate.ONE_STEP_MEAN and sample.startswith(
+        "sample (heun, 3 and 2 steps)"
+    )
+    assert mean.splitlines()[1].split() == "v1 v2 improvement relative paired t Wilcoxon images".split()
+    row = rows[0]
+    line = mean.splitlines()[3]
+    assert line.startswith("PSNR (dB)") and f"{row['a']:.2f} ± {row['a_se']:.2f}" in line
+    assert f"{row['improvement']:+.2f} ± {row['improvement_se']:.2f}" in line and "p = " in line
+    with pytest.raises(ValueError, match="empty"):
+        evaluate.format_comparison([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": 1}, "images=1 cannot be compared in pairs"),
+        ({"images": 2.5}, "images=2.5"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 2.5}, "steps=2.5"),
+        ({"steps": (2, 0)}, "steps=0"),
+        ({"steps": (1, 2, 3)}, r"steps=\(1, 2, 3\) are 3 numbers"),
+        ({"observed_size": 8}, "observed_size=8 is below SSIM's window"),
+        ({"device": "tpu9"}, "device='tpu9'"),
+        ({"source": "no-source"}, "no-source"),
+    ],
+)
+def test_compare_refuses_before_it_computes(change, message):
+    def model(*_):
+        pytest.fail("computed")
+
+    with pytest.raises(ValueError, match=message):
+        evaluate.compare(model, model, **{"images": 2, "device": "cpu", **change})
 
 
 def test_no_ground_truth_is_said(tmp_path):

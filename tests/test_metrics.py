@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import ttest_rel, wilcoxon
 
 from nfhelpers.metrics import (
     calibration,
     grid_pattern,
     mean_and_error,
+    paired_test,
     psnr,
     sharpness,
     speckle,
@@ -92,6 +95,37 @@ def test_speckle_counts_flat_regions_only():
     assert speckle(prediction, target) > 0
 
 
+def discs(side=64):
+    """Two flat regions on a gentle slope, a sharp edge between them: (1, side, side, 3)."""
+    y, x = (np.indices((side, side)) + 0.5) / side
+    inside = (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.08
+    return np.repeat((np.where(inside, 0.7, 0.3) + 0.1 * (x - 0.5))[None, :, :, None], 3, axis=-1)
+
+
+def test_speckle_grows_with_synthetic_speckle_and_only_with_it():
+    """Noise of sigma s on an image with edges scores s; a blur, however wide, next to nothing."""
+    target = discs()
+    noise = np.random.default_rng(0).normal(size=target.shape)
+    amplitudes = np.array([0, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06])
+    scores = np.array([speckle(target + a * noise, target)[0] for a in amplitudes])
+    assert (np.diff(scores) > 0).all()
+    np.testing.assert_allclose(scores, amplitudes, rtol=0.05)
+    for width in (0.5, 1, 2, 4):
+        blurred = gaussian_filter(target, (0, width, width, 0))
+        assert speckle(blurred, target) < 0.1 * scores[-1]
+    smooth = gaussian_filter(target + 0.06 * noise, (0, 2, 2, 0))
+    assert speckle(smooth, target) < 0.2 * scores[-1], "smoothing takes speckle away"
+
+
+def test_speckle_is_insensitive_to_edges():
+    """The same noise scores the same with and without edges, and an edge in a wrong place is not speckle."""
+    noise = 0.05 * np.random.default_rng(1).normal(size=(1, 64, 64, 3))
+    flat, edges = np.full((1, 64, 64, 3), 0.5), discs()
+    np.testing.assert_allclose(speckle(edges + noise, edges), speckle(flat + noise, flat), rtol=0.03)
+    sharpened = np.where(edges > 0.5, edges + 0.15, edges)  # wrong in one region, steeper at the edge
+    assert speckle(sharpened, edges) < 1e-6
+
+
 def test_speckle_without_flat_pixels_is_undefined():
     i, j = np.indices((8, 8))
     board = np.repeat(((i + j) % 2)[None, :, :, None], 3, axis=-1).astype(float)
@@ -135,6 +169,30 @@ def test_mean_and_error():
     assert mean_and_error([1.0, float("inf")])[0] == np.inf
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         mean_and_error(np.ones((2, 2)))
+
+
+def test_paired_test_is_scipys_on_the_pairs():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=20), rng.normal(0.5, size=20)
+    expected = ttest_rel(b, a).pvalue, wilcoxon(b, a).pvalue
+    assert paired_test(b - a) == pytest.approx(expected)
+    assert paired_test([*(b - a), np.nan, np.inf]) == pytest.approx(expected)
+    # By hand: 1, 2, 3 have mean 2 and error 1/sqrt(3), so t = 2 sqrt(3) with 2 degrees of freedom; of 8 ways
+    # to choose signs, 2 are all alike.
+    t = 2 * 3**0.5
+    assert paired_test([1.0, 2.0, 3.0]) == pytest.approx((1 - t / (2 + t**2) ** 0.5, 0.25))
+
+
+@pytest.mark.parametrize("differences", [[], [1.0], [0.0] * 5, [0.1] * 5, [np.nan, 1.0]])
+def test_paired_test_is_undefined_without_variation(differences):
+    assert np.isnan(paired_test(np.array(differences, dtype=float))).all()
+
+
+def test_paired_test_refuses_anything_but_one_number_a_pair():
+    with pytest.raises(ValueError, match=r"differences are \(2, 2\); pass one number an image"):
+        paired_test(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="differences has dtype int64"):
+        paired_test([1, 2, 3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -178,3 +178,32 @@ def test_wrong_fields_are_refused(bad):
 def test_training_figure_needs_a_history(history):
     with pytest.raises(ValueError, match="history has the keys .* with step and loss"):
         plots.training_figure(history)
+
+
+def comparison_row(kind, metric, **change):
+    row = {"kind": kind, "metric": metric, "a": 2.0, "a_se": 0.1, "b": 3.0, "b_se": 0.2, "improvement": 1.0}
+    return {**row, "improvement_se": 0.1, "p_wilcoxon": 0.03, "differences": [0.9, 1.1, 1.0], **change}
+
+
+def test_improvement_chart_shows_scores_and_every_image():
+    names = ("psnr", "ssim", "speckle", "seconds")
+    rows = [comparison_row(kind, metric) for kind in ("mean", "sample") for metric in names]
+    figure = check(plots.improvement_chart(rows, ("v1", "v2"), title="photos"))
+    assert len(figure.axes) == 8
+    assert figure.axes[2].get_title() == "speckle, less is better"
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [2.0, 2.0, 3.0, 3.0]
+    ticks = [label.get_text() for label in figure.axes[4].get_xticklabels()]
+    assert ticks == ["posterior\nmean\np = 0.03", "posterior\nsample\np = 0.03"]
+    np.testing.assert_array_equal(figure.axes[4].lines[0].get_ydata(), [0.9, 1.1, 1.0])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["v1", "v2"]
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.improvement_chart([])
+
+
+def test_improvement_chart_of_undefined_scores():
+    empty = dict.fromkeys(("a", "a_se", "b", "b_se", "improvement", "improvement_se", "p_wilcoxon"))
+    one = comparison_row("mean", "psnr", a_se=None, b_se=None, improvement_se=None, p_wilcoxon=None)
+    rows = [{**one, "differences": [1.0]}, comparison_row("sample", "psnr", **empty, differences=[])]
+    figure = check(plots.improvement_chart(rows))
+    ticks = [label.get_text() for label in figure.axes[1].get_xticklabels()]
+    assert ticks == ["posterior\nmean", "posterior\nsample"]

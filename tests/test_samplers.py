@@ -1,13 +1,19 @@
-"""samplers.py against closed forms: a linear ODE, a Gaussian posterior; and what sample and mean promise."""
+"""samplers.py against closed forms, diffusers and torchdiffeq; and what sample and mean promise."""
 
 import math
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from torch import nn
+from torchdiffeq import odeint
 
+from nfhelpers.flow import to_diffusers_sigma, to_diffusers_velocity
 from nfhelpers.models import MambaDiffusion, MambaDiffusionConfig
-from nfhelpers.samplers import SAMPLERS, euler, heun, posterior_mean, sample
+from nfhelpers.samplers import SAMPLERS, ddim, euler, heun, midpoint, posterior_mean, rk4, sample, sde
+
+EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2}  # a step
+ORDERS = [(euler, 1), (ddim, 1), (heun, 2), (midpoint, 2), (rk4, 4)]
 
 
 class GaussianField(nn.Module):
@@ -48,29 +54,198 @@ def _seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("integrate", "order"), [(euler, 1), (heun, 2)])
-def test_order_of_convergence_on_a_linear_ode(integrate, order):
-    """dx/dt = -2 x + 3 t, solved by x = (x0 + 3/4) exp(-2 t) + 3/2 t - 3/4: error ~ steps^-order."""
+def _times(steps):
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+def _linear(x, t):
+    """Solved by x(t) = (x(0) + 3/4) exp(-2 t) + 3/2 t - 3/4."""
+    return -2 * x + 3 * t
+
+
+def _gaussian(x, t, mean=0.3, std=0.5):
+    """The velocity of data N(mean, std^2), solved by x(t) = t mean + sqrt((1-t)^2 + t^2 std^2) x(0)."""
+    slope = (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2)
+    return mean + slope * (x - t * mean)
+
+
+def _logistic(x, t):
+    """Solved by x(t) = 1 / (1 + (1 / x(0) - 1) exp(-t))."""
+    return x * (1 - x)
+
+
+@pytest.mark.parametrize(("integrate", "order"), ORDERS)
+def test_order_of_convergence(integrate, order):
+    """Error ~ steps^-order, on a linear field that depends on time and on one that is not linear."""
     x0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
-    exact = (x0 + 0.75) * math.exp(-2) + 0.75
-    errors = []
-    for steps in (40, 80, 160):
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-        errors.append((integrate(lambda x, t: -2 * x + 3 * t, x0, times) - exact).abs().max().item())
+    _check_order(integrate, order, _linear, x0, (x0 + 0.75) * math.exp(-2) + 0.75)
+    x0 = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    _check_order(integrate, order, _logistic, x0, 1 / (1 + (1 / x0 - 1) * math.exp(-1)))
+
+
+def _check_order(integrate, order, velocity, x0, exact):
+    errors = [(integrate(velocity, x0, _times(n)) - exact).abs().max().item() for n in (40, 80, 160)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
     assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.1)
     assert errors[2] < 0.02**order
 
 
-@pytest.mark.parametrize("integrate", [euler, heun])
-def test_falling_times_run_back_to_the_start(integrate):
-    """Both methods undo a constant velocity; Heun is exact for one that is linear in t."""
+@pytest.mark.parametrize(("integrate", "order"), ORDERS)
+def test_the_field_of_a_gaussian_is_solved_at_least_at_that_order(integrate, order):
+    """Which by luck the midpoint method solves at order 3, and rk4 at 4 only beyond 80 steps."""
+    x0 = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    errors = [(integrate(_gaussian, x0, _times(n)) - (0.3 + 0.5 * x0)).abs().max().item() for n in (80, 160)]
+    assert math.log2(errors[0] / errors[1]) > order - 0.2
+    assert errors[1] < 0.03**order
+
+
+def _curved(x, t):
+    """Neither linear nor autonomous: no two methods agree on it by accident."""
+    return torch.sin(3 * x) * torch.cos(2 * t) - x * t + torch.roll(x, 1, -1) ** 2 / 4
+
+
+@pytest.mark.parametrize(
+    ("integrate", "theirs"), [(euler, "euler"), (midpoint, "midpoint"), (heun, "heun2"), (rk4, "rk4")]
+)
+@pytest.mark.parametrize("rising", [True, False])
+def test_the_same_states_as_torchdiffeq(integrate, theirs, rising):
+    x0 = torch.randn(3, 5, generator=_seeded(), dtype=torch.float64)
+    times = torch.tensor([0, 0.05, 0.2, 0.35, 0.7, 1], dtype=torch.float64)  # not equal steps
+    times = times if rising else times.flip(0)
+    states = [x0]
+    integrate(_curved, x0, times, callback=lambda step, t, x: states.append(x))
+    expected = odeint(lambda t, x: _curved(x, t), x0, times, method=theirs)
+    torch.testing.assert_close(torch.stack(states), expected, rtol=1e-13, atol=1e-13)
+
+
+def _diffusers(scheduler, x, **options):
+    """States of a diffusers flow-matching scheduler on _curved, and its times on our clock, t = 1 - sigma."""
+    states = [x]
+    for timestep in scheduler.timesteps:
+        t = to_diffusers_sigma(timestep / scheduler.config.num_train_timesteps)
+        output = to_diffusers_velocity(_curved(states[-1], t))
+        states.append(scheduler.step(output, timestep, states[-1], return_dict=False, **options)[0])
+    return states, to_diffusers_sigma(scheduler.sigmas)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("integrate", [euler, ddim])
+def test_the_same_states_as_diffusers_euler(integrate, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(8)
+    x0 = torch.randn(3, 5, generator=_seeded())
+    expected, times = _diffusers(scheduler, x0)
+    states = [x0]
+    integrate(_curved, x0, times, callback=lambda step, t, x: states.append(x))
+    torch.testing.assert_close(torch.stack(states), torch.stack(expected), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_same_states_as_diffusers_heun(shift):
+    """It ends in a step of Euler's method and returns the predictor between two steps."""
+    scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(8)
+    x0 = torch.randn(3, 5, generator=_seeded())
+    expected, sigmas = _diffusers(scheduler, x0)
+    times = torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])  # all but the ends stand there twice
+    assert len(times) == 9 and times[-1] == 1
+    states = [x0]
+    x = heun(_curved, x0, times[:-1], callback=lambda step, t, x: states.append(x))
+    states.append(euler(_curved, x, times[-2:]))
+    torch.testing.assert_close(torch.stack(states), torch.stack(expected[::2] + expected[-1:]))
+
+
+def test_ddim_is_euler_and_sde_at_temperature_zero_is_heun():
+    x0 = torch.randn(3, 5, generator=_seeded(), dtype=torch.float64)
+    expected = euler(_curved, x0, _times(7))
+    torch.testing.assert_close(ddim(_curved, x0, _times(7)), expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(sde(_curved, x0, _times(7), temperature=0.0), heun(_curved, x0, _times(7)))
+
+
+def test_sde_by_hand():
+    """One step from t = 0.4 to 0.8 at temperature 0.5: back to 0.2 with noise, then forward by Heun."""
+    x0 = torch.randn(3, 5, generator=_seeded(), dtype=torch.float64)
+    drawn = sde(_curved, x0, torch.tensor([0.4, 0.8]).double(), temperature=0.5, generator=_seeded(1))
+    noise = torch.randn(3, 5, generator=_seeded(1), dtype=torch.float64)
+    # 0.4 data + 0.6 noise, halved, is 0.2 data + 0.3 noise; 0.8^2 - 0.3^2 = 0.55 of variance is missing.
+    back = x0 / 2 + math.sqrt(0.55) * noise
+    torch.testing.assert_close(drawn, heun(_curved, back, torch.tensor([0.2, 0.8]).double()))
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_variance_of_sde_on_a_gaussian(temperature):
+    """Affine steps keep a Gaussian Gaussian: its variance follows a recursion, which tends to the data's."""
+    mean, std = 0.3, 0.5
+
+    def slope(t):
+        return (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2)
+
+    def final_variance(steps):
+        variance, times = 1.0, [n / steps for n in range(steps + 1)]
+        for t, t_next in zip(times, times[1:], strict=False):
+            back = max(0.0, t - temperature * (t_next - t))
+            ratio = back / t if t else 1.0
+            variance = ratio**2 * variance + (1 - back) ** 2 - ratio**2 * (1 - t) ** 2
+            h = t_next - back
+            variance *= (1 + h / 2 * (slope(back) + slope(t_next) * (1 + h * slope(back)))) ** 2
+        return variance
+
+    error = [abs(final_variance(steps) - std**2) for steps in (200, 400, 800)]
+    assert [math.log2(error[i] / error[i + 1]) for i in (0, 1)] == pytest.approx([2, 2], abs=0.2)
+    assert error[-1] < 1e-3 * std**2
+
+    x0 = torch.randn(200_000, generator=_seeded(), dtype=torch.float64)
+    x = sde(_gaussian, x0, _times(20), temperature=temperature, generator=_seeded(1))
+    assert x.mean().item() == pytest.approx(mean, abs=0.01)
+    assert x.var().item() == pytest.approx(final_variance(20), rel=0.015)  # 5 standard errors
+    # The ODE's end is affine in its start; the more noise is replaced, the less of the start is left.
+    assert torch.corrcoef(torch.stack([x0, x]))[0, 1] < {0.25: 0.9, 1.0: 0.6, 4.0: 0.1}[temperature]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_marginals_of_sde_are_those_of_the_path_at_every_time(temperature):
+    x0 = torch.randn(100_000, generator=_seeded(), dtype=torch.float64)
+    seen = {}
+    sde(
+        _gaussian,
+        x0,
+        _times(100),
+        temperature=temperature,
+        generator=_seeded(1),
+        callback=lambda step, t, x: seen.update({step: (t, x.mean().item(), x.var().item())}),
+    )
+    for step in (25, 50, 75, 100):
+        t, mean, variance = seen[step]
+        assert mean == pytest.approx(0.3 * t, abs=0.015)
+        assert variance == pytest.approx((1 - t) ** 2 + t**2 * 0.25, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([0.0, 0.5, 0.5, 1.0], "times that rise"),
+        ([1.0, 0.0], "run from 1 to 0; pass times that rise"),
+        ([0.0, 1.5], r"within \[0, 1\]"),
+        ([math.nan, 1.0], "rise"),
+    ],
+)
+def test_sde_refuses_times_that_do_not_rise(times, message):
+    with pytest.raises(ValueError, match=message):
+        sde(_gaussian, torch.zeros(2), torch.tensor(times))
+    with pytest.raises(ValueError, match="temperature=-1"):
+        sde(_gaussian, torch.zeros(2), _times(2), temperature=-1)
+
+
+@pytest.mark.parametrize(("integrate", "order"), ORDERS)
+def test_falling_times_run_back_to_the_start(integrate, order):
+    """Every ODE method undoes a constant velocity; from order 2 on, one linear in t is integrated exactly."""
     x0 = torch.randn(2, 3, generator=_seeded(), dtype=torch.float64)
     times = torch.linspace(0, 1, 5, dtype=torch.float64)
     there = integrate(lambda x, t: torch.full_like(x, 0.7), x0, times)
     torch.testing.assert_close(there, x0 + 0.7)
     torch.testing.assert_close(integrate(lambda x, t: torch.full_like(x, 0.7), there, times.flip(0)), x0)
-    torch.testing.assert_close(heun(lambda x, t: t.expand_as(x), x0, times), x0 + 0.5)
+    if order > 1:
+        torch.testing.assert_close(integrate(lambda x, t: t.expand_as(x), x0, times), x0 + 0.5)
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -90,7 +265,7 @@ def test_samples_of_a_gaussian_posterior_have_its_mean_and_std(method):
     expected = input_values.mean(1)
     torch.testing.assert_close(x.mean(1), expected, atol=0.008, rtol=0)
     torch.testing.assert_close(x.std(1), torch.full((3, 3), 0.1), atol=0.008, rtol=0)
-    assert model.evaluations == (200 if method == "euler" else 400)
+    assert model.evaluations == 200 * EVALUATIONS[method]
 
 
 def test_one_step_posterior_mean_is_exact_whatever_the_noise():
@@ -126,15 +301,13 @@ def test_a_sample_has_twice_the_squared_error_of_the_mean():
     assert ratio.item() == pytest.approx(2, abs=0.1)
 
 
-def test_callback_sees_every_step_in_order():
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_callback_sees_every_step_in_order(method):
     seen, field = [], _field(queries=5)
-
-    def callback(step, t, x):
-        seen.append((step, t, x))
-
     x = sample(
         GaussianField(),
         *field,
+        method=method,
         steps=4,
         max_batch=2,
         generator=_seeded(),
@@ -156,14 +329,62 @@ def test_generator_and_temperature_decide_the_sample():
     torch.testing.assert_close(warm, field[2].mean(1, keepdim=True).expand_as(warm))
 
 
-def test_max_batch_changes_memory_not_the_result():
+def test_temperature_of_sde_is_not_a_factor_on_the_initial_noise():
+    """It says how much noise is replaced: any temperature draws from the posterior, and 0 is Heun's draw."""
+    model, field = GaussianField(std=0.1), _field()
+    cold, warm = (
+        sample(model, *field, method="sde", steps=100, generator=_seeded(), temperature=temperature)
+        for temperature in (0.0, 1.0)
+    )
+    torch.testing.assert_close(cold, sample(model, *field, method="heun", steps=100, generator=_seeded()))
+    assert not torch.allclose(cold, warm, atol=0.01)
+    for drawn in (cold, warm):
+        torch.testing.assert_close(drawn.std(1), torch.full((3, 3), 0.1), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_max_batch_changes_memory_not_the_result(method):
+    """Noise is drawn before the batch is split, that of every step of sde too."""
     field = _field(queries=5)
     whole, split = GaussianField(), GaussianField()
-    expected = sample(whole, *field, steps=3, generator=_seeded())
-    torch.testing.assert_close(sample(split, *field, steps=3, generator=_seeded(), max_batch=2), expected)
+    options = {"method": method, "steps": 3}
+    expected = sample(whole, *field, **options, generator=_seeded())
+    drawn = sample(split, *field, **options, generator=_seeded(), max_batch=2)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0)
     assert (whole.largest_batch, split.largest_batch) == (3, 2)
-    mean, _ = posterior_mean(split, *field, generator=_seeded(), max_batch=1)
-    torch.testing.assert_close(mean, posterior_mean(whole, *field, generator=_seeded())[0])
+
+
+def test_max_batch_of_the_posterior_mean():
+    field = _field(queries=5)
+    whole, split = GaussianField(), GaussianField()
+    expected = posterior_mean(whole, *field, draws=3, steps=2, generator=_seeded())
+    mean_and_std = posterior_mean(split, *field, draws=3, steps=2, generator=_seeded(), max_batch=1)
+    torch.testing.assert_close(mean_and_std, expected, rtol=0, atol=0)
+    assert (whole.largest_batch, split.largest_batch) == (3, 1)
+
+
+def test_callback_of_the_posterior_mean_sees_it_settle():
+    model, field, seen = GaussianField(), _field(queries=5, dtype=torch.float64), []
+    mean, std = posterior_mean(
+        model, *field, draws=4, steps=3, generator=_seeded(), callback=lambda *args: seen.append(args)
+    )
+    assert [draw for draw, _, _ in seen] == [1, 2, 3, 4]
+    assert seen[0][2].isnan().all()
+    torch.testing.assert_close(seen[-1][1:], (mean, std), rtol=0, atol=0)
+    generator = _seeded()
+    draws = torch.stack([sample(model, *field, steps=3, generator=generator) for _ in range(2)])
+    torch.testing.assert_close(seen[1][1:], (draws.mean(0), draws.std(0)))
+
+
+def test_progress_bars_are_shown_on_demand(capsys):
+    field = _field(queries=5)
+    sample(GaussianField(), *field, steps=3)
+    posterior_mean(GaussianField(), *field, draws=2)
+    assert capsys.readouterr().err == ""
+    sample(GaussianField(), *field, steps=3, progress=True)
+    assert "steps: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+    posterior_mean(GaussianField(), *field, draws=2, progress=True)
+    assert "draws: 100%" in (shown := capsys.readouterr().err) and "2/2" in shown
 
 
 def test_result_is_clamped_to_the_range_of_values():
@@ -193,7 +414,7 @@ def _stop(step, t, x):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "rk4"}, "euler.*heun"),
+        ({"method": "rk9"}, "ddim.*euler.*heun.*midpoint.*rk4.*sde"),
         ({"steps": 0}, "steps=0"),
         ({"steps": 2.5}, "steps=2.5"),
         ({"temperature": -1.0}, "temperature"),
@@ -262,7 +483,7 @@ def test_temperature_is_a_number_from_zero(temperature):
         sample(GaussianField(), *_field(queries=2), temperature=temperature)
 
 
-@pytest.mark.parametrize("integrate", [euler, heun])
+@pytest.mark.parametrize("integrate", SAMPLERS.values())
 def test_times_are_a_tensor(integrate):
     with pytest.raises(ValueError, match="times is a list; pass a tensor"):
         integrate(lambda x, t: x, torch.ones(2), [0.0, 1.0])

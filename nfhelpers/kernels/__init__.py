@@ -524,27 +524,34 @@ def _triton_status():
         _module("triton")
     except _BROKEN_INSTALL as error:
         return f"import failed: {type(error).__name__}: {error}"
-    if not torch.cuda.is_available() and not _interpreted():
+    if not _has_cuda() and not _interpreted():
         return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     return "ok"
 
 
+def _has_cuda():
+    return torch.cuda.is_initialized() or torch.cuda.is_available()  # the first takes no time
+
+
 def _mamba_ssm_status():
     _, reason = _mamba_ssm()
-    if reason is None and not torch.cuda.is_available():
+    if reason is None and not _has_cuda():
         reason = "no CUDA device"
     return reason or "ok"
 
 
+_STATUS = {
+    "reference": lambda: "ok",
+    "chunked": lambda: "ok",
+    "native": lambda: _native_status(),
+    "triton": lambda: _triton_status(),
+    "mamba_ssm": lambda: _mamba_ssm_status(),
+}
+
+
 def backend_status():
     """{backend: "ok", or the reason why it cannot be used in this process}, in the order of BACKENDS."""
-    return {
-        "reference": "ok",
-        "chunked": "ok",
-        "native": _native_status(),
-        "triton": _triton_status(),
-        "mamba_ssm": _mamba_ssm_status(),
-    }
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def choose_backend(device, backend=None, dtype=torch.float32):
@@ -593,7 +600,7 @@ def _best(kind, double):
 
 
 def _status(backend, kind):
-    status = backend_status()[backend]
+    status = _STATUS[backend]()
     if status != "ok":
         return status
     if backend == "native" and kind != "cpu":

@@ -24,6 +24,7 @@
 #include <memory>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -66,7 +67,7 @@ static_assert(2 * NB <= LANES, "fold needs a lane for dB and dC of each state");
 static_assert(T % LANES == 0, "tiles are transposed LANES rows at a time");
 
 typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
 typedef V VU __attribute__((aligned(4), may_alias));
@@ -94,57 +95,57 @@ struct Problem {
 
 inline V splat(float x) { return x - V{}; }
 
-inline V select(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
+inline V select(Lanes mask, V yes, V no) { return (V)((mask & (Lanes)yes) | (~mask & (Lanes)no)); }
 
-// a0 b0 a1 b1 ..., from the lower and the upper halves.
+// Lane i of the result is lane FROM::lane(i) of a, or of b from LANES on.
+template <class FROM, size_t... I>
+inline V shuffle(V a, V b, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-#define NF_SHUFFLE __builtin_shufflevector
-#if NF_LANES == 16
-inline V zip_low(V a, V b) {
-    return NF_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-inline V zip_high(V a, V b) {
-    return NF_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-#elif NF_LANES == 8
-inline V zip_low(V a, V b) { return NF_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline V zip_high(V a, V b) { return NF_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+    return __builtin_shufflevector(a, b, FROM::lane(I)...);
 #else
-inline V zip_low(V a, V b) { return NF_SHUFFLE(a, b, 0, 4, 1, 5); }
-inline V zip_high(V a, V b) { return NF_SHUFFLE(a, b, 2, 6, 3, 7); }
+    return __builtin_shuffle(a, b, Lanes{FROM::lane(I)...});
 #endif
-#else  // older GCC
-template <int FIRST>
-inline V zip(V a, V b) {
-    I mask;
-    for (int i = 0; i < LANES; ++i) mask[i] = FIRST + i / 2 + (i % 2) * LANES;
-    return __builtin_shuffle(a, b, mask);
 }
-inline V zip_low(V a, V b) { return zip<0>(a, b); }
-inline V zip_high(V a, V b) { return zip<LANES / 2>(a, b); }
-#endif
+template <class FROM>
+inline V shuffle(V a, V b) {
+    return shuffle<FROM>(a, b, std::make_index_sequence<LANES>());
+}
+
+template <int FIRST>
+struct Zip {  // a0 b0 a1 b1 ..., from lane FIRST on
+    static constexpr int lane(int i) { return FIRST + i / 2 + i % 2 * LANES; }
+};
 
 // x[i] lane j becomes x[j] lane i.
 inline void transpose(V* x) {
     for (int stage = 1; stage < LANES; stage *= 2) {
         V y[LANES];
         NF_UNROLL for (int i = 0; i < LANES / 2; ++i) {
-            y[2 * i] = zip_low(x[i], x[i + LANES / 2]);
-            y[2 * i + 1] = zip_high(x[i], x[i + LANES / 2]);
+            y[2 * i] = shuffle<Zip<0>>(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = shuffle<Zip<LANES / 2>>(x[i], x[i + LANES / 2]);
         }
         NF_UNROLL for (int i = 0; i < LANES; ++i) x[i] = y[i];
     }
 }
 
+template <int BIT>
+struct Own {  // a where i lacks the bit, b where it has it: a blend
+    static constexpr int lane(int i) { return i & BIT ? LANES + i : i; }
+};
+template <int BIT>
+struct Other {  // the lanes that `Own` leaves out, next to those they belong to
+    static constexpr int lane(int i) { return i & BIT ? LANES + (i ^ BIT) : i ^ BIT; }
+};
+
 // One vector whose lane i holds partial sums of x[i % COUNT].
-template <int COUNT>
+template <int COUNT, int BIT = 1>
 inline V fold(V* x) {
     if constexpr (COUNT == 1) {
         return x[0];
     } else {
         NF_UNROLL for (int i = 0; i < COUNT / 2; ++i)
-            x[i] = zip_low(x[i], x[i + COUNT / 2]) + zip_high(x[i], x[i + COUNT / 2]);
-        return fold<COUNT / 2>(x);
+            x[i] = shuffle<Own<BIT>>(x[2 * i], x[2 * i + 1]) + shuffle<Other<BIT>>(x[2 * i], x[2 * i + 1]);
+        return fold<COUNT / 2, 2 * BIT>(x);
     }
 }
 
@@ -657,7 +658,7 @@ void prepare(const Problem& p, const Place& at, Block* own) {
     for (int n = 0; n < N; ++n)
         for (int j = 0; j < W; ++j) {
             V a = A[n].v[j] * (p.tied ? n + 1.0f : 1.0f);
-            I small = (a < TINY) & (a > -TINY);
+            Lanes small = (a < TINY) & (a > -TINY);
             inverse[n].v[j] = select(small, V{}, 1.0f / a);
             tiny[n].v[j] = select(small, splat(1.0f), V{});
             A[n].v[j] = bounded(a * LOG2E, -1e19f, 1e19f);
@@ -698,15 +699,17 @@ void load_steps(const Problem& p, const Place& at, Work& w) {
         for (int j = 0; j < W; ++j) {
             V dt = s.dt.v[j] + w.bias.v[j];
             if (p.softplus) dt = softplus<BACKWARD>(dt, s.slope.v[j]);
-            s.size.v[j] = dt;
+            if (BACKWARD) s.size.v[j] = dt;
             s.dt.v[j] = p.zoh ? dt : bounded(dt, -1e18f, 1e18f);
             s.dtu.v[j] = p.zoh ? s.u.v[j] : dt * s.u.v[j];
-            s.y.v[j] = V{};
-            if (p.tied) {
-                V x = s.dt.v[j] * w.A2[0].v[j];
-                s.e1.v[j] = p.zoh ? exp2m1(x) : V{};
-                s.e.v[j] = p.zoh ? s.e1.v[j] + 1.0f : exp2(x);
-                s.power.v[j] = splat(p.zoh ? 0.0f : 1.0f);
+            if (!BACKWARD || p.z.data) s.y.v[j] = V{};
+            if (p.tied && p.zoh) {
+                s.e1.v[j] = exp2m1(s.dt.v[j] * w.A2[0].v[j]);
+                s.e.v[j] = s.e1.v[j] + 1.0f;
+                s.power.v[j] = V{};
+            } else if (p.tied) {
+                s.e.v[j] = exp2(s.dt.v[j] * w.A2[0].v[j]);
+                s.power.v[j] = splat(1.0f);
             }
         }
     }
@@ -752,13 +755,13 @@ void forward_unit(const Problem& p, const Plan& plan, const Kernels& kernels, Wo
 void backward_chunk(const Problem& p, const Kernels& kernels, Work& w, const Place& at) {
     const int N = (int)p.states;
     load_steps<true>(p, at, w);
-    load_tile(p.grad_y, at, w.rows, &w.step[0].raw_dy);
+    load_tile(p.grad_y, at, w.rows, p.z.data ? &w.step[0].raw_dy : &w.step[0].dy);
     if (p.z.data) load_tile(p.z, at, w.rows, &w.step[0].z);
     for (int t = 0; t < w.rows.count; ++t) {
         Step& s = w.step[t];
-        s.sum_B = s.sum_A = s.sum_hold = Block{};
-        for (int j = 0; j < W; ++j)
-            s.dy.v[j] = p.z.data ? s.raw_dy.v[j] * s.z.v[j] * sigmoid(s.z.v[j]) : s.raw_dy.v[j];
+        s.sum_B = s.sum_A = Block{};
+        if (p.zoh) s.sum_hold = Block{};
+        for (int j = 0; p.z.data && j < W; ++j) s.dy.v[j] = s.raw_dy.v[j] * s.z.v[j] * sigmoid(s.z.v[j]);
     }
     int n = 0, pass = 0;
     for (; n + NB <= N; n += NB, ++pass) {
@@ -807,6 +810,10 @@ struct Shares {
     float *dA, *dB, *dC, *dD, *dbias;
 };
 
+inline void put(float* to, const float* from, int count, bool add) {
+    for (int i = 0; i < count; ++i) to[i] = (add ? to[i] : 0.0f) + from[i];
+}
+
 // Add the lanes of w.folded; write rows of dB and dC, or add to them.
 void unfold(const Problem& p, const Work& w, bool add, float* dB, float* dC) {
     const int N = (int)p.states;
@@ -819,10 +826,9 @@ void unfold(const Problem& p, const Work& w, bool add, float* dB, float* dC) {
             std::memcpy(lanes, &w.folded[t * w.folds + pass], sizeof lanes);
             for (int half = LANES / 2; half >= 2 * M; half /= 2)
                 for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-            for (int i = 0; i < M; ++i, ++n) {
-                if (dB) dB[row + n] = (add ? dB[row + n] : 0.0f) + lanes[i];
-                if (dC) dC[row + n] = (add ? dC[row + n] : 0.0f) + lanes[M + i];
-            }
+            if (dB) put(dB + row + n, lanes, M, add);
+            if (dC) put(dC + row + n, lanes + M, M, add);
+            n += M;
         }
     }
 }
