@@ -184,7 +184,8 @@ def build_parser():
 
 def trainable():
     """Names of the models that have a section of settings in presets.toml."""
-    return [name for name in models.FIELD_MODELS if name in run.SECTIONS.values()]
+    sections = run.sections()
+    return [name for name in models.FIELD_MODELS if name in sections]
 
 
 # ---------------------------------------------------------------- doctor

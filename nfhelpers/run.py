@@ -108,13 +108,22 @@ def resolve_preset(preset=None):
     return "demo"
 
 
+def _presets():
+    return tomllib.loads(files("nfhelpers").joinpath("presets.toml").read_text(encoding="utf-8"))
+
+
+def sections():
+    """The sections of presets.toml: one a notebook (`SECTIONS`), and one a model that can be trained."""
+    return tuple(_presets())
+
+
 def load_settings(section, preset, overrides=None):
     """The settings of one section and preset of presets.toml as nested dicts.
 
     `overrides` is {dotted key: value}. Raises ValueError for an unknown section, preset or key, or a value of
     another type than the setting's (an int is a legal float).
     """
-    presets = tomllib.loads(files("nfhelpers").joinpath("presets.toml").read_text(encoding="utf-8"))
+    presets = _presets()
     if section not in presets:
         raise ValueError(
             f"section={section!r} is not in presets.toml; legal sections are {', '.join(presets)}"

@@ -9,6 +9,13 @@ from nfhelpers.models.sparse_fields import (
     LocalImplicitFieldConfig,
     MambaDiffusion,
     MambaDiffusionConfig,
+    MambaDiffusionV2,
+    MambaDiffusionV2Config,
+    MambaField,
+    MambaFieldConfig,
+    MultiDirectionalMambaDiffusion,
+    MultiDirectionalMambaDiffusionConfig,
+    initialise_from_v1,
 )
 
 __all__ = [
@@ -18,7 +25,14 @@ __all__ = [
     "LocalImplicitFieldConfig",
     "MambaDiffusion",
     "MambaDiffusionConfig",
+    "MambaDiffusionV2",
+    "MambaDiffusionV2Config",
+    "MambaField",
+    "MambaFieldConfig",
     "ModelConfig",
+    "MultiDirectionalMambaDiffusion",
+    "MultiDirectionalMambaDiffusionConfig",
+    "initialise_from_v1",
     "load_model",
 ]
 
@@ -26,6 +40,9 @@ FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
     config.model_type: (model, config)
     for model, config in (
         (MambaDiffusion, MambaDiffusionConfig),
+        (MultiDirectionalMambaDiffusion, MultiDirectionalMambaDiffusionConfig),
+        (MambaDiffusionV2, MambaDiffusionV2Config),
+        (MambaField, MambaFieldConfig),
         (LocalImplicitField, LocalImplicitFieldConfig),
     )
 }

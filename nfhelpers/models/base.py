@@ -14,6 +14,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def run_layers(
+    layers: nn.ModuleList, tokens: torch.Tensor, *context: torch.Tensor, recompute: bool
+) -> torch.Tensor:
+    """Apply layers one after the other, each to the tokens and the same context.
+
+    With `recompute` nothing inside a layer is kept for the backward pass (Chen et al. 2016).
+    """
+    for layer in layers:
+        if recompute:
+            tokens = checkpoint(layer, tokens, *context, use_reentrant=False)
+        else:
+            tokens = layer(tokens, *context)
+    return tokens
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Base of the model configs: checks its subclasses share. Unknown keys are errors."""
@@ -68,14 +83,10 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
 
     gradient_checkpointing: bool = False
 
-    def run_layers(self, layers: nn.ModuleList, tokens: torch.Tensor) -> torch.Tensor:
-        """Apply layers one after the other, recomputed in the backward pass if `gradient_checkpointing`."""
-        for layer in layers:
-            if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(layer, tokens, use_reentrant=False)
-            else:
-                tokens = layer(tokens)
-        return tokens
+    @property
+    def recompute(self) -> bool:
+        """Whether layers are recomputed in the backward pass (`run_layers`)."""
+        return self.gradient_checkpointing and self.training
 
     def _save_pretrained(self, save_directory: Path) -> None:
         settings = {"model_type": self.config.model_type, **asdict(self.config)}

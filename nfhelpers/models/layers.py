@@ -41,13 +41,13 @@ class PointEmbedding(nn.Module):
     otherwise three values drown among hundreds of features, and training idles until they surface.
     """
 
-    def __init__(self, num_features: int, d_model: int):
+    def __init__(self, num_features: int, d_model: int, num_values: int = 3):
         super().__init__()
         self.coord_proj = nn.Linear(num_features, d_model)
-        self.value_proj = nn.Linear(3, d_model)
+        self.value_proj = nn.Linear(num_values, d_model)
 
     def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Fourier features (B, L, num_features) and values (B, L, 3) -> tokens (B, L, D)."""
+        """Fourier features (B, L, num_features) and values (B, L, num_values) -> tokens (B, L, D)."""
         return self.coord_proj(features.to(self.coord_proj.weight.dtype)) + self.value_proj(
             values
         )  # (B, L, D)
@@ -75,6 +75,11 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t (B,) in [0, 1] -> (B, D)."""
         return self.mlp(sinusoidal_embedding(t, self.dim).to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+def gather_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Pick tokens of (B, L, D) by index (B, M) -> (B, M, D)."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def squared_distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Attention from query points to observed points.
+"""Attention from query points to observed points, and among query points.
 
 Glossary
     b  batch
     q  query points
     i  observed (input) points
+    w  windows of queries
     h  attention heads
     c  channels per head
     d  model width (d_model = h * c)
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nfhelpers.models.layers import squared_distances
+from nfhelpers.kernels.orders import inverse_order, point_order
+from nfhelpers.models.base import run_layers
+from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
 
 
 class CrossAttention(nn.Module):
@@ -63,3 +66,106 @@ class CrossAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, C)
+
+
+class QuerySelfAttention(nn.Module):
+    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows along a scan.
+
+    More than `FULL` queries are sorted in `order` and cut into windows of `WINDOW` of them, whose lengths
+    differ by one at most, so that time and memory per query stay flat. Windows have borders; layers with
+    different orders have them in different places.
+    """
+
+    FULL, WINDOW = 4096, 1024
+
+    def __init__(self, d_model: int, num_heads: int, order: str, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.order = order
+        self.dropout = dropout
+        self.norm = nn.RMSNorm(d_model)
+        self.to_query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.to_out = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, queries: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
+        x = self.to_query_key_value(self.norm(queries))  # (B, Q, 3D)
+        length = x.shape[1]
+        if length <= self.FULL:
+            return self.to_out(self._attend(x, 1))  # (B, Q, D)
+        order = point_order(coords, self.order)  # (B, Q)
+        windows = math.ceil(length / self.WINDOW)
+        size, longer = divmod(length, windows)  # so many windows hold one query more
+        parts = gather_tokens(x, order).split([longer * (size + 1), (windows - longer) * size], dim=1)
+        y = torch.cat(
+            [self._attend(part, n) for part, n in zip(parts, (longer, windows - longer), strict=True) if n],
+            dim=1,
+        )  # (B, Q, D)
+        return gather_tokens(self.to_out(y), inverse_order(order))  # (B, Q, D)
+
+    def _attend(self, x: torch.Tensor, windows: int) -> torch.Tensor:
+        """Queries, keys and values (B, L, 3D) of so many windows of equal length -> (B, L, D)."""
+        heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
+        q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return y.transpose(1, 2).flatten(2).unflatten(0, (-1, windows)).flatten(1, 2)  # (B, L, D)
+
+
+class PerceiverLayer(nn.Module):
+    """One iteration: gather from the observed points, exchange among queries, refine each by an MLP."""
+
+    def __init__(self, d_model: int, num_heads: int, order: str, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.cross_attention = CrossAttention(d_model, num_heads, dropout)
+        self.self_attention = QuerySelfAttention(d_model, num_heads, order, dropout)
+        self.mlp_norm = nn.RMSNorm(d_model)
+        self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        query_coords: torch.Tensor,
+        inputs: torch.Tensor,
+        input_coords: torch.Tensor,
+    ) -> torch.Tensor:
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
+        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords)
+        queries = queries + self.self_attention(queries, query_coords)
+        return queries + self.mlp(self.mlp_norm(queries))  # (B, Q, D)
+
+
+class LightweightPerceiver(nn.Module):
+    """Refine queries in a few iterations of cross-attention, self-attention and MLP (seed 003).
+
+    Each iteration has its own weights. Where there are too many queries for full self-attention, iterations
+    take the orders of `WINDOW_ORDERS` in turn.
+
+    Source: Jaegle et al., "Perceiver: General Perception with Iterative Attention", 2021.
+    """
+
+    WINDOW_ORDERS = ("hilbert", "row")
+
+    def __init__(self, d_model: int, num_heads: int, iterations: int, mlp_ratio: float, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            PerceiverLayer(
+                d_model, num_heads, self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)], mlp_ratio, dropout
+            )
+            for i in range(iterations)
+        )
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        query_coords: torch.Tensor,
+        inputs: torch.Tensor,
+        input_coords: torch.Tensor,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
+
+        `recompute`: as in `run_layers`.
+        """
+        return run_layers(
+            self.layers, queries, query_coords, inputs, input_coords, recompute=recompute
+        )  # (B, Q, D)

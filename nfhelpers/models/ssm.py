@@ -7,6 +7,9 @@ Glossary
     e  inner width (expand * d_model)
     n  state size per channel (d_state)
     r  rank of the step-size projection (dt_rank)
+    o  orders in which the tokens are scanned
+    k  directions: the orders, and where both ways are taken the same orders backwards after them
+    s  sets of weights: one for each direction, or one for all
 """
 
 import math
@@ -15,8 +18,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nfhelpers.kernels import selective_scan
+from nfhelpers.kernels import directional_scan, selective_scan
+from nfhelpers.models.base import run_layers
 from nfhelpers.models.layers import mlp
+
+
+def initial_step_bias(*shape: int) -> torch.Tensor:
+    """Bias of the softplus that makes step sizes log-uniform in [0.001, 0.1] (Gu & Dao 2023)."""
+    delta = torch.exp(torch.empty(*shape).uniform_(math.log(1e-3), math.log(1e-1)))
+    return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus
+
+
+def initial_log_rates(*shape: int, d_state: int, tied_decay: bool) -> torch.Tensor:
+    """Logarithms of the S4D-real decay rates 1 .. N, (*shape, N); tied, of a = 1, (*shape)."""
+    if tied_decay:
+        return torch.zeros(*shape)
+    return torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(*shape, 1)
 
 
 class SelectiveSSM(nn.Module):
@@ -29,7 +46,7 @@ class SelectiveSSM(nn.Module):
     one a per channel: the scan then takes one exponential a step and channel in place of N.
     """
 
-    def __init__(self, d_model: int, d_state: int, expand: int, tied_decay: bool):
+    def __init__(self, d_model: int, d_state: int, expand: int, tied_decay: bool = False):
         super().__init__()
         d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -41,11 +58,10 @@ class SelectiveSSM(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        delta = torch.exp(torch.empty(d_inner).uniform_(math.log(1e-3), math.log(1e-1)))  # (E,)
-        self.dt_bias = nn.Parameter(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus, (E,)
-        spectrum = torch.arange(1, d_state + 1, dtype=torch.float32)  # (N,)
-        log_rates = torch.zeros(d_inner) if tied_decay else spectrum.log().repeat(d_inner, 1)
-        self.A_log = nn.Parameter(log_rates)  # (E, N), tied (E,)
+        self.dt_bias = nn.Parameter(initial_step_bias(d_inner))  # (E,)
+        self.A_log = nn.Parameter(
+            initial_log_rates(d_inner, d_state=d_state, tied_decay=tied_decay)
+        )  # (E, N), tied (E,)
         self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
@@ -69,20 +85,170 @@ class SelectiveSSM(nn.Module):
         return self.out_proj(y.transpose(1, 2))  # (B, L, D)
 
 
-class MambaBlock(nn.Module):
-    """Pre-norm residual block: a sequence mixer, then a token-wise MLP (seed 001's MambaBlock)."""
+class MultiDirectionalSSM(nn.Module):
+    """The tokens of a plane scanned in several orders at once, and fused (seed 001's MultiDirectionalSSM).
+
+        u, z = W_in tokens        y_k = S6 of x in direction k
+        x = silu(u)               result = W_out (norm(x + fusion(y_1 .. y_O)) * silu(z))
+
+    The parametrisation of S6 is `SelectiveSSM`'s. What depends on a token alone (x, delta, B, C) is computed
+    in the tokens' own order, x once for all directions; `directional_scan` follows the orders. With
+    `shared_weights` one S6 serves all directions, its delta, B and C are computed once, and the fusion is
+    one linear map; otherwise each direction has its own, and the fusion is an MLP. With `bidirectional` each
+    order is walked both ways and the two results are added, before the fusion.
+    """
 
     def __init__(
-        self, d_model: int, d_state: int, expand: int, tied_decay: bool, mlp_ratio: float, dropout: float
+        self,
+        d_model: int,
+        d_state: int,
+        expand: int,
+        num_orders: int,
+        shared_weights: bool,
+        bidirectional: bool,
+        tied_decay: bool,
+        dropout: float,
     ):
         super().__init__()
+        e = expand * d_model
+        ways = 2 if bidirectional else 1
+        self.reverse = (False,) * num_orders + (True,) * num_orders * (ways - 1)
+        self.ways = ways
+        self.sets = 1 if shared_weights else ways * num_orders
+        self.dt_rank = math.ceil(d_model / 16)
+        self.d_state = d_state
+        self.tied_decay = tied_decay
+        self.in_proj = nn.Linear(d_model, 2 * e, bias=False)
+        self.x_proj = nn.Linear(e, self.sets * (self.dt_rank + 2 * d_state), bias=False)
+        bound = self.dt_rank**-0.5
+        self.dt_weight = nn.Parameter(torch.empty(self.sets, e, self.dt_rank).uniform_(-bound, bound))
+        self.dt_bias = nn.Parameter(initial_step_bias(self.sets, e))  # (S, E)
+        self.A_log = nn.Parameter(
+            initial_log_rates(self.sets, e, d_state=d_state, tied_decay=tied_decay)
+        )  # (S, E, N), tied (S, E)
+        self.D = nn.Parameter(torch.ones(self.sets, e))  # (S, E)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
+        joined = num_orders * e
+        self.fusion = nn.Linear(joined, e) if shared_weights else mlp(joined, 2 * e, e, dropout)
+        self.fusion_norm = nn.RMSNorm(e)
+        self.out_proj = nn.Linear(e, d_model, bias=False)
+
+    def forward(self, tokens: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+        """Mix tokens (B, L, D) along orders (B, K, L) -> (B, L, D), in the tokens' own order."""
+        k = len(self.reverse)
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
+        x = F.silu(x)
+        low, B, C = (
+            self.x_proj(x)
+            .unflatten(-1, (self.sets, -1))  # (B, L, S, R+2N)
+            .split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        )
+        delta = torch.einsum("blsr,ser->bsle", low, self.dt_weight)  # (B, S, L, E)
+        B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, S, L, N) each
+        A = -torch.exp(self.A_log.float())  # (S, E, N), tied (S, E)
+        y = directional_scan(
+            x,
+            delta.expand(-1, k, -1, -1),  # (B, K, L, E)
+            A.expand(k, *A.shape[1:]),
+            B.expand(-1, k, -1, -1),  # (B, K, L, N)
+            C.expand(-1, k, -1, -1),
+            self.D.float().expand(k, -1),
+            orders=orders,
+            delta_bias=self.dt_bias.float().expand(k, -1),
+            reverse=self.reverse,
+            tied_decay=self.tied_decay,
+        )  # (B, K, L, E)
+        y = y.unflatten(1, (self.ways, -1)).sum(1)  # (B, O, L, E)
+        fused = x + self.fusion(y.transpose(1, 2).flatten(2))  # (B, L, E)
+        fused = self.fusion_norm(fused.to(self.fusion_norm.weight.dtype))  # in float32 under autocast
+        return self.out_proj(fused * F.silu(z))  # (B, L, D)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-norm residual block: a sequence mixer, then a token-wise MLP (seed 001's blocks)."""
+
+    def __init__(self, mixer: nn.Module, d_model: int, mlp_ratio: float, dropout: float):
+        super().__init__()
         self.mixer_norm = nn.RMSNorm(d_model)
-        self.mixer = SelectiveSSM(d_model, d_state, expand, tied_decay)
+        self.mixer = mixer
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        tokens = tokens + self.dropout(self.mixer(self.mixer_norm(tokens)))
+    def forward(self, tokens: torch.Tensor, *orders: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); `orders`: what the mixer takes beside the tokens."""
+        tokens = tokens + self.dropout(self.mixer(self.mixer_norm(tokens), *orders))
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
+
+
+class MambaBlock(ResidualBlock):
+    """One scan along the sequence (seed 001's MambaBlock): `forward(tokens)`."""
+
+    def __init__(
+        self, d_model: int, d_state: int, expand: int, tied_decay: bool, mlp_ratio: float, dropout: float
+    ):
+        super().__init__(SelectiveSSM(d_model, d_state, expand, tied_decay), d_model, mlp_ratio, dropout)
+
+
+class MultiDirectionalMambaBlock(ResidualBlock):
+    """Scans in several orders, with an S6 for each direction (seed 001): `forward(tokens, orders)`."""
+
+    shared_weights = False
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        expand: int,
+        num_orders: int,
+        bidirectional: bool,
+        tied_decay: bool,
+        mlp_ratio: float,
+        dropout: float,
+    ):
+        mixer = MultiDirectionalSSM(
+            d_model, d_state, expand, num_orders, self.shared_weights, bidirectional, tied_decay, dropout
+        )
+        super().__init__(mixer, d_model, mlp_ratio, dropout)
+
+
+class LightweightMultiDirectionalBlock(MultiDirectionalMambaBlock):
+    """Scans in several orders with one S6 for all directions and a linear fusion (seed 001)."""
+
+    shared_weights = True
+
+
+class BidirectionalMamba(nn.Module):
+    """A stack of blocks that reads the sequence forwards and one that reads it backwards (seed 003).
+
+    Both start from the same tokens; their results are concatenated and projected. A stack of scans that walk
+    backwards is one of scans that walk forwards over the flipped sequence: it is flipped once, not in each
+    block.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_layers: int,
+        d_state: int,
+        expand: int,
+        tied_decay: bool,
+        mlp_ratio: float,
+        dropout: float,
+    ):
+        super().__init__()
+        self.forward_blocks, self.backward_blocks = (
+            nn.ModuleList(
+                MambaBlock(d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
+                for _ in range(num_layers // 2)
+            )
+            for _ in range(2)
+        )
+        self.combine = nn.Linear(2 * d_model, d_model)
+
+    def forward(self, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); `recompute`: as in `run_layers`."""
+        ahead = run_layers(self.forward_blocks, tokens, recompute=recompute)  # (B, L, D)
+        back = run_layers(self.backward_blocks, tokens.flip(1), recompute=recompute).flip(1)  # (B, L, D)
+        return self.combine(torch.cat([ahead, back], dim=-1)).to(tokens.dtype)  # (B, L, D)
