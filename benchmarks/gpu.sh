@@ -3,7 +3,8 @@
 #
 #     bash benchmarks/gpu.sh
 #
-# Needs a CUDA GPU and a Python with torch, triton, pytest and matplotlib; no network, nothing is installed.
+# Needs a CUDA GPU and a Python with torch, triton, scipy, pytest, hypothesis and matplotlib; no network, nothing
+# is installed.
 # mamba_ssm is measured beside ours where it is installed, or where a source archive mamba_ssm-*.tar.gz lies in
 # benchmarks/ or .mamba/: its scan is then built while the tests run (nvcc, ninja, einops). Else its rows are
 # missing, with the reason.
@@ -99,7 +100,7 @@ fi
 
 # --------------------------------------------------------------------------------- benchmark, then profiles
 # An interrupt makes the benchmark print what it has.
-step scan scan 205 INT "$PYTHON" benchmarks/scan.py --device cuda --out "$OUT/scan-$slug.json" \
+step scan scan 180 INT "$PYTHON" benchmarks/scan.py --device cuda --out "$OUT/scan-$slug.json" \
     --figure "$OUT/scan_gpu.png" || failed=1
 step profile profile 25 TERM "$PYTHON" benchmarks/scan.py --profile table --backends "${profiled[@]}"
 if command -v ncu >/dev/null; then

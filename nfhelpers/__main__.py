@@ -215,7 +215,7 @@ def doctor(options, command):
         if status != "ok":
             print(f"{mark} {name:<10} off: {status}")
             continue
-        error = kernels.self_check(name, default)
+        error = kernels.self_check(name, "cpu" if name == "native" else default)
         line = f"{mark} {name:<10} ok   forward {error['forward']:.1e}   backward {error['backward']:.1e}"
         if not all(value < SELF_CHECK_TOLERANCE for value in error.values()):  # NaN is wrong too
             wrong.append(name)

@@ -864,7 +864,8 @@ def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
     multiply and an add are two). The selective scan, which it does not know, adds `9 B L D N + 2 B L D` per
     call, the usual count of the recurrence, its exponentials and its gate (VMamba, Liu et al. 2024).
     Pointwise operations are not counted. Activation memory is what autograd keeps for the backward pass, each
-    storage once, parameters not counted; the scan keeps its inputs and the states at chunk borders.
+    storage once, parameters not counted; the scan keeps its inputs and, as counted here, a state every 32
+    steps (the chunked backend; native keeps one every 64, triton one every 8).
 
     Args:
         model: torch module with a velocity field's forward.

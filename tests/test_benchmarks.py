@@ -1,6 +1,7 @@
 """The scan benchmark: every row computes the same scan, the floor is the arithmetic it claims to be."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -55,3 +56,23 @@ def test_gpu_script_says_what_it_lacks(repository, tmp_path):
     )
     assert (run.returncode, run.stderr) == (2, "benchmarks/gpu.sh cannot run: no CUDA device\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_runs_from_end_to_end(repository, tmp_path):
+    """Small sizes, two rows: a table, targets, JSON and figure."""
+    command = [sys.executable, "benchmarks/scan.py", "--quick", "--device", "cpu", "--shapes", "v1", "length"]
+    command += [
+        "--backends",
+        "loop",
+        "chunked",
+        "--out",
+        tmp_path / "scan.json",
+        "--figure",
+        tmp_path / "scan.png",
+    ]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True, timeout=120)
+    assert "v1" in done.stdout and "chunked tied" in done.stdout and "targets" in done.stdout
+    rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
+    assert {row["row"] for row in rows} == {"loop", "chunked", "chunked tied"}
+    assert all(0 < row["forward"] for row in rows)
+    assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")

@@ -96,7 +96,7 @@ def directional_problem(
 
 def outputs_and_gradients(scan, arguments, **options):
     """[outputs, gradient of every argument] for a loss that weighs every output."""
-    given = {name: x.detach().clone().requires_grad_() for name, x in arguments.items()}
+    given = {name: x.detach().requires_grad_() for name, x in arguments.items()}  # strides as they are
     outputs = scan(**given, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(99)
@@ -1017,9 +1017,8 @@ def stand_in(monkeypatch):
         assert C.dtype == (torch.float32 if C.dim() == 2 else u.dtype)
         assert all(x.dtype == torch.float32 for x in (A, D, delta_bias) if x is not None)
         assert A.dim() == 2
-        return selective_scan_reference(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
-        )
+        y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
+        return (y, last.detach()) if return_last_state else y  # its backward takes no gradient of the state
 
     monkeypatch.setattr(kernels, "_mamba_ssm", lambda: (selective_scan_fn, None))
     monkeypatch.setattr(kernels, "choose_backend", lambda device, backend, dtype: backend or "mamba_ssm")
@@ -1057,6 +1056,29 @@ def test_directions_through_mamba_ssm(stand_in, size, tied):
     wanted = outputs_and_gradients(directional_scan, arguments, **options, backend="reference")
     for x, y in zip(wanted, found, strict=True):
         torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+
+
+def test_self_check_of_mamba_ssm_asks_for_what_it_has(stand_in):
+    errors = kernels.self_check("mamba_ssm")
+    assert len(stand_in) == 3 and max(errors.values()) < 1e-5
+
+
+@EACH
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_default_dtype_of_torch_does_not_matter(backend, default):
+    torch.set_default_dtype(default)
+    try:
+        assert_matches_reference(
+            selective_scan, backend, problem(extras="D z delta_bias"), return_last_state=True
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("flag", ["delta_softplus", "return_last_state", "tied_decay"])
+def test_flags_are_booleans(flag):
+    with pytest.raises(ValueError, match=f"{flag}='yes' is a str; pass True or False"):
+        selective_scan(**problem(), **{flag: "yes"})
 
 
 def test_both_scans_are_public():

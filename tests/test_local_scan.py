@@ -4,6 +4,7 @@ The Triton kernel runs on a CUDA device, or on any machine in Triton's interpret
 where it serves every test of this file: ``TRITON_INTERPRET=1 pytest tests/test_local_scan.py``.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from nfhelpers.kernels.orders import grid_order
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device or TRITON_INTERPRET=1"
+    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
 )
 NOT_INTERPRETED = pytest.mark.skipif(INTERPRETED, reason="here Triton is asked for by name")
 DEVICE = "cpu" if INTERPRETED else "cuda"  # of the tests of the kernel

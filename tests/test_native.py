@@ -576,7 +576,7 @@ def test_two_processes_may_build_at_once(build, tmp_path):
 
 
 @compiled
-def test_killed_build_leaves_nothing_that_is_loaded(build, tmp_path):
+def test_killed_build_leaves_nothing_that_is_loaded(build, tmp_path, monkeypatch):
     """A process killed while it compiles: the next one builds."""
     compiler = native._compiler()[0]
     slow = f'case "$*" in *-o*) touch {tmp_path}/compiling; exec sleep 60;; esac; exec {compiler} "$@"\n'
@@ -592,8 +592,5 @@ def test_killed_build_leaves_nothing_that_is_loaded(build, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, 9)
     process.wait()
-    os.environ["CXX"] = script(tmp_path / "compiler", f'exec {compiler} "$@"\n')
-    try:
-        assert native.status() == "ok" and len(build) == 1
-    finally:
-        del os.environ["CXX"]
+    monkeypatch.setenv("CXX", script(tmp_path / "compiler", f'exec {compiler} "$@"\n'))
+    assert native.status() == "ok" and len(build) == 1

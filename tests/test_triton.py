@@ -8,14 +8,21 @@ import os
 
 import pytest
 import torch
-from test_kernels import directional_problem, drawer, outputs_and_gradients, problem
+from test_kernels import (
+    VARIABLE,
+    directional_problem,
+    drawer,
+    mamba_ssm_problem,
+    outputs_and_gradients,
+    problem,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from nfhelpers.kernels import directional_scan, relative_error, selective_scan  # noqa: E402
+from nfhelpers.kernels import directional_scan, relative_error, selective_scan, triton_scan  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -34,6 +41,10 @@ CASES = {
     "fixed B": (dict(length=9, fixed="B"), dict(discretization="zoh")),
     "fixed C, groups": (dict(length=9, groups=3, fixed="C"), {}),
     "end of a chunk": (dict(length=16, extras="z"), {}),
+    "several blocks a group": (
+        dict(batch=1, channels=80, length=9, groups=2, extras="D"),
+        dict(delta_softplus=True),
+    ),
     "several blocks": (dict(batch=1, channels=40, length=9, extras=ALL), dict(delta_softplus=True)),
     "many states": (dict(batch=1, channels=3, length=9, states=64), {}),
     "15": (dict(batch=1, length=15, states=16), {}),
@@ -79,6 +90,46 @@ def test_directions_match_reference(shared, order_a_sample, tied):
     )
     options = dict(orders=orders, reverse=[False, True, True], tied_decay=tied)
     assert_matches_reference(directional_scan, arguments, **options)
+
+
+def test_directions_of_several_blocks():
+    arguments, orders = directional_problem(batch=1, directions=2, channels=40, length=9)
+    assert_matches_reference(directional_scan, arguments, orders=orders, reverse=[True, False])
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(triton_scan, "_is_wide", lambda *sizes: True)
+    arguments, orders = directional_problem(length=11)
+    assert_matches_reference(directional_scan, arguments, orders=orders, reverse=[False, True, True])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
+def test_default_dtype_of_torch_does_not_matter(default):
+    torch.set_default_dtype(default)
+    try:
+        assert_matches_reference(selective_scan, problem(length=9, extras=ALL), return_last_state=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_dtypes_may_differ():
+    """Half-precision u and delta beside float32 B and C; the incoming gradient is of half precision too."""
+    arguments = problem(length=13, states=16)
+    dtypes = {name: torch.float16 if name in ("u", "delta") else torch.float32 for name in arguments}
+    arguments = {name: x.to(dtypes[name]).float() for name, x in arguments.items()}
+    doubles = {name: x.double() for name, x in arguments.items()}
+    wanted = outputs_and_gradients(selective_scan, doubles, backend="reference")
+    given = {name: x.to(DEVICE, dtypes[name]) for name, x in arguments.items()}
+    found = outputs_and_gradients(selective_scan, given, backend="triton")
+    for x, y, name in zip(wanted, found, ["y", *arguments], strict=True):
+        assert y.dtype == dtypes.get(name, torch.float16)
+        assert relative_error(y.cpu().double(), x) < 2e-3, name
+
+
+@pytest.mark.parametrize(("variable_B", "variable_C", "groups"), VARIABLE)
+def test_mamba_ssm_grid(variable_B, variable_C, groups):
+    arguments = mamba_ssm_problem(17, variable_B, variable_C, groups, True, True, True)
+    assert_matches_reference(selective_scan, arguments, delta_softplus=True, return_last_state=True)
 
 
 def test_strided_and_length_contiguous_inputs():

@@ -45,7 +45,7 @@ _MODULES = {"chunked": ".chunked", "native": ".native", "triton": ".triton_scan"
 """Where each backend of the registered operation lives; imported on first use."""
 _CUDA_ONLY = ("triton", "mamba_ssm")
 _FLOAT64 = ("reference", "chunked")
-_BROKEN_INSTALL = (ImportError, OSError, AttributeError, RuntimeError, TypeError)
+BROKEN_INSTALL = (ImportError, OSError, AttributeError, RuntimeError, TypeError)
 """What the import of a package raises that is missing or was built for another torch, driver or Python."""
 _MOST_DIRECTIONS = 62  # bits of the mask `reverse`
 
@@ -92,7 +92,8 @@ def selective_scan(
     Returns:
         y (B, D, L) in u's dtype; with return_last_state, (y, last state (B, D, N)). The state is float32
         whatever the dtypes and autocast (float64 in reference and chunked when an argument is). Gradients
-        reach every argument; second derivatives are the reference backend's alone.
+        reach every argument; second derivatives are the reference backend's alone, and mamba_ssm's last
+        state has no gradient.
 
     Raises:
         ValueError: wrong shape or dtype, empty batch or sequence, tensors on different devices, unknown
@@ -105,6 +106,7 @@ def selective_scan(
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f"discretization={discretization!r} is unknown; choose one of {DISCRETIZATIONS}")
     given = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    _check_flags(delta_softplus=delta_softplus, return_last_state=return_last_state, tied_decay=tied_decay)
     _check_tensors(given, optional=("D", "z", "delta_bias"))
     _check_selective(given, tied_decay)
     name = choose_backend(u.device, backend, compute_dtype(*given.values()))
@@ -184,13 +186,14 @@ def directional_scan(
 
     Raises:
         ValueError: wrong shape or dtype, an empty tensor, tensors on different devices, an order on the CPU
-            that is not a permutation (on a GPU it is not read back), a backend that is unknown or cannot be
-            used here.
+            that is not a permutation (it is not read back from a GPU nor while torch.compile traces), a
+            backend that is unknown or cannot be used here.
 
     Source: seed 001, four directions over a set of points; Liu et al., "VMamba: Visual State Space Model",
     2024, whose cross-scan makes the copies.
     """
     given = dict(x=x, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
+    _check_flags(delta_softplus=delta_softplus, tied_decay=tied_decay)
     _check_tensors(given, optional=("D", "delta_bias"))
     _check_directional(given, tied_decay)
     directions, channels = delta.shape[1], delta.shape[3]
@@ -220,6 +223,12 @@ def directional_scan(
 
 
 # ----------------------------------------------------------------------------------------------------- checks
+
+
+def _check_flags(**flags):
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; pass True or False")
 
 
 def _check_tensors(given, optional):
@@ -457,7 +466,10 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_
     D, delta_bias = (None if x is None else x.float() for x in (D, delta_bias))
     z = None if z is None else z.to(u.dtype)
     result = scan(u, delta.to(u.dtype), A.float(), B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    return (result[0].to(u.dtype), result[1]) if return_last_state else result.to(u.dtype)
+    if not return_last_state:
+        return result.to(u.dtype)
+    y, last = result
+    return y.to(u.dtype), last.detach()  # its backward leaves the last state's gradient out
 
 
 def _mamba_ssm_directions(x, delta, A, B, C, D, orders, delta_bias, delta_softplus, reverse):
@@ -497,7 +509,7 @@ def _mamba_ssm():
     try:
         module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
         return module.selective_scan_fn, None
-    except _BROKEN_INSTALL as error:
+    except BROKEN_INSTALL as error:
         return None, f"import failed: {type(error).__name__}: {error}"
 
 
@@ -505,13 +517,13 @@ def _mamba_ssm():
 def _native_status():
     try:
         return " ".join(_module("native").status().split())  # a compiler's message has many lines
-    except _BROKEN_INSTALL as error:
+    except BROKEN_INSTALL as error:
         return f"import failed: {type(error).__name__}: {error}"
 
 
 @functools.cache
 def _say_once(message):
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # at the line that calls the scan
 
 
 def _interpreted():
@@ -522,7 +534,7 @@ def _triton_status():
     try:
         importlib.import_module("triton")
         _module("triton")
-    except _BROKEN_INSTALL as error:
+    except BROKEN_INSTALL as error:
         return f"import failed: {type(error).__name__}: {error}"
     if not _has_cuda() and not _interpreted():
         return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
@@ -558,7 +570,7 @@ def choose_backend(device, backend=None, dtype=torch.float32):
     """Name of the backend that runs on `device` with states of `dtype`, float32 or float64.
 
     That is `backend`, else the environment variable NF_SCAN_BACKEND, else triton on a CUDA device and native
-    on the CPU where they work, else chunked; chunked for float64. Where native does not work on a CPU, a
+    on the CPU where they work, else chunked; chunked for float64. Where the first choice does not work, a
     warning says so once. Tensors without data, on "meta", take chunked.
 
     Raises:
@@ -590,12 +602,13 @@ def _choose(device, backend, double):
 
 
 def _best(kind, double):
-    if not double and kind == "cuda" and _triton_status() == "ok":
-        return "triton"
-    if not double and kind == "cpu":
-        if _native_status() == "ok":
-            return "native"
-        _say_once(f"the native scan cannot be used: {_native_status()}; the slower chunked one runs instead")
+    first = {"cuda": "triton", "cpu": "native"}.get(kind)
+    if double or first is None:
+        return "chunked"
+    status = _STATUS[first]()
+    if status == "ok":
+        return first
+    _say_once(f"the {first} scan cannot be used: {status}; the slower chunked one runs instead")
     return "chunked"
 
 
@@ -622,9 +635,9 @@ def self_check(backend, device="cpu"):
     Raises:
         ValueError: the backend is unknown or cannot be used on `device`.
     """
-    choose_backend(device, backend)
+    backend = choose_backend(device, backend)
     worst = dict(forward=0.0, backward=0.0)
-    for scan, arguments, options in _small_problems(zoh=backend != "mamba_ssm"):
+    for scan, arguments, options in _small_problems(own=backend != "mamba_ssm"):
         truth = _evaluate(scan, arguments, options, "reference", torch.float64, "cpu")
         found = _evaluate(scan, arguments, options, backend, torch.float32, device)
         for part, wanted, got in zip(("forward", "backward"), truth, found, strict=True):
@@ -633,15 +646,15 @@ def self_check(backend, device="cpu"):
     return worst
 
 
-def _small_problems(zoh, batch=2, channels=6, length=37, states=4):
-    """(scan, arguments, options), with every argument there is."""
+def _small_problems(own, batch=2, channels=6, length=37, states=4):
+    """(scan, arguments, options), with every argument there is; `own`: also what mamba_ssm does not do."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
 
     for groups, tied, discretization in (1, False, "mamba"), (2, True, "mamba"), (2, False, "zoh"):
-        if discretization == "mamba" or zoh:
+        if discretization == "mamba" or own:
             arguments = dict(
                 u=draw(batch, channels, length),
                 delta=draw(batch, channels, length),
@@ -653,7 +666,7 @@ def _small_problems(zoh, batch=2, channels=6, length=37, states=4):
                 delta_bias=draw(channels),
             )
             options = dict(discretization=discretization, tied_decay=tied)
-            yield selective_scan, arguments, options | dict(delta_softplus=True, return_last_state=True)
+            yield selective_scan, arguments, options | dict(delta_softplus=True, return_last_state=own)
 
     directions = 3
     arguments = dict(

@@ -24,6 +24,7 @@ import warnings
 
 import torch
 
+from . import BROKEN_INSTALL
 from .orders import grid_order, inverse_order
 
 TILE = 4096  # tokens x channels that a program moves
@@ -246,7 +247,7 @@ def _kernel():
     try:
         import triton
         import triton.language as tl
-    except ImportError as error:
+    except BROKEN_INSTALL as error:
         warnings.warn(f"local_scan runs in PyTorch: Triton cannot be imported ({error})", stacklevel=2)
         return None
 

@@ -233,8 +233,8 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, 
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
     batch, directions, _, channels = delta.shape
     y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
-    last = torch.empty(batch, directions, channels, problem.states)
-    kept = torch.empty(states_shape(*delta.shape, problem.states) if keep_states else 0)
+    last = torch.empty(batch, directions, channels, problem.states, dtype=torch.float32, device="cpu")
+    kept = last.new_empty(states_shape(*delta.shape, problem.states) if keep_states else 0)
     written = _strided(y)
     problem.y, problem.last = _view(written), _pointer(last)
     problem.kept = _pointer(kept) if keep_states else None
@@ -262,7 +262,7 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     results, written = {}, {}
     for name, argument in arguments.items():
         if argument is None:
-            results[name] = written[name] = torch.empty(0)
+            results[name] = written[name] = A.new_empty(0)
             continue
         results[name] = torch.empty_like(argument)
         if name in ("u", "delta", "z"):

@@ -26,6 +26,8 @@ Glossary
     p              p(x) = (exp(x) - 1) / x, the zero-order-hold weight of the input over delta
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -163,7 +165,7 @@ def forward_kernel(
     STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    k = tl.program_id(1)
+    k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     bk = b * tl.num_programs(1) + k
     g = block // blocks_per_group
@@ -289,7 +291,7 @@ def backward_kernel(
     STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    k = tl.program_id(1)
+    k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     bk = b * tl.num_programs(1) + k
     g = block // blocks_per_group
@@ -574,7 +576,8 @@ def _pack_rows(weights, sizes, block_n):
     (b, K, G, l, N / 4, 1 or 2, 4), N padded with zeros to block_n.
     """
     quad = min(4, block_n)
-    rows = torch.empty(*sizes, block_n // quad, len(weights), quad, device=weights[0].device)
+    like = dict(dtype=torch.float32, device=weights[0].device)
+    rows = torch.empty(*sizes, block_n // quad, len(weights), quad, **like)
     for i, weight in enumerate(weights):
         padded = F.pad(weight, (0, block_n - weight.shape[-1]))
         rows[..., i, :] = padded.unflatten(-1, (-1, quad))
@@ -636,13 +639,15 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, 
     arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
     states = arguments["num_state"]
     y = torch.empty(delta.shape, dtype=u.dtype, device=u.device)
-    last = torch.empty(batch, directions, states, channels, device=u.device)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
+    last = new(batch, directions, states, channels)
     shape = states_shape(batch, directions, length, channels, states) if keep_states else (0,)
-    saved = torch.empty(shape, device=u.device)
+    saved = new(shape)
     registers = 128 if arguments["BLOCK_N"] <= 16 else 255  # 128: four warps a scheduler
-    forward_kernel[grid](
-        **arguments, y_ptr=y, states_ptr=saved, last_ptr=last, SAVE=keep_states, maxnreg=registers
-    )
+    with torch.cuda.device_of(u):  # Triton launches on the current device
+        forward_kernel[grid](
+            **arguments, y_ptr=y, states_ptr=saved, last_ptr=last, SAVE=keep_states, maxnreg=registers
+        )
     return _in_memory_of(u, y), last.transpose(2, 3).contiguous(), saved
 
 
@@ -665,25 +670,29 @@ def backward(
     per_sample = (batch, directions, num_state, channels)
     per_channel = (batch, directions, channels)
     per_row = (blocks, batch, directions, groups, length, num_state)
-    dA = torch.empty(per_channel if tied else per_sample, device=device)
-    dB, dC = (torch.empty(per_sample if x.dim() == 3 else per_row, device=device) for x in (B, C))
-    dD, dbias = (None if x is None else torch.empty(per_channel, device=device) for x in (D, bias))
-    backward_kernel[grid](
-        **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
-        du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz, dbias_ptr=dbias,
-        **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz), one=1.0,
-        HAS_DLAST=grad_last is not None, PRECISION="tf32x3" if u.dtype == torch.float32 else "tf32",
-        GROUP=GROUP, maxnreg=255,
-    )  # fmt: skip
+    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    dA = new(per_channel if tied else per_sample)
+    dB, dC = (new(per_sample if x.dim() == 3 else per_row) for x in (B, C))
+    dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
+    # tf32 rounds to 11 bits: enough for gradients of B and C that are half precision themselves.
+    exact = any(x.dim() == 5 and x.dtype == torch.float32 for x in (B, C))
+    with torch.cuda.device_of(u):
+        backward_kernel[grid](
+            **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
+            du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
+            dbias_ptr=dbias, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz), one=1.0,
+            HAS_DLAST=grad_last is not None, PRECISION="tf32x3" if exact else "tf32",
+            GROUP=GROUP, maxnreg=255,
+        )  # fmt: skip
     dA = dA.sum(0) if tied else dA.sum(0).transpose(1, 2)
     dB, dC = (
         partial.sum(0).transpose(1, 2) if x.dim() == 3 else partial.sum(0)
         for partial, x in ((dB, B), (dC, C))
     )
-    dD, dbias = (u.new_empty(0, dtype=torch.float32) if x is None else x.sum(0) for x in (dD, dbias))
+    dD, dbias = (new(0) if x is None else x.sum(0) for x in (dD, dbias))
     if u.shape[1] < directions:
         du = du.sum(1, keepdim=True)
-    found = (du, ddelta, dA, dB, dC, dD, u.new_empty(0) if dz is None else dz, dbias)
+    found = (du, ddelta, dA, dB, dC, dD, new(0) if dz is None else dz, dbias)
     given = (u, delta, A, B, C, D, z, bias)
     return tuple(x if y is None else _in_memory_of(y, x) for x, y in zip(found, given, strict=True))
 
