@@ -208,13 +208,14 @@ def check_field(query_coords, input_coords, input_values):
         raise ValueError(f"input_values holds {count} NaN or infinite values; pass finite values in [-1, 1]")
 
 
-def flow_matching_loss(model, batch, *, t=None, noise=None, generator=None):
+def flow_matching_loss(model, batch, *, t=None, noise=None, generator=None, weight=None):
     """Mean squared error between the predicted and the target velocity.
 
     model: a field model (see nfhelpers.models); batch: dict with input_coords (B, Ni, 2), input_values (B,
     Ni, 3), query_coords (B, Nq, 2) and query_values (B, Nq, 3) in [-1, 1]. t (B,) in [0, 1] is drawn
     uniformly, one value a sample, and noise (B, Nq, 3) from a standard normal, unless they are given; both
-    draws use `generator` on its own device, or torch's default one. Returns a scalar. Raises ValueError on
+    draws use `generator` on its own device, or torch's default one. weight: function of t (B,) that weighs
+    the samples, (B,); None: all alike. Returns a scalar. Raises ValueError on
     a missing key, on shapes that do not match, the model's output among them, and on coordinates or t
     outside [0, 1] where they are on the CPU. Source: Lipman et al. 2023, equation 23; seed 002.
     """
@@ -236,4 +237,7 @@ def flow_matching_loss(model, batch, *, t=None, noise=None, generator=None):
         x_t, batch["query_coords"], t, batch["input_coords"], batch["input_values"]
     )  # (B, Nq, 3)
     _check_pair("the model's velocity", velocity, "query_values", data)
-    return torch.nn.functional.mse_loss(velocity, target_velocity(noise, data))
+    target = target_velocity(noise, data)  # (B, Nq, 3)
+    if weight is None:
+        return torch.nn.functional.mse_loss(velocity, target)
+    return (weight(t)[:, None, None] * (velocity - target).square()).mean()

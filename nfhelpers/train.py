@@ -546,7 +546,8 @@ class _Objective(nn.Module):
         self.network = network
 
     def forward(self, batch, t, noise):
-        return flow_matching_loss(self.network, batch, t=t, noise=noise)
+        weight = getattr(self.network, "loss_weight", None)  # of models that have a scale of their own
+        return flow_matching_loss(self.network, batch, t=t, noise=noise, weight=weight)
 
 
 # ------------------------------------------------------------------------- one batch, whoever draws it

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfhelpers import run, train
-from nfhelpers.flow import interpolate, skip_weight, target_velocity
+from nfhelpers.flow import flow_matching_loss, interpolate, skip_weight, target_velocity
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels.orders import point_order
 from nfhelpers.kernels.reference import selective_scan_reference
@@ -1024,6 +1024,21 @@ def test_what_a_field_has_to_learn_is_of_unit_scale_and_uncorrelated(t):
     # What the network has to learn of white Gaussian data is nothing.
     order = point_order(arguments["query_coords"], "row")[..., None]
     assert abs((left.take_along_dim(order, 1) * rest).mean().item()) < 0.03
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+def test_the_loss_of_a_field_is_that_of_its_network(t):
+    """Of an untrained model and data around the spline it is 1 at every t; unweighted it is s^2 / V."""
+    model, arguments = tiny_model("field", trained=False), field(batch=400, queries=20, inputs=20)
+    batch = {name: x for name, x in arguments.items() if name not in ("noisy_values", "t")}
+    start = start_of("field", arguments)
+    batch["query_values"] = start + 0.15 * torch.randn_like(start)
+    options = dict(t=torch.full((400,), t), noise=torch.randn_like(start))
+    weighted = flow_matching_loss(model, batch, **options, weight=model.loss_weight).item()
+    assert weighted == pytest.approx(1, abs=0.05)
+    variance = (1 - t) ** 2 + (0.15 * t) ** 2
+    assert flow_matching_loss(model, batch, **options).item() == pytest.approx(weighted * 0.15**2 / variance)
+    assert train._Objective(model)(batch, **options).item() == pytest.approx(weighted)
 
 
 @pytest.mark.parametrize(("kind", "std"), [("field", 0.15), ("field plain", 0.5)])

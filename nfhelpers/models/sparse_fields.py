@@ -487,6 +487,10 @@ class MambaField(TokenField):
 
     The network starts at zero. At t = 0 the velocity is then m - x_0, so that one step, the posterior mean,
     is the spline itself; a solver of many steps draws from N(m, s^2), because x_t - t m grows as sqrt(V).
+
+    Training weighs the squared error of the velocity by V / s^2 (`loss_weight`), which is the squared error
+    of the network itself. Unweighted, t = 0, where the posterior mean is read off, would count s^2 as much as
+    t = 1, and the network would drift below the spline there.
     """
 
     def __init__(self, config: MambaFieldConfig):
@@ -517,6 +521,11 @@ class MambaField(TokenField):
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
         residual = self.predict(seen, query_coords, t, input_coords, input_values)  # (B, Q, 3)
         return start + skip_weight(time, std) * rest + std / scale * residual  # (B, Q, 3)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """V / s^2 for t (B,) -> (B,): what turns the error of the velocity into that of the network."""
+        std = self.config.residual_std
+        return ((1 - t) ** 2 + (std * t) ** 2) / std**2
 
     def mix(
         self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
