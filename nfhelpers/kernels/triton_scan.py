@@ -99,6 +99,37 @@ def decay(delta, A2, TIED: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def state_rates(A2, TIED: tl.constexpr, N: tl.constexpr):
+    """A log2(e) of every state: as it is (N, D), or that of the first state (D,) times 1 ... N."""
+    if TIED:
+        return (tl.arange(0, N) + 1).to(tl.float32)[:, None] * A2[None, :]
+    else:
+        return A2
+
+
+@triton.jit
+def step_size(raw, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """delta (D,) as the recurrence uses it, and its derivative with respect to what was loaded."""
+    delta = raw.to(tl.float32)
+    if HAS_BIAS:
+        delta += bias
+    if SOFTPLUS:
+        return softplus(delta)
+    else:
+        return delta, tl.full(delta.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def advance(h, delta, u, B, A2, TIED: tl.constexpr, HOLD: tl.constexpr, N: tl.constexpr):
+    """The state (N, D) after one more step."""
+    a = decay(delta, A2, TIED, N)
+    x = (delta * u)[None, :] * B
+    if HOLD:
+        x *= hold_weight(delta[None, :] * state_rates(A2, TIED, N) * LN2, a)
+    return a * h + x
+
+
+@triton.jit
 def sum_channels(x, y, PRECISION: tl.constexpr):
     """sum over d of x (N, D) y (D,), in each of 8 columns, a tile of the matrix unit: (N, 8)."""
     return tl.dot(x, tl.broadcast_to(y[:, None], (y.shape[0], 8)), input_precision=PRECISION)
@@ -185,16 +216,11 @@ def forward_kernel(
         A2 = tl.load(A_ptr + k * dim + d, mask=d_mask, other=0.0) * LOG2E
     else:
         A2 = tl.load(A_ptr + knd, mask=mask, other=0.0) * LOG2E
-    if HOLD and TIED:
-        A2_n = (n + 1).to(tl.float32)[:, None] * A2[None, :]
-    elif HOLD:
-        A2_n = A2
     B = tl.load(B_ptr + knd, mask=mask, other=0.0) if B_FIXED else 0.0
     C = tl.load(C_ptr + knd, mask=mask, other=0.0) if C_FIXED else 0.0
     if HAS_D:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0)
+    bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0) if HAS_BIAS else 0.0
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
     y_ptr += bk * L * dim
@@ -235,11 +261,7 @@ def forward_kernel(
         for i in tl.static_range(STEPS):
             t = chunk * STEPS + i
             u = us[i].to(tl.float32)
-            delta = deltas[i].to(tl.float32)
-            if HAS_BIAS:
-                delta += bias
-            if SOFTPLUS:
-                delta, _ = softplus(delta)
+            delta, _ = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
             delta = tl.where(t < L, delta, 0.0)
             if not (B_FIXED and C_FIXED):
                 B_t, C_t = split_weights(weights[i], B, C, BLOCK_N, B_FIXED, C_FIXED)
@@ -255,11 +277,7 @@ def forward_kernel(
             if not (B_FIXED and C_FIXED):
                 weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)  # noqa: RUF005
 
-            a = decay(delta, A2, TIED, BLOCK_N)
-            x = (delta * u)[None, :] * B_t
-            if HOLD:
-                x *= hold_weight(delta[None, :] * A2_n * LN2, a)
-            h = a * h + x
+            h = advance(h, delta, u, B_t, A2, TIED, HOLD, BLOCK_N)
             y = tl.sum(h * C_t, axis=0)
             if HAS_D:
                 y += D * u
@@ -314,10 +332,6 @@ def backward_kernel(
     else:
         A2 = tl.load(A_ptr + knd, mask=mask, other=0.0) * LOG2E
         dA = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    if HOLD and TIED:
-        A2_n = rank * A2[None, :]
-    elif HOLD:
-        A2_n = A2
     if B_FIXED:
         B = tl.load(B_ptr + knd, mask=mask, other=0.0)
         dB = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -327,8 +341,8 @@ def backward_kernel(
     if HAS_D:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
         dD = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0) if HAS_BIAS else 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0)
         dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
@@ -389,18 +403,10 @@ def backward_kernel(
                     B0 = B0 + (load_weight(rows_ptr + row * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
             for i in tl.static_range(GROUP):
                 u = u0[i].to(tl.float32)
-                delta = delta0[i].to(tl.float32)
-                if HAS_BIAS:
-                    delta += bias
-                if SOFTPLUS:
-                    delta, _ = softplus(delta)
+                delta, _ = step_size(delta0[i], bias, HAS_BIAS, SOFTPLUS)
                 if not B_FIXED:
                     B = B0[i]
-                a = decay(delta, A2, TIED, BLOCK_N)
-                x = (delta * u)[None, :] * B
-                if HOLD:
-                    x *= hold_weight(delta[None, :] * A2_n * LN2, a)
-                h = a * h + x
+                h = advance(h, delta, u, B, A2, TIED, HOLD, BLOCK_N)
 
         # ... then within it. B and C are read well before their use: at two warps a scheduler nothing else
         # hides the latency, and neither a store nor a barrier lets a load pass.
@@ -415,15 +421,9 @@ def backward_kernel(
         for i in tl.static_range(GROUP):
             live = start + i < L
             u = us[i].to(tl.float32)
-            delta = deltas[i].to(tl.float32)
-            if HAS_BIAS:
-                delta += bias
-            if SOFTPLUS:
-                delta, slope = softplus(delta)
-                slope = tl.where(live, slope, 0.0)
-            else:
-                slope = tl.where(live, 1.0, 0.0)
+            delta, slope = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
             delta = tl.where(live, delta, 0.0)
+            slope = tl.where(live, slope, 0.0)
             if not B_FIXED:
                 B = Bs[i]
             if i == GROUP - 1:
@@ -431,12 +431,8 @@ def backward_kernel(
                     B2 = load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N, BOTH)
                 if not C_FIXED:
                     C2 = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N, BOTH)
-            a = decay(delta, A2, TIED, BLOCK_N)
-            x = (delta * u)[None, :] * B
-            if HOLD:
-                x *= hold_weight(delta[None, :] * A2_n * LN2, a)
             before = before + (h,)  # noqa: RUF005
-            h = a * h + x
+            h = advance(h, delta, u, B, A2, TIED, HOLD, BLOCK_N)
             dy = dys[i].to(tl.float32)
             if HAS_Z:
                 if not C_FIXED:
@@ -490,11 +486,12 @@ def backward_kernel(
             # cheaper than memory.
             a = decay(delta * one, A2, TIED, BLOCK_N)
             if HOLD:
-                p = hold_weight(delta[None, :] * A2_n * LN2, a)
+                q = delta[None, :] * state_rates(A2, TIED, BLOCK_N) * LN2
+                p = hold_weight(q, a)
                 dx = dh * B
                 du = delta * tl.sum(dx * p, axis=0)
                 ddelta = u * tl.sum(dx * a, axis=0)
-                dA_n = (delta * u)[None, :] * dx * hold_slope(delta[None, :] * A2_n * LN2, a, p)
+                dA_n = (delta * u)[None, :] * dx * hold_slope(q, a, p)
                 weighted = dh * p
             else:
                 dx = tl.sum(dh * B, axis=0)
