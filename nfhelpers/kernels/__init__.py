@@ -37,7 +37,13 @@ import warnings
 
 import torch
 
-from .reference import compute_dtype, directional_scan_reference, selective_scan_reference, state_rates
+from .reference import (
+    compute_dtype,
+    directional_scan_reference,
+    selective_scan_reference,
+    state_rates,
+    states_of,
+)
 
 BACKENDS = ("reference", "chunked", "native", "triton", "mamba_ssm")
 DISCRETIZATIONS = ("mamba", "zoh")
@@ -121,7 +127,7 @@ def selective_scan(
                 f"backend 'mamba_ssm' has no discretization={discretization!r}; use backend='chunked'"
             )
         if tied_decay:
-            A = state_rates(A, B.shape[1] if B.dim() == 2 else B.shape[-2])
+            A = state_rates(A, states_of(B))
         return _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options)
 
     def rows(x):  # (B, D, L) as (B, 1, L, D)
@@ -264,7 +270,7 @@ def _check_selective(given, tied_decay):
     if tied_decay:
         if tuple(A.shape) != (channels,):
             raise ValueError(f"A has shape {tuple(A.shape)}; with tied_decay it must be {(channels,)}")
-        states = B.shape[1] if B.dim() == 2 else B.shape[-2] if B.dim() > 2 else 0
+        states = states_of(B) if B.dim() > 1 else 0
     else:
         if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
             raise ValueError(

@@ -25,6 +25,11 @@ def compute_dtype(*tensors):
     return torch.float64 if doubles else torch.float32
 
 
+def states_of(B):
+    """N of B (D, N), (B, N, L) or (B, G, N, L)."""
+    return B.shape[1] if B.dim() == 2 else B.shape[-2]
+
+
 def state_rates(A, states):
     """Decay rates (..., D, N) that the tied rates A (..., D) stand for: state n decays at (n + 1) A."""
     return A.unsqueeze(-1) * torch.arange(1, states + 1, dtype=A.dtype, device=A.device)
@@ -81,7 +86,7 @@ def selective_scan_reference(
     with torch.autocast(u.device.type, enabled=False):
         A = A.to(dtype)
         if tied_decay:
-            A = state_rates(A, B.shape[1] if B.dim() == 2 else B.shape[-2])  # (D, N)
+            A = state_rates(A, states_of(B))  # (D, N)
         inputs = u.to(dtype)  # (B, D, L)
         delta = delta.to(dtype)
         if delta_bias is not None:

@@ -153,6 +153,15 @@ def directional_blocks(config: ModelConfig, bidirectional: bool) -> nn.ModuleLis
 # ----------------------------------------------------------------------------------------------------- config
 
 
+def check_common(config: ModelConfig) -> None:
+    """The checks of what all configs of Mamba models share."""
+    config.check_flag("tied_decay")
+    config.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
+    config.check_positive("fourier_scale", "mlp_ratio")
+    config.check_heads()
+    config.check_dropout()
+
+
 @dataclass(frozen=True)
 class MambaDiffusionConfig(ModelConfig):
     """Settings of `MambaDiffusion`; the defaults are seed 002's.
@@ -175,12 +184,8 @@ class MambaDiffusionConfig(ModelConfig):
     model_type: ClassVar[str] = "v1"
 
     def __post_init__(self):
-        self.check_flag("tied_decay")
         check_order("order", self.order)
-        self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
-        self.check_positive("fourier_scale", "mlp_ratio")
-        self.check_heads()
-        self.check_dropout()
+        check_common(self)
 
 
 @dataclass(frozen=True)
@@ -210,11 +215,7 @@ class MultiDirectionalMambaDiffusionConfig(ModelConfig):
             object.__setattr__(self, "orders", tuple(self.orders))
         check_orders(self.orders)
         self.check_flag("shared_weights")
-        self.check_flag("tied_decay")
-        self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
-        self.check_positive("fourier_scale", "mlp_ratio")
-        self.check_heads()
-        self.check_dropout()
+        check_common(self)
 
 
 @dataclass(frozen=True)
@@ -240,16 +241,13 @@ class MambaDiffusionV2Config(ModelConfig):
     model_type: ClassVar[str] = "v2"
 
     def __post_init__(self):
-        self.check_flag("tied_decay")
         check_order("order", self.order)
-        self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
-        self.check_positive("perceiver_iterations", "fourier_scale", "mlp_ratio")
+        check_common(self)
+        self.check_positive("perceiver_iterations")
         if self.num_layers % 2:
             raise ValueError(
                 f"num_layers={self.num_layers} is odd; half of them read forwards and half backwards: pass 8"
             )
-        self.check_heads()
-        self.check_dropout()
 
 
 @dataclass(frozen=True)
@@ -284,12 +282,10 @@ class MambaFieldConfig(ModelConfig):
         if isinstance(self.orders, list):  # as JSON and TOML have it
             object.__setattr__(self, "orders", tuple(self.orders))
         check_orders(self.orders)
-        for name in ("bidirectional", "shared_weights", "tied_decay", "spline_source"):
+        for name in ("bidirectional", "shared_weights", "spline_source"):
             self.check_flag(name)
-        self.check_positive("d_model", "num_layers", "d_state", "expand", "num_fourier_features", "num_heads")
-        self.check_positive("perceiver_iterations", "fourier_scale", "mlp_ratio", "residual_std")
-        self.check_heads()
-        self.check_dropout()
+        check_common(self)
+        self.check_positive("perceiver_iterations", "residual_std")
 
 
 @dataclass(frozen=True)
