@@ -79,11 +79,20 @@ if ! "$PYTHON" -c 'import mamba_ssm.ops.selective_scan_interface' 2>/dev/null; t
     fi
 fi
 
+# ------------------------------------- the benchmark's kernels, compiled into Triton's cache beside the tests
+warming=()
+for shape in v1 multi local length; do
+    timeout --kill-after=10 180 "$PYTHON" benchmarks/scan.py --device cuda --backends triton --shapes "$shape" \
+        >/dev/null 2>&1 &
+    warming+=($!)
+done
+
 # ------------------------------------------------------------------------------------------------- the tests
 parallel=()
-"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
+"$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n $(($(nproc) > 16 ? 16 : ($(nproc) + 1) / 2)))
 step tests tests 190 TERM "$PYTHON" -m pytest -q -p no:cacheprovider "${parallel[@]}" \
     tests/test_triton.py tests/test_local_scan.py || failed=1
+wait "${warming[@]}"  # their results are not used
 
 if [ -n "$builder" ]; then
     wait "$builder"

@@ -92,7 +92,8 @@ def build_parser():
         "evaluate",
         help="PSNR, SSIM and speckle of a checkpoint at several sizes, beside classical interpolation",
         description="Reconstruct test images at several sizes from the same observed pixels and print "
-        "a table: the model's posterior mean and sample, classical interpolators, upsampled 32 px result.",
+        "a table: the model's posterior mean and sample, classical interpolators, the best linear estimate "
+        "(wiener, from training images of the same source), upsampled 32 px result.",
     )
     evaluate_parser.add_argument(
         "checkpoint", type=Path, help="folder of a saved model, such as checkpoints/v1-photos"

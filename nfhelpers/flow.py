@@ -137,6 +137,20 @@ def skip_weight(t, data_std=0.5):
     return (t * variance - (1 - t)) / ((1 - t) ** 2 + t**2 * variance)
 
 
+def loss_weight(t, std):
+    """((1 - t)^2 + t^2 s^2) / s^2: what the squared error of a velocity counts for, by its time.
+
+    s is the standard deviation of the data around their posterior mean. An error e of the velocity at time t
+    is one of (1 - t) e in the data that it implies. So up to t = 1 / (1 + s), where s of noise is left in
+    x_t, it is about the errors of the data that are weighed, in units of s^2, and beyond, those of the
+    velocity. Weighed alike, times near 1 would be most of the loss: there most of the velocity is noise that
+    x_t no longer shows. t: tensor in [0, 1], any shape; std: > 0. Returns a tensor shaped as t. Source: the
+    weighting of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS
+    2022, for the spread of a posterior.
+    """
+    return ((1 - t) ** 2 + (std * t) ** 2) / std**2
+
+
 # Diffusers' flow-matching schedulers follow x = (1 - sigma) * data + sigma * noise and step with dx/dsigma:
 # their clock runs backwards and their velocity has the other sign.
 

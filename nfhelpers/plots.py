@@ -7,12 +7,16 @@ and fields are arrays or tensors (..., H, W, 3) with values in [0, 1]. `title` s
 """
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
+import torch
+from matplotlib import colormaps
+from matplotlib.collections import LineCollection
+from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nfhelpers import metrics
 from nfhelpers.evaluate import COMPARED
+from nfhelpers.kernels.orders import inverse_order, neighbour_steps, point_order
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: distinct for every common kind of colour vision; curves have
@@ -196,6 +200,27 @@ def multiscale_grid(fields, title=None):
             _picture(
                 ax, _array(field), "\n".join(filter(None, (head, score))), method if column == 0 else None
             )
+    return figure
+
+
+def resolution_row(sparse, fields, title=None):
+    """Observed pixels (h, w, 3), then fields (H, W, 3) of one size beside each other, a detail below each.
+
+    fields: dict of name -> (H, W, 3); None, for what there is not, is left out. The detail is their centre.
+    PSNR and SSIM stand above fields where there is one named "target". Raises ValueError for no fields.
+    """
+    there = {name: _array(field) for name, field in fields.items() if field is not None}
+    if not there:
+        raise ValueError("fields is empty; pass {'posterior mean': field, 'target': None}")
+    columns, target = {"observed": _array(sparse), **there}, there.get("target")
+    figure, axes = _grid(2, len(columns), title, height=TILE * 1.08)
+    for column, (name, field) in enumerate(columns.items()):
+        height, width = field.shape[:2]
+        scored = target is not None and name not in ("target", "observed")
+        score = _scores(field, target) if scored else f"{width}x{height}"
+        detail = field[height // 4 : height - height // 4, width // 4 : width - width // 4]
+        _picture(axes[0, column], field, f"{name}\n{score}")
+        _picture(axes[1, column], detail, label="centre" if column == 0 else None)
     return figure
 
 
@@ -418,6 +443,310 @@ def impulse_response(a, delta, length=64, title=None):
         fontsize=8, title=f"a = {a:.3g}, $\\Delta$ = {delta:.3g}, decay {np.exp(delta * a):.4f} a token"
     )
     _curve_axes(ax, "token k", "state h")
+    return figure
+
+
+# ---------------------------------------------------------------- scans of the plane
+
+PATH_COLOURS = "viridis"
+_INFLUENCE = LogNorm(1e-3, 1)
+
+
+def scan_paths(points, kinds, title=None, labels=None):
+    """The paths along which scans visit sets of points: a row a set, a column an order; lines brighten.
+
+    points: tensor (B, L, 2), (x, y) in [0, 1], y downwards; kinds: orders of `kernels.orders.point_order`;
+    labels: B names. Raises ValueError as `point_order`, and for no orders.
+    """
+    if len(kinds) == 0:
+        raise ValueError("kinds is empty; pass orders of points such as ('row', 'column')")
+    orders = {kind: point_order(points, kind) for kind in kinds}
+    figure, axes = _grid(len(points), len(kinds), title, width=TILE * 0.92, height=TILE)
+    for row, coords in enumerate(_array(points)):
+        for ax, (kind, order) in zip(axes[row], orders.items(), strict=True):
+            _path(ax, coords[_array(order[row])], kind if row == 0 else None)
+        if labels:
+            axes[row, 0].set_ylabel(labels[row], fontsize=9)
+    return figure
+
+
+def _path(ax, visited, title):
+    """A path through points (L, 2) in the order given: lines that brighten, and a square at the start."""
+    lines = np.stack([visited[:-1], visited[1:]], axis=1)  # (L-1, 2, 2)
+    ax.add_collection(
+        LineCollection(lines, array=np.arange(len(lines)), cmap=PATH_COLOURS, linewidths=1.1, zorder=1)
+    )
+    ax.plot(*visited.T, ".", color="black", markersize=2.5, zorder=2)
+    ax.plot(*visited[0], "s", color=COLOURS[1], markersize=6, zorder=3)
+    _plane(ax, title)
+
+
+def _plane(ax, title):
+    """Axes of the unit square, y downwards as in a picture."""
+    ax.set(xlim=(-0.03, 1.03), ylim=(1.03, -0.03), xticks=[], yticks=[], aspect="equal")
+    if title:
+        ax.set_title(title, fontsize=9)
+
+
+def neighbour_ranks(steps, title=None):
+    """How many steps of a scan lie between a point and its true neighbours: shares of them within n steps.
+
+    steps: dict of panel -> dict of curve -> numbers of steps (any shape, at least 1; inf: never). A curve
+    whose name starts with "best" is drawn as a thick black line. Legends give medians. Raises ValueError for
+    no panels and steps below 1.
+    """
+    if not steps:
+        raise ValueError("steps is empty; pass {'32 px grid': {'row': steps}}")
+    figure, axes = _grid(1, len(steps), title, width=3.5, height=3.3, sharey=True)
+    highest = 1
+    for ax, (panel, curves) in zip(axes[0], steps.items(), strict=True):
+        for index, (name, values) in enumerate(curves.items()):
+            values = np.sort(_array(values).astype(float), axis=None)
+            if len(values) == 0 or not values[0] >= 1:
+                raise ValueError(f"steps of {name!r} are empty or below 1; pass numbers of steps, |n| >= 1")
+            best = name.startswith("best")
+            share = np.arange(1, len(values) + 1) / len(values)
+            finite = np.isfinite(values)
+            highest = max([highest, *values[finite]])
+            ax.step(
+                values[finite],
+                share[finite],
+                where="post",
+                color="black" if best else COLOURS[index % 6],
+                linestyle=(0, (3, 3)) if index % 2 and not best else "-",  # curves that coincide both show
+                linewidth=2.2 if best else 1.6,
+                zorder=3 if best else 2,
+                label=f"{name}: {_steps(np.median(values))}",
+            )
+        ax.set(xscale="log", ylim=(0, 1.03))
+        _curve_axes(ax, "steps of the scan", "", panel)
+        ax.legend(fontsize=7, title="median", title_fontsize=7, loc="lower right")
+    for ax in axes[0]:
+        ax.set_xlim(0.9, 1.2 * highest)
+    axes[0, 0].set_ylabel("share of the nearest neighbours")
+    return figure
+
+
+def _steps(number):
+    return f"{number:.4g}" if np.isfinite(number) else "never"
+
+
+def influence_map(maps, query, title=None):
+    """How much one pixel depends on the others, each map relative to its largest entry outside that pixel.
+
+    maps: dict of label -> (H, W), not negative, such as `evaluate.pixel_influence` gives; query: the pixel's
+    (row, column), marked by a cross. Exact zeros and NaN are grey; the scale is logarithmic over three
+    decades. Raises ValueError for no maps, another shape, and a pixel outside.
+    """
+    if not maps:
+        raise ValueError("maps is empty; pass {'row': evaluate.token_influence(...).reshape(32, 32)}")
+    figure, axes = _grid(1, len(maps), title, width=TILE * 1.25, height=TILE * 1.3)
+    for ax, (label, values) in zip(axes[0], maps.items(), strict=True):
+        values = _array(values)
+        if values.ndim != 2 or not (0 <= query[0] < len(values) and 0 <= query[1] < values.shape[1]):
+            raise ValueError(
+                f"the map {label!r} has shape {values.shape}; pass (H, W) that holds pixel {query}"
+            )
+        shown = ax.imshow(_relative(values, tuple(query)), cmap=_influence_colours(), norm=_INFLUENCE)
+        ax.plot(query[1], query[0], "x", color=COLOURS[5], markersize=8, markeredgewidth=2)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(label, fontsize=9)
+    _influence_bar(figure, shown, ax=axes[0].tolist(), shrink=0.85)
+    return figure
+
+
+def _influence_colours():
+    return colormaps["magma"].with_extremes(bad=str(UNOBSERVED))
+
+
+def _influence_bar(figure, shown, **place):
+    bar = figure.colorbar(shown, extend="min", **place)
+    bar.set_label("influence / largest (grey: none)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _relative(values, query):
+    """Influences over their largest, the query's own left out; zeros masked, the rest at least 0.001."""
+    values = np.ma.masked_invalid(np.asarray(values, dtype=float))
+    values = np.ma.masked_equal(values, 0)
+    values[query] = np.ma.masked
+    largest = values.max()
+    return values if largest is np.ma.masked else np.ma.maximum(values / largest, 1e-3)
+
+
+def scan_view(points, kinds, query, influence, title=None, neighbours=4):
+    """One point of a scan of the plane: its true neighbours on every path, their steps, its influence map.
+
+    Above, the paths with the point (cross) and its nearest neighbours (rings: blue if the scan meets them
+    before the point, orange if after). Below, on the left, the steps between them in every order, filled if
+    before and hollow if after; on the right `influence`, relative to its largest and grey where it is zero.
+
+    points: tensor (L, 2) in [0, 1]; kinds: orders of `kernels.orders.point_order`; query: index of the point;
+    influence: (L,), such as `evaluate.token_influence` gives. Raises ValueError as `point_order` and
+    `neighbour_steps`, for no orders, a point that does not exist and an influence of another length.
+    """
+    if len(kinds) == 0:
+        raise ValueError("kinds is empty; pass orders of points such as ('row', 'column')")
+    if not 0 <= query < len(points) or len(influence) != len(points):
+        raise ValueError(
+            f"query={query}, {len(influence)} influences and {len(points)} points do not fit; pass an index "
+            "of a point, and one influence a point"
+        )
+    orders = torch.stack([point_order(points[None], kind) for kind in kinds], dim=1)  # (1, K, L)
+    steps = neighbour_steps(points[None], orders, neighbours)[0, :, query].cpu().numpy()  # (K, M)
+    place = inverse_order(orders)[0, :, query].cpu().numpy()  # (K,)
+    coords, orders = _array(points), _array(orders[0])
+
+    width = max(7.2, 1.4 * len(kinds))
+    figure = Figure(figsize=(width, 5.4), dpi=DPI)  # places are given: a layout engine would draw it twice
+    paths = figure.add_gridspec(1, len(kinds), left=0.01, right=0.99, bottom=0.6, top=0.88, wspace=0.05)
+    for k, ax in enumerate(paths.subplots(squeeze=False)[0]):
+        visited = coords[orders[k]]
+        _path(ax, visited, kinds[k])
+        near = visited[place[k] - steps[k]]
+        edges = [COLOURS[0] if n > 0 else COLOURS[1] for n in steps[k]]
+        ax.scatter(*near.T, s=50, facecolors="none", edgecolors=edges, linewidths=2, zorder=4)
+        ax.plot(*coords[query], "x", color="black", markersize=7, markeredgewidth=2, zorder=5)
+    left, right = figure.add_axes((0.08, 0.07, 0.48, 0.42)), figure.add_axes((0.58, 0.07, 0.3, 0.42))
+    bar = 0.8 / len(kinds)
+    for k, kind in enumerate(kinds):
+        x = np.arange(neighbours) + (k - (len(kinds) - 1) / 2) * bar
+        face = [COLOURS[k % 7] if n > 0 else "none" for n in steps[k]]
+        left.bar(x, abs(steps[k]) - 0.5, 0.85 * bar, 0.5, color=face, edgecolor=COLOURS[k % 7])
+        left.plot([], [], "s", color=COLOURS[k % 7], label=kind)
+    left.set(yscale="log", ylim=(0.5, 4 * len(coords)))
+    left.minorticks_off()
+    left.set_xticks(range(neighbours), [f"nearest {m + 1}" for m in range(neighbours)], fontsize=8)
+    left.legend(fontsize=7, ncols=3, loc="upper center")
+    _curve_axes(left, "", "steps", "filled: met before; hollow: met after")
+    shade = _relative(_array(influence), query).filled(np.nan)
+    size = 3500 / len(coords)
+    shown = right.scatter(
+        *coords.T, s=size, c=shade, cmap=_influence_colours(), norm=_INFLUENCE, plotnonfinite=True
+    )
+    right.plot(*coords[query], "x", color=COLOURS[5], markersize=8, markeredgewidth=2)
+    _plane(right, "influence of every point")
+    _influence_bar(figure, shown, cax=figure.add_axes((0.9, 0.1, 0.015, 0.36)))
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+# ---------------------------------------------------------------- comparisons of models and samplers
+
+
+def window_maps(maps, title=None):
+    """Which window each pixel of a grid belongs to: one panel each, neighbouring numbers in other colours.
+
+    maps: dict of label -> (H, W) whole numbers from 0. Raises ValueError for no maps and another shape.
+    """
+    if not maps:
+        raise ValueError("maps is empty; pass {'hilbert': numbers of shape (96, 96)}")
+    colours = ListedColormap(COLOURS[:6])
+    figure, axes = _grid(1, len(maps), title, width=TILE * 1.35, height=TILE * 1.45)
+    for ax, (label, values) in zip(axes[0], maps.items(), strict=True):
+        values = _array(values)
+        if values.ndim != 2:
+            raise ValueError(f"the map {label!r} has shape {values.shape}; pass (H, W) whole numbers")
+        ax.imshow(values % 6, cmap=colours, vmin=-0.5, vmax=5.5, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(label, fontsize=9)
+    return figure
+
+
+def parts_chart(rows, title=None):
+    """Posterior means of several models as points with standard errors: PSNR, and what is paired with the
+    first model, whose row stands on top.
+
+    rows: from `evaluate.compare_means`. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.compare_means")
+    figure, axes = _grid(1, 2, title, width=4.3, height=0.9 + 0.36 * len(rows))
+    place, names = np.arange(len(rows)), [row["model"] for row in rows]
+    panels = (
+        ("psnr", "PSNR (dB), posterior mean"),
+        ("versus_first", f"paired difference to {names[0]} (dB)"),
+    )
+    for column, (ax, (key, label)) in enumerate(zip(axes[0], panels, strict=True)):
+        values = np.array([np.nan if row[key] is None else row[key] for row in rows])
+        errors = [row[f"{key}_se"] or 0 for row in rows]
+        ax.errorbar(values, place, xerr=errors, fmt="o", color=COLOURS[0], capsize=3)
+        ax.set_yticks(place, names if column == 0 else [""] * len(rows), fontsize=8)
+        ax.invert_yaxis()
+        _curve_axes(ax, label, "")
+    axes[0, 1].axvline(0, color="grey", linewidth=0.8)
+    return figure
+
+
+_SAMPLE_SCORES = (
+    ("psnr", "PSNR (dB)"),
+    ("speckle", "speckle"),
+    ("sharpness", "sharpness (1: as the target)"),
+)
+
+
+def sampler_curves(rows, title=None):
+    """Posterior samples against network evaluations, a curve a sampler: PSNR, speckle and sharpness.
+
+    rows: from `evaluate.compare_samplers`; posterior means are left out. Raises ValueError without samples.
+    """
+    samples = [row for row in rows if row["kind"] == "sample"]
+    if not samples:
+        raise ValueError("rows has no row of kind 'sample'; pass the result of evaluate.compare_samplers")
+    names = list(dict.fromkeys(row["method"] for row in samples))
+    figure, axes = _grid(1, 3, title, width=3.4, height=3.5)
+    ticks = sorted({row["evaluations"] for row in samples})
+    for ax, (key, label) in zip(axes[0], _SAMPLE_SCORES, strict=True):
+        for index, name in enumerate(names):
+            points = [(r["evaluations"], r[key]) for r in samples if r["method"] == name]
+            ax.plot(
+                *np.array(points, dtype=float).T,
+                color=COLOURS[index % 7],
+                marker=MARKERS[index % 7],
+                linestyle=("-", "--", ":", "-.")[index % 4],
+                markersize=5 + 3 * (index % 2),
+                fillstyle="none" if index % 2 else "full",
+                label=name,
+            )
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [str(n) for n in ticks])
+        ax.minorticks_off()
+        _curve_axes(ax, "network evaluations a sample", "", label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def perception_distortion(rows, title=None):
+    """Error against looks: sharpness and speckle over PSNR, posterior samples and posterior means apart.
+
+    rows: from `evaluate.compare_samplers`. The samples of one sampler are joined, from few evaluations
+    (small) to many (large). Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.compare_samplers")
+    figure, axes = _grid(1, 2, title, width=4.4, height=3.6)
+    for ax, (key, label) in zip(axes[0], _SAMPLE_SCORES[:0:-1], strict=True):
+        for kind in ("sample", "mean"):
+            colour, marker = KIND_STYLE[kind]
+            shown = [row for row in rows if row["kind"] == kind and row[key] is not None]
+            for name in dict.fromkeys(row["method"] for row in shown):
+                points = sorted((r["evaluations"], r["psnr"], r[key]) for r in shown if r["method"] == name)
+                _, x, y = np.array(points, dtype=float).T
+                first = name == shown[0]["method"]
+                ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+                sizes = np.linspace(15, 70, len(x)) if len(x) > 1 else [70]
+                text = f"posterior {kind}" if first else None
+                ax.scatter(x, y, s=sizes, color=colour, marker=marker, alpha=0.8, label=text)
+                if kind == "mean":
+                    ax.annotate(
+                        name, (x[-1], y[-1]), (-4, -14), textcoords="offset points", fontsize=7, ha="right"
+                    )
+        _curve_axes(ax, "PSNR (dB)", label)
+        ax.margins(0.12)
+    axes[0, 0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 

@@ -20,7 +20,12 @@ import torch
 from nfhelpers import __version__, kernels, models
 
 PRESETS = ("smoke", "demo", "full")
-SECTIONS = {"01_ssm_basics": "ssm_basics", "02_flow_matching_v1": "v1"}
+SECTIONS = {
+    "01_ssm_basics": "ssm_basics",
+    "02_flow_matching_v1": "v1",
+    "03_multidirectional_scan": "multidir",
+    "04_bidirectional_v2": "v2",
+}
 """Notebook (its file name without .ipynb) -> its section of presets.toml."""
 
 FULL_PRESET_MEMORY = 8e9

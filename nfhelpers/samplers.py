@@ -176,6 +176,9 @@ def sde(velocity, x, times, *, temperature=1.0, generator=None, callback=None, p
     return _integrate(advance, x, times, callback, progress)
 
 
+EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2}
+"""Evaluations of the network that a step of each sampler takes."""
+
 SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "sde": sde}
 
 

@@ -10,6 +10,7 @@ Sliders whose change costs model evaluations redraw on release only.
 
 import html
 import io
+import time
 import traceback
 from dataclasses import fields, replace
 
@@ -17,7 +18,9 @@ import ipywidgets
 import numpy as np
 import torch
 
-from nfhelpers import evaluate, metrics, plots, samplers
+from nfhelpers import evaluate, images, metrics, plots, samplers
+from nfhelpers.kernels.orders import POINT_ORDERS, neighbour_steps, point_order
+from nfhelpers.models.ssm import MultiDirectionalSSM
 
 WIDE = {"description_width": "11em"}
 
@@ -125,6 +128,82 @@ def reconstruction_panel(model, images, title=None, steps=10, max_steps=50):
     return panel(lambda **values: reconstruction_figure(model, images, title=title, **values), controls)
 
 
+RESOLUTIONS = (32, 48, 64, 96, 128, 192, 256)
+"""Sides that `resolution_panel` offers."""
+
+
+def resolution_figure(
+    model, source, image=0, size=64, *, observed=0.2, observed_size=32, seed=0, title=None, cache=None
+):
+    """One test image at any size from the same observed pixels: what `resolution_panel` draws.
+
+    Observed pixels, the one-step posterior mean at `size`, that at the observed size upsampled bicubically,
+    and the target where the source has one of that size.
+
+    Args:
+        model: a sparse-field velocity model.
+        source: of `images.load_images`.
+        image: index of the test image; size: side of the field.
+        observed, observed_size: fraction of observed pixels and the side of the grid they are observed on.
+        seed: of the observed pixels and the noise.
+        cache: dict that keeps fields from one call to the next, of one model, source, observed fraction and
+            seed; None for none.
+
+    Returns (Figure, text with queries, seconds of the model, and the PSNR of both).
+    Raises ValueError for an image that does not exist and a size below the window of SSIM.
+    """
+    if size < metrics.SSIM_WINDOW:
+        raise ValueError(
+            f"size={size} is below {metrics.SSIM_WINDOW}, the window of SSIM; pass a side such as 64"
+        )
+    test = images.load_images(source, "test", observed_size, limit=image + 1 if image >= 0 else None)
+    if not 0 <= image < len(test):
+        raise ValueError(f"image={image} does not exist; pass an index from 0, such as 0")
+    fields_ = evaluate.observe_images(test[image : image + 1], observed, seed)
+    cache = {} if cache is None else cache
+    for side in {observed_size, size}:
+        if (image, side) not in cache:
+            start = time.perf_counter()
+            made = evaluate.reconstruct(model, fields_, size=side, seed=seed)["fields"]
+            cache[image, side] = made[0], time.perf_counter() - start
+    field, seconds = cache[image, size]
+    upsampled = evaluate.resize_field(cache[image, observed_size][0], size, size)
+    try:
+        target = images.load_images(source, "test", size, limit=image + 1)[image] / 255
+    except ValueError:  # the source is not as fine as that
+        target = None
+    sparse = plots.observed_pixels(fields_["images"], fields_["mask"])[0]
+    columns = {"posterior mean": field, f"bicubic of {observed_size} px": upsampled, "target": target}
+    figure = plots.resolution_row(sparse, columns, title=title)
+    text = f"{size}x{size}: {size * size:,} queries in {seconds:.2f} s"
+    if target is None:
+        return figure, f"{text}, no ground truth"
+    scores = [float(metrics.psnr(made[None], target[None])[0]) for made in (field, upsampled)]
+    return figure, f"{text}, PSNR {scores[0]:.2f} dB, bicubic of {observed_size} px {scores[1]:.2f} dB"
+
+
+def resolution_panel(model, source, *, count=8, sizes=RESOLUTIONS, title=None, cache=None, **options):
+    """Sliders for resolution and image over `resolution_figure`; what was computed once is not again.
+
+    count: of test images to choose from; sizes: sides to choose from; cache, options: as there.
+    """
+    cache = {} if cache is None else cache
+    size = ipywidgets.SelectionSlider(
+        options=sorted(sizes),
+        value=min(sizes),
+        description="resolution (px)",
+        style=WIDE,
+        continuous_update=False,
+    )
+    controls = {"size": size, "image": _slider(0, 0, count - 1, 1, "image")}
+    return panel(
+        lambda size, image: resolution_figure(
+            model, source, image, size, title=title, cache=cache, **options
+        ),
+        controls,
+    )
+
+
 # ---------------------------------------------------------------- cost before training
 
 
@@ -213,3 +292,72 @@ def cost_panel(rows, title=None):
         style=WIDE,
     )
     return panel(lambda length: plots.cost_curve(rows, title=title, length=round(length)), {"length": length})
+
+
+# ---------------------------------------------------------------- scans of the plane
+
+LAYOUTS = ("grid", "random pixels", "random points")
+"""Sets of points of `scan_figure`."""
+
+
+def scan_figure(orders=("row",), layout="grid", size=12, x=0.5, y=0.5, seed=0, title=None):
+    """Scans of a set of points in some orders, as one point sees them: what `scan_panel` draws.
+
+    Args:
+        orders: some of `kernels.orders.POINT_ORDERS`.
+        layout: "grid", size x size pixel centres; "random pixels", as many of a grid of twice the side;
+            "random points", as many anywhere.
+        size: from 3; x, y: position in [0, 1] whose nearest point is looked at.
+        seed: of the points and of the layer.
+
+    The influence is that of a `MultiDirectionalSSM` of width 8 as it is initialised, on random tokens.
+
+    Returns (Figure, text). Raises ValueError for no or unknown orders, an unknown layout and a size below 3.
+    """
+    if not orders:
+        raise ValueError(f"orders={orders!r} is empty; choose at least one of {POINT_ORDERS}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; pass one of {LAYOUTS}")
+    if size < 3:
+        raise ValueError(f"size={size} is below 3; pass a side such as 12")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if layout == "grid":
+            points = images.grid_coords(size, size)  # (L, 2)
+        elif layout == "random pixels":
+            points = images.grid_coords(2 * size, 2 * size)[torch.randperm(4 * size**2)[: size**2]]
+        else:
+            points = torch.rand(size**2, 2)
+        tokens = torch.randn(len(points), 8)
+        layer = MultiDirectionalSSM(8, 8, 2, len(orders), False, False, True, 0.0)
+    query = int((points - torch.tensor([x, y])).square().sum(-1).argmin())
+    stacked = torch.stack([point_order(points[None], kind) for kind in orders], dim=1)  # (1, K, L)
+    influence = evaluate.token_influence(layer, tokens, query, stacked)  # (L,)
+    figure = plots.scan_view(points, tuple(orders), query, influence, title)
+    steps = neighbour_steps(points[None], stacked)[0]  # (K, L, 4)
+    nearest = (points - points[query]).square().sum(-1).argsort(stable=True)[1:5]
+    others = influence.sum() - influence[query]
+    share = float(influence[nearest].sum() / others) if others else 0.0
+    best, single = (n.double().quantile(0.5) for n in (steps.abs().amin(0), steps.abs()))
+    before = int((steps[:, query] > 0).any(0).sum())
+    text = (
+        f"{len(points)} points: median steps to the 4 nearest {single:g} in a single order, {best:g} in the "
+        f"best; this point: {before} of them come before it in some order; they have {share:.0%} of all "
+        "influence"
+    )
+    return figure, text
+
+
+def scan_panel(title=None):
+    """Orders, layout, number of points and the point looked at, over `scan_figure`."""
+    controls = {
+        "orders": ipywidgets.SelectMultiple(
+            options=POINT_ORDERS, value=("row",), rows=len(POINT_ORDERS), description="orders", style=WIDE
+        ),
+        "layout": _choice(LAYOUTS, "grid", "points"),
+        "size": _slider(12, 6, 16, 1, "points a side"),
+        "x": _slider(0.5, 0.0, 1.0, 0.1, "point at x"),
+        "y": _slider(0.5, 0.0, 1.0, 0.1, "point at y"),
+        "seed": _slider(0, 0, 20, 1, "seed"),
+    }
+    return panel(lambda **values: scan_figure(title=title, **values), controls)

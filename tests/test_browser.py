@@ -189,7 +189,9 @@ def test_a_failed_cell_fails_at_once(page, tmp_path, source, message):
     assert message in str(failed.value) and "only a warning" not in str(failed.value)
 
 
-@pytest.mark.parametrize("name", ["01_ssm_basics", "02_flow_matching_v1"])
+@pytest.mark.parametrize(
+    "name", ["01_ssm_basics", "02_flow_matching_v1", "03_multidirectional_scan", "04_bidirectional_v2"]
+)
 def test_notebook_widgets(page, tmp_path, repository, name):
     path = repository / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(path, as_version=4)

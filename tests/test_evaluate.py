@@ -1,6 +1,7 @@
 """Evaluation against closed forms and stub models: baselines, reconstruction, paired tables, costs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch import nn
 
 from nfhelpers import evaluate, flow, images, metrics
+from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models import (
+    FIELD_MODELS,
     LocalImplicitField,
     LocalImplicitFieldConfig,
     MambaDiffusion,
@@ -139,6 +142,84 @@ def test_resize_keeps_pixel_centres_aligned():
         np.testing.assert_allclose(resized[16:-16, 16:-16], truth[16:-16, 16:-16], atol=2e-3)
     with pytest.raises(ValueError, match="order=2"):
         evaluate.resize_field(grid, 8, 8, 2)
+
+
+# ---------------------------------------------------------------- the best linear estimate
+
+
+def gaussian_images(count, size, seed):
+    """Stationary Gaussian colour fields (N, H, W, 3) in [0, 1], and the covariance of their flat pixels."""
+    points = images.grid_coords(size, size).numpy().astype(np.float64)
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    colours = np.array([[1.0, 0.8, 0.6], [0.8, 1.0, 0.7], [0.6, 0.7, 1.0]])
+    covariance = 0.1**2 * np.kron(np.exp(-distance / 0.4), colours)  # (3HW, 3HW)
+    noise = np.random.default_rng(seed).standard_normal((count, len(covariance)))
+    fields = np.array([0.4, 0.5, 0.6]) + (noise @ np.linalg.cholesky(covariance).T).reshape(count, -1, 3)
+    return fields.reshape(count, size, size, 3).clip(0, 1).astype(np.float32), covariance
+
+
+def test_wiener_has_the_least_error_there_is():
+    """Of a Gaussian field: the trace of C_uu - C_uo C_oo^-1 C_ou, with the covariance it was drawn from."""
+    train, covariance = gaussian_images(2000, 12, seed=0)
+    truth = gaussian_images(64, 12, seed=1)[0]
+    fields = evaluate.observe_images(truth, 0.3, seed=2)
+    made = evaluate.wiener(fields, train)
+    best = []
+    for mask in fields["mask"].numpy():
+        o, u = (np.repeat(part.ravel(), 3) for part in (mask, ~mask))
+        among, across = covariance[np.ix_(o, o)], covariance[np.ix_(u, o)]
+        left = covariance[np.ix_(u, u)] - across @ np.linalg.solve(among, across.T)
+        best.append(np.trace(left) / u.sum())
+    hidden = ~fields["mask"].numpy()
+    error = np.square(made - truth)[hidden].mean()
+    assert error == pytest.approx(np.mean(best), rel=0.04)
+    # The best of the others, and what a grey field leaves, for scale.
+    others = evaluate._classical_fields(fields, 12)
+    least = min(np.square(field - truth)[hidden].mean() for field in others.values())
+    assert error < 0.9 * least < 0.5 * 0.1**2
+
+
+def test_wiener_keeps_what_was_observed_and_resamples():
+    train, truth = gaussian_images(50, 12, seed=0)[0], gaussian_images(3, 12, seed=1)[0]
+    fields = evaluate.observe_images(truth, 0.2, seed=2)
+    made, larger = (evaluate.wiener(fields, train, size) for size in (12, 24))
+    mask = fields["mask"].numpy()
+    np.testing.assert_array_equal(made[mask], truth[mask])
+    np.testing.assert_array_equal(larger[1], evaluate.resize_field(made[1], 24, 24))
+    everything = evaluate.observe_images(truth, 1.0)
+    np.testing.assert_array_equal(evaluate.wiener(everything, train), truth)
+    # Of images of one colour there is nothing to learn but the colour.
+    plain = evaluate.wiener(fields, np.full((2, 12, 12, 3), 0.25, np.float32))
+    np.testing.assert_allclose(plain[~mask], 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fields": {}}, "a dict without"),
+        ({"train_images": np.zeros((2, 8, 8, 3))}, r"8x8, the observed grid is 16x16; pass .*'train', 16"),
+        ({"train_images": np.zeros((0, 16, 16, 3))}, r"train_images has shape|pass \(N, H, W, 3\)"),
+        ({"size": 0}, "size=0"),
+    ],
+)
+def test_wiener_refuses(change, message):
+    given = {"fields": evaluate.observe_images(smooth_images(1)), "train_images": smooth_images(2)}
+    with pytest.raises(ValueError, match=message):
+        evaluate.wiener(**{**given, **change})
+
+
+def test_a_source_without_training_images_has_no_wiener(monkeypatch):
+    real = images.load_images
+
+    def load(source, split="train", *rest, **options):
+        if split == "train":
+            raise ValueError("no training images")
+        return real(source, split, *rest, **options)
+
+    monkeypatch.setattr(images, "load_images", load)
+    options = {"scales": (16,), "sample_scales": (), "images": 2, "observed_size": 16}
+    rows = evaluate.multiscale(GaussianPosterior(), **options)
+    assert [row["method"] for row in rows] == [evaluate.ONE_STEP_MEAN, *evaluate.CLASSICAL]
 
 
 # ---------------------------------------------------------------- reconstruct
@@ -370,7 +451,10 @@ def rows_and_pictures():
 def test_multiscale_rows_are_complete(rows_and_pictures):
     rows, pictures = rows_and_pictures
     found = {(row["scale"], row["method"]): row["kind"] for row in rows}
-    common = {"posterior mean (1 step)": "mean", **dict.fromkeys(evaluate.CLASSICAL, "classical")}
+    common = {
+        "posterior mean (1 step)": "mean",
+        **dict.fromkeys((*evaluate.CLASSICAL, "wiener"), "classical"),
+    }
     wanted = {
         **{(16, name): kind for name, kind in common.items()},
         (16, "sample (heun, 3 steps)"): "sample",
@@ -556,6 +640,34 @@ def test_compare_refuses_before_it_computes(change, message):
         evaluate.compare(model, model, **{"images": 2, "device": "cpu", **change})
 
 
+def test_models_side_by_side_are_paired_with_the_first():
+    options = {"scales": (16, 32), "sample_scales": (16,), "steps": 2, "images": 3, "observed_size": 16}
+    models = {"a": GaussianPosterior(0.1), "b": GaussianPosterior(-0.2)}
+    rows, pictures = evaluate.side_by_side(models, "photos", **options)
+    assert [row["model"] for row in rows] == ["a", "a", "b", "b", "-", "a", "b", "-"]
+    assert [row["kind"] for row in rows[:5]] == ["mean", "sample", "mean", "sample", "classical"]
+    assert set(pictures) == {(s, n) for s in (16, 32) for n in ("a", "b", "biharmonic", "target")}
+    alone = {name: evaluate.multiscale(model, "photos", **options) for name, model in models.items()}
+    for row in rows:
+        same = {key: row[key] for key in ("scale", "method")}
+        wanted = evaluate.find_row(alone["b" if row["model"] == "b" else "a"], **same)
+        assert all(row[key] == wanted[key] for key in ("psnr", "ssim", "speckle", "versus_biharmonic"))
+    for scale in (16, 32):
+        a, b = (metrics.psnr(pictures[scale, name], pictures[scale, "target"]) for name in models)
+        row = evaluate.find_row(rows, model="b", kind="mean", scale=scale)
+        assert row["versus_first"] == pytest.approx((b - a).mean())
+        assert row["versus_first_se"] == pytest.approx((b - a).std(ddof=1) / 3**0.5)
+        assert row["versus_first_p"] == pytest.approx(metrics.paired_test(b - a)[0])
+        same = evaluate.find_row(rows, model="a", kind="mean", scale=scale)
+        assert same["versus_first"] == 0 and same["versus_first_p"] is None
+    text = evaluate.format_table(rows).splitlines()
+    assert text[0].split()[:4] == ["scale", "model", "method", "kind"] and text[0].endswith("PSNR - first")
+    assert text[6].endswith("-")
+    for bad in ({}, {"target": models["a"]}):
+        with pytest.raises(ValueError, match="pass at least one"):
+            evaluate.side_by_side(bad)
+
+
 def test_no_ground_truth_is_said(tmp_path):
     np.savez(tmp_path / "small.npz", test=(smooth_images(2) * 255).astype(np.uint8))
     rows = evaluate.multiscale(
@@ -585,6 +697,66 @@ def test_steps_curve_falls_from_the_mean_to_a_sample():
     # A sample has twice the squared error of the mean, and a mean of 16 samples 1 + 1/16 of it.
     assert mean - by_name["sample (euler)", 300]["psnr"] == pytest.approx(10 * np.log10(2), abs=0.1)
     assert mean - by_name["mean of 16 samples", 300]["psnr"] == pytest.approx(10 * np.log10(17 / 16), abs=0.1)
+
+
+def test_samplers_are_compared_at_equal_cost():
+    std = 0.3
+    rng = np.random.default_rng(3)
+    pictures = (0.5 + 0.5 * std * rng.standard_normal((4, 32, 32, 3))).clip(0, 1).astype(np.float32)
+    calls = []
+
+    class Counting(GaussianPosterior):
+        def forward(self, noisy_values, *rest):
+            calls.append(len(noisy_values))
+            return super().forward(noisy_values, *rest)
+
+    rows = evaluate.compare_samplers(Counting(std=std), pictures, evaluations=(8, 32), draws=8)
+    samples = [row for row in rows if row["kind"] == "sample"]
+    assert [row["method"] for row in samples[::2]] == [
+        *("euler", "heun", "midpoint", "rk4", "ddim", "sde, temperature 0.5", "sde, temperature 1")
+    ]
+    # As many evaluations as the rows say, of the means too.
+    assert sum(calls) == 4 * sum(row["evaluations"] for row in rows)
+    at = {(row["method"], row["evaluations"]): row for row in rows}
+    mean = at[evaluate.ONE_STEP_MEAN, 1]
+    assert mean["kind"] == "mean" and at["euler", 8]["psnr"] == pytest.approx(at["ddim", 8]["psnr"], abs=1e-3)
+    # A sample has twice the squared error of the mean; the fourth order is there first.
+    assert mean["psnr"] - at["rk4", 32]["psnr"] == pytest.approx(10 * np.log10(2), abs=0.1)
+    assert mean["psnr"] - at["euler", 8]["psnr"] < mean["psnr"] - at["heun", 32]["psnr"]
+    averaged = at["mean of 8 samples", 8 * 32]
+    assert averaged["kind"] == "mean" and (averaged["draws"], averaged["steps"]) == (8, 16)
+    assert mean["psnr"] - averaged["psnr"] == pytest.approx(10 * np.log10(9 / 8), abs=0.1)
+    # Mean absolute differences of pixels of which a fifth is observed: the mean has none among the others.
+    assert at["rk4", 32]["sharpness"] == pytest.approx(1, abs=0.05) and mean["sharpness"] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evaluations": (4, 6)}, "multiples of 4"),
+        ({"evaluations": ()}, "multiples of 4"),
+        ({"evaluations": (0,)}, "=0 is not a whole number"),
+        ({"methods": ("euler", "rk9")}, "rk9"),
+        ({"temperatures": (-1.0,)}, "temperature=-1"),
+    ],
+)
+def test_compare_samplers_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.compare_samplers(GaussianPosterior(), smooth_images(1), **change)
+
+
+def test_means_are_compared_in_pairs():
+    pictures = np.full((3, 32, 32, 3), 0.5, dtype=np.float32)
+    half = {bias: Exact(lambda coords: np.full((*coords.shape[:-1], 3), 0.5), bias) for bias in (0.1, 0.2)}
+    rows = evaluate.compare_means({"a": half[0.1], "b": half[0.2]}, pictures, observed=0.25)
+    assert [(row["model"], row["kind"], row["parameters"]) for row in rows] == [
+        ("a", "mean", 0),
+        ("b", "mean", 0),
+    ]
+    assert rows[0]["psnr"] == pytest.approx(21.249, abs=1e-3) and rows[0]["versus_first"] == 0
+    assert rows[1]["versus_first"] == pytest.approx(-20 * np.log10(2), abs=1e-3)
+    with pytest.raises(ValueError, match="models is empty"):
+        evaluate.compare_means({}, pictures)
 
 
 def test_table_is_aligned(rows_and_pictures):
@@ -636,6 +808,108 @@ def test_results_file(tmp_path, rows_and_pictures):
     assert json.loads(path.read_text()) == document, "a refused write must leave the file alone"
 
 
+# ---------------------------------------------------------------- influence
+
+
+class Memory(nn.Module):
+    """out[t] = sum over i <= t of decay^(t - i) M in[i], written out."""
+
+    def __init__(self, width, decay=0.5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.decay = torch.randn(width, width), decay
+
+    def forward(self, tokens):
+        steps = torch.arange(tokens.shape[1])
+        age = steps[:, None] - steps
+        weight = torch.where(age >= 0, self.decay ** age.clamp_min(0).float(), 0.0)  # (L, L)
+        return torch.einsum("ti,bic,dc->btd", weight, tokens, self.mix)
+
+
+@pytest.mark.parametrize("at_once", [7, 1000])  # channels in groups of one, or all together
+def test_influence_of_a_decaying_memory(at_once, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", at_once)
+    memory = Memory(3)
+    influence = evaluate.token_influence(memory, torch.randn(7, 3), 4)
+    wanted = memory.mix.norm() * torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 0, 0])
+    torch.testing.assert_close(influence, wanted)
+    assert (influence[5:] == 0).all()
+
+
+def test_a_causal_scan_is_blind_to_what_comes_after():
+    torch.manual_seed(0)
+    points = images.grid_coords(5, 6)[None]
+    tokens, query = torch.randn(30, 8), 14
+    one = evaluate.token_influence(ssm.SelectiveSSM(8, 4, 2), tokens, query)
+    assert (one[query + 1 :] == 0).all() and (one[: query + 1] > 0).all()
+    kinds = ("row", "column", "diagonal", "antidiagonal")
+    orders = torch.stack([point_order(points, kind) for kind in kinds], dim=1)
+    place = inverse_order(orders)[0]  # (K, L)
+    met = (place <= place[:, query : query + 1]).any(0)
+    layer = ssm.MultiDirectionalSSM(8, 4, 2, 4, False, False, True, 0.0)
+    four = evaluate.token_influence(layer, tokens, query, orders)
+    assert torch.equal(four > 0, met) and not met.all() and not met[query + 1]
+    layer = ssm.MultiDirectionalSSM(8, 4, 2, 4, True, True, True, 0.0)
+    ways = evaluate.token_influence(layer, tokens, query, torch.cat([orders, orders], dim=1))
+    assert (ways > 0).all()
+
+
+class Kernel(nn.Module):
+    """The exact velocity at t = 0 of the field sum over i of exp(-|q - i|^2) value_i."""
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+        assert (t == 0).all()
+        apart = (query_coords[:, :, None] - input_coords[:, None]).square().sum(-1)  # (B, Q, I)
+        return torch.exp(-apart) @ input_values - noisy_values
+
+
+@pytest.mark.parametrize("at_once", [100, 10**6])
+def test_influence_of_observed_pixels_on_a_field_that_is_a_kernel(at_once, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", at_once)
+    image = smooth_images(1, 8)[0]
+    influence = evaluate.pixel_influence(Kernel(), image, (2, 5), observed=0.3, draws=5)
+    coords = images.grid_coords(8, 8).reshape(8, 8, 2)
+    wanted = 3**0.5 * torch.exp(-(coords - coords[2, 5]).square().sum(-1)).numpy()
+    seen = ~np.isnan(influence)
+    np.testing.assert_allclose(influence[seen], wanted[seen], rtol=1e-5)
+    assert not seen[2, 5] and 19 < seen.sum() < 63
+    more = evaluate.pixel_influence(Kernel(), (255 * image).astype(np.uint8), (2, 5), observed=0.3, draws=60)
+    assert np.isnan(more).sum() == 1  # the pixel itself
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": np.zeros((8, 8))}, "images has shape"),
+        ({"pixel": (8, 0)}, "pixel's row=8 does not exist; pass a whole number from 0 to 7"),
+        ({"pixel": (0, -1)}, "pixel's column=-1"),
+        ({"pixel": (0.5, 1)}, "pixel's row=0.5"),
+        ({"pixel": (1,)}, r"pixel=\(1,\) has 1 entries; pass \(row, column\)"),
+        ({"observed": 1.0}, "observed=1.0 of 64 pixels is all of them; pass 0.2"),
+        ({"observed": 0.0}, "observed"),
+        ({"draws": 0}, "draws=0"),
+        ({"device": "tpu9"}, "device='tpu9'"),
+    ],
+)
+def test_pixel_influence_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.pixel_influence(Kernel(), **{"image": smooth_images(1, 8)[0], "pixel": (2, 5), **change})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "token", "message"),
+    [
+        (torch.zeros(1, 7, 3), 0, r"tokens has shape \(1, 7, 3\); pass floating tokens \(L, D\)"),
+        (torch.zeros(7, 3, dtype=torch.long), 0, "pass floating tokens"),
+        (torch.zeros(7, 3), 7, "token=7 does not exist; pass a whole number from 0 to 6"),
+        (torch.zeros(7, 3), True, "token=True"),
+    ],
+)
+def test_token_influence_refuses(tokens, token, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.token_influence(Memory(3), tokens, token)
+
+
 # ---------------------------------------------------------------- cost
 
 
@@ -685,6 +959,38 @@ def test_cost_grows_as_it_should():
     assert longer["flops_scan"] == 2 * small["flops_scan"]
     with pytest.raises(ValueError, match="n_queries=0"):
         evaluate.model_cost(model, 50, 0, 2)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "field"])
+def test_equal_size_meets_the_number(name):
+    model_class, config_class = FIELD_MODELS[name]
+    config = config_class(d_model=32, num_layers=2, num_fourier_features=8, num_heads=4)
+    small = sum(p.numel() for p in model_class(config).parameters())
+    wanted = 2 * small
+    grown = evaluate.equal_size(model_class, config, wanted)
+    count = sum(p.numel() for p in model_class(grown).parameters())
+    columns = 2 * 32 + 1  # of one more hidden unit in one network
+    assert abs(count - wanted) <= 6 * columns
+    assert replace(grown, mlp_ratio=config.mlp_ratio) == config  # nothing else has changed
+    again = evaluate.equal_size(model_class, config, small)
+    assert int(again.mlp_ratio * 32) == int(config.mlp_ratio * 32)
+    with pytest.raises(ValueError, match="parameters=100 cannot be met"):
+        evaluate.equal_size(model_class, config, 100)
+
+
+def test_query_cost_counts_bytes_of_a_known_model():
+    class Doubles(nn.Module):
+        def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+            return noisy_values.repeat(1, 8, 1)[:, : noisy_values.shape[1]].clone()
+
+    rows = evaluate.query_cost(Doubles(), (16, 32), n_inputs=4)
+    assert [row["length"] for row in rows] == [256, 1024] and all(row["seconds"] > 0 for row in rows)
+    small, large = (row["memory"] for row in rows)
+    assert small >= 9 * 256 * 3 * 4 and large - small == pytest.approx(9 * 768 * 3 * 4, rel=0.05)
+    with pytest.raises(ValueError, match="sizes is empty"):
+        evaluate.query_cost(Doubles(), ())
+    with pytest.raises(ValueError, match="=0 is not a whole number"):
+        evaluate.query_cost(Doubles(), (16, 0))
 
 
 def test_cost_leaves_the_model_and_the_scan_alone():

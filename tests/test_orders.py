@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfhelpers.kernels.orders import POINT_ORDERS, grid_order, inverse_order, point_order
+from nfhelpers.kernels.orders import POINT_ORDERS, grid_order, inverse_order, neighbour_steps, point_order
 
 KINDS = pytest.mark.parametrize("kind", POINT_ORDERS)
 
@@ -259,3 +259,74 @@ def test_wrong_sizes_and_inverses_are_named():
             inverse_order(torch.tensor(entries))
     with pytest.raises(ValueError, match="order names a position twice"):
         inverse_order(torch.tensor([[0, 1, 2], [0, 1, 1]]))
+
+
+# ---------------------------------------------------------------- neighbours along an order
+
+
+def stacked(coords, *kinds):
+    return torch.stack([point_order(coords, kind) for kind in kinds], dim=1)
+
+
+def test_neighbours_in_one_row_are_next_to_each_other():
+    coords = grid(1, 5)
+    (steps,) = neighbour_steps(coords, stacked(coords, "row"), neighbours=2)[0]
+    # Inside, the left one first (equally near, and earlier in coords), one step before; the right one after.
+    assert steps.tolist() == [[-1, -2], [1, -1], [1, -1], [1, -1], [1, 2]]
+    backwards = stacked(coords, "row").flip(-1)
+    assert torch.equal(neighbour_steps(coords, backwards, neighbours=2)[0, 0], -steps)
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (9, 12)])
+def test_neighbours_on_a_grid_are_a_pixel_or_a_line_away(height, width):
+    coords = grid(height, width)
+    orders = stacked(coords, "row", "column")
+    # Square pixels: the four nearest of an inner one are those that touch it.
+    squares = coords * torch.tensor([width, height]) / max(height, width)
+    steps = neighbour_steps(squares, orders, neighbours=4)[0].view(2, height, width, 4)[:, 1:-1, 1:-1]
+    across = torch.tensor([[width, 1, -1, -width], [1, height, -height, -1]])  # above, left, right, below
+    assert torch.equal(steps, across[:, None, None].expand_as(steps))
+
+
+def test_no_order_of_the_four_meets_the_right_neighbour_first():
+    coords = grid(6, 6)
+    place = inverse_order(stacked(coords, "row", "column", "diagonal", "antidiagonal"))[0].view(4, 6, 6)
+    assert (place[:, :, :-1] < place[:, :, 1:]).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(length=st.integers(3, 30), seed=st.integers(0, 2**16))
+def test_neighbour_steps_are_differences_of_positions(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    coords = torch.rand(2, length, 2, generator=generator)
+    among = torch.rand(2, length, generator=generator) < 0.5
+    among[:, :3] = True
+    orders = stacked(coords, *POINT_ORDERS)
+    steps = neighbour_steps(coords, orders, neighbours=2, among=among)
+    place = inverse_order(orders)
+    for b in range(2):
+        apart = torch.cdist(coords[b].double(), coords[b].double())
+        for i in range(length):
+            others = [j for j in range(length) if j != i and among[b, j]]
+            nearest = sorted(others, key=lambda j: apart[i, j])[:2]
+            assert torch.equal(steps[b, :, i], place[b, :, i, None] - place[b][:, nearest])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coords": torch.rand(9, 2)}, r"coords has shape \(9, 2\); pass a tensor \(B, L, 2\)"),
+        ({"coords": None}, "coords has shape"),
+        ({"orders": torch.arange(9)[None]}, r"orders has shape \(1, 9\); the points ask for \(B, K, L\)"),
+        ({"neighbours": 9}, "neighbours=9 of every point were asked for, and one of them has 8"),
+        ({"neighbours": 0}, "neighbours=0"),
+        ({"neighbours": True}, "neighbours=True"),
+        ({"among": torch.arange(9)[None] < 4}, "one of them has 3"),
+        ({"among": torch.ones(1, 9)}, r"among is torch.float32 of shape \(1, 9\); pass bool \(1, 9\)"),
+        ({"orders": torch.zeros(1, 1, 9, dtype=torch.long)}, "names a position twice"),
+    ],
+)
+def test_wrong_neighbours_are_named(change, message):
+    coords = grid(3, 3)
+    with pytest.raises(ValueError, match=message):
+        neighbour_steps(**{"coords": coords, "orders": stacked(coords, "row"), **change})

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nfhelpers import plots
+from nfhelpers.images import grid_coords
+from nfhelpers.kernels.orders import point_order
 
 RNG = np.random.default_rng(0)
 FIELDS = RNG.uniform(0.1, 0.8, size=(3, 12, 12, 3))
@@ -207,3 +209,152 @@ def test_improvement_chart_of_undefined_scores():
     figure = check(plots.improvement_chart(rows))
     ticks = [label.get_text() for label in figure.axes[1].get_xticklabels()]
     assert ticks == ["posterior\nmean", "posterior\nsample"]
+
+
+def test_scan_paths_visit_the_points_in_their_order():
+    points = torch.stack([grid_coords(3, 4), torch.rand(12, 2)])
+    figure = check(plots.scan_paths(points, ("row", "column"), "paths [demo]", ["grid", "random"]))
+    assert [ax.get_title() for ax in figure.axes] == ["row", "column", "", ""]
+    assert {"paths [demo]", "grid", "random"} <= set(texts(figure))
+    for ax, (which, kind) in zip(
+        figure.axes, [(0, "row"), (0, "column"), (1, "row"), (1, "column")], strict=True
+    ):
+        lines = np.array(ax.collections[0].get_segments())  # (L-1, 2, 2)
+        visited = points[which][point_order(points, kind)[which]].numpy()
+        np.testing.assert_allclose(lines[:, 0], visited[:-1], atol=1e-6)
+        np.testing.assert_allclose(lines[:, 1], visited[1:], atol=1e-6)
+        assert ax.get_ylim()[0] > ax.get_ylim()[1]  # y downwards, as in a picture
+    with pytest.raises(ValueError, match="kinds is empty"):
+        plots.scan_paths(points, ())
+    with pytest.raises(ValueError, match="kind='spiral'"):
+        plots.scan_paths(points, ("spiral",))
+
+
+def test_neighbour_ranks_state_medians_and_shares():
+    curves = {"row": torch.tensor([[1, 1], [32, 32]]), "best of two": [1, 1, 1, np.inf], "far": [np.inf] * 3}
+    figure = check(plots.neighbour_ranks({"grid": curves, "points": {"row": [1, 2, 3]}}))
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["row: 16.5", "best of two: 1", "far: never"]
+    row, best, far = figure.axes[0].lines
+    np.testing.assert_array_equal(row.get_xdata(), [1, 1, 32, 32])
+    np.testing.assert_array_equal(row.get_ydata(), [0.25, 0.5, 0.75, 1])
+    assert best.get_ydata()[-1] == 0.75 and best.get_color() == "black" and len(far.get_xdata()) == 0
+    for bad in ({}, {"grid": {"row": [0, 1]}}, {"grid": {"row": []}}):
+        with pytest.raises(ValueError, match="empty|below 1"):
+            plots.neighbour_ranks(bad)
+
+
+def test_influence_map_is_relative_to_the_largest_outside_the_pixel():
+    values = np.array([[100.0, 2, 1], [0, 1e-9, np.nan]])
+    figure = check(plots.influence_map({"a": values, "b": 3 * values, "zero": 0 * values}, (0, 0)))
+    shown = [image.get_array() for ax in figure.axes for image in ax.images]
+    hidden = [[True, False, False], [True, False, True]]  # itself, a zero, NaN
+    for picture in shown[:2]:
+        np.testing.assert_array_equal(np.ma.getmaskarray(picture), hidden)
+        np.testing.assert_allclose(picture.compressed(), [1, 0.5, 1e-3])
+    assert np.ma.getmaskarray(shown[2]).all()
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0, 0]]
+    for maps, query in (({}, (0, 0)), ({"a": values}, (2, 0)), ({"a": values[0]}, (0, 0))):
+        with pytest.raises(ValueError, match=r"maps is empty|pass \(H, W\) that holds"):
+            plots.influence_map(maps, query)
+
+
+def test_scan_view_marks_what_comes_before_and_after():
+    points = grid_coords(5, 5)
+    influence = np.linspace(0, 1, 25)
+    figure = check(plots.scan_view(points, ("row", "column"), 12, influence, "view [demo]"))
+    row, column, bars, around = figure.axes[:4]
+    assert [ax.get_title() for ax in (row, column)] == ["row", "column"]
+    tops = [bar.get_y() + bar.get_height() for bar in bars.patches]
+    assert tops == [5, 1, 1, 5, 1, 5, 5, 1]  # above, left, right, below
+    filled = [bar.get_facecolor()[3] > 0 for bar in bars.patches]
+    assert filled == [True, True, False, False] * 2
+    near = row.collections[1].get_offsets()
+    np.testing.assert_allclose(near, points[[7, 11, 13, 17]], atol=1e-6)
+    shade = around.collections[0].get_array()
+    assert np.ma.getmaskarray(shade).nonzero()[0].tolist() == [0, 12]  # no influence, and the point itself
+    np.testing.assert_allclose(shade.max(), 1)
+    for kinds, query, values in (((), 0, influence), (("row",), 25, influence), (("row",), 0, influence[1:])):
+        with pytest.raises(ValueError, match="kinds is empty|do not fit"):
+            plots.scan_view(points, kinds, query, values)
+
+
+# ---------------------------------------------------------------- comparisons of models and samplers
+
+
+def test_window_maps_tell_neighbours_apart():
+    windows = np.arange(64).reshape(8, 8) // 8
+    figure = check(plots.window_maps({"rows": windows, "columns": torch.from_numpy(windows.T)}))
+    rows, columns = pictures(figure)
+    assert (np.diff(rows, axis=0) != 0).all() and (np.diff(rows, axis=1) == 0).all()
+    np.testing.assert_array_equal(rows.T, columns)
+    with pytest.raises(ValueError, match=r"shape \(64,\); pass \(H, W\)"):
+        plots.window_maps({"flat": windows.ravel()})
+    with pytest.raises(ValueError, match="maps is empty"):
+        plots.window_maps({})
+
+
+def test_parts_chart_shows_paired_differences():
+    rows = [
+        {"model": "all", "psnr": 22.0, "psnr_se": 0.5, "versus_first": 0.0, "versus_first_se": 0.0},
+        {"model": "one way", "psnr": 21.0, "psnr_se": None, "versus_first": -1.0, "versus_first_se": 0.1},
+        {"model": "perfect", "psnr": None, "psnr_se": None, "versus_first": None, "versus_first_se": None},
+    ]
+    left, right = check(plots.parts_chart(rows, title="parts [demo]")).axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["all", "one way", "perfect"]
+    np.testing.assert_array_equal(right.lines[0].get_xdata(), [0, -1, np.nan])
+    assert left.yaxis_inverted() and right.get_xlabel() == "paired difference to all (dB)"
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.parts_chart([])
+
+
+def sampler_rows():
+    """Rows as `evaluate.compare_samplers` has them."""
+    scores = {"psnr": 20.0, "speckle": 0.03, "sharpness": 0.9}
+    rows = [
+        {"method": name, "kind": "sample", "evaluations": count, **scores, "psnr": 22.0 - count / 8}
+        for name in ("euler", "heun", "sde, temperature 0.5")
+        for count in (8, 4)
+    ]
+    mean = {"kind": "mean", **scores, "psnr": 23.0, "sharpness": 0.4}
+    return [*rows, {"method": "posterior mean (1 step)", "evaluations": 1, **mean}]
+
+
+def test_sampler_curves_show_samples_only():
+    figure = check(plots.sampler_curves(sampler_rows()))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["euler", "heun", "sde, temperature 0.5"]
+    assert [ax.get_title() for ax in figure.axes] == [label for _, label in plots._SAMPLE_SCORES]
+    assert max(line.get_ydata().max() for line in figure.axes[0].lines) < 23  # the mean is not among them
+    styles = {(line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(styles) == 3, "curves differ by more than their colour"
+    with pytest.raises(ValueError, match="no row of kind 'sample'"):
+        plots.sampler_curves(sampler_rows()[-1:])
+
+
+def test_perception_distortion_keeps_kinds_apart():
+    figure = check(plots.perception_distortion(sampler_rows()))
+    left = figure.axes[0]
+    assert left.get_xlabel() == "PSNR (dB)" and left.get_ylabel().startswith("sharpness")
+    legend = [text.get_text() for text in left.get_legend().get_texts()]
+    assert legend == ["posterior sample", "posterior mean"]
+    (x, y), few_first = left.collections[-1].get_offsets()[0], left.collections[0].get_offsets()[:, 0]
+    assert (x, y) == (23.0, 0.4)
+    np.testing.assert_array_equal(few_first, [21.5, 21.0])  # 4 evaluations, then 8
+    assert [text.get_text() for text in left.texts] == ["posterior mean (1 step)"]
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.perception_distortion([])
+
+
+def test_resolution_row_shows_a_detail_and_what_is_missing():
+    made = RNG.uniform(size=(16, 16, 3))
+    figure = check(plots.resolution_row(FIELDS[0], {"mean": made, "target": made}))
+    shown = pictures(figure)
+    assert [picture.shape for picture in shown[:3]] == [(12, 12, 3), (16, 16, 3), (16, 16, 3)]
+    np.testing.assert_array_equal(shown[4], made[4:12, 4:12])
+    assert [ax.get_title() for ax in figure.axes[1:3]] == ["mean\ninf dB, SSIM 1.00", "target\n16x16"]
+    missing = check(plots.resolution_row(FIELDS[0], {"mean": made, "target": None}))
+    assert [ax.get_title() for ax in missing.axes[:2]] == ["observed\n12x12", "mean\n16x16"]
+    assert len(missing.axes) == 4
+    with pytest.raises(ValueError, match="fields is empty"):
+        plots.resolution_row(FIELDS[0], {"target": None})

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nfhelpers import evaluate, metrics, widgets
+from nfhelpers import evaluate, images, metrics, widgets
 from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
@@ -123,3 +123,78 @@ def test_ssm_panels():
     before = parts(box)[1].value
     control(box, "length L").value = 1000
     assert parts(box)[1].value != before
+
+
+def test_scan_panel_shows_the_chosen_orders():
+    box = widgets.scan_panel("Scan [smoke]")
+    text, image = parts(box)
+    # 12 x 12 pixels in row order: half of the neighbours are 1 step away, the other half 12 or so.
+    assert "144 points: median steps to the 4 nearest 11.5 in a single order, 11.5 in the best" in text.value
+    assert "this point: 2 of them come before it" in text.value
+    seen = {image.value}
+    for name, value in (("orders", ("row", "column")), ("points", "random points"), ("points a side", 8)):
+        control(box, name).value = value
+        seen.add(image.value)
+    for name in ("point at x", "point at y", "seed"):
+        control(box, name).value += control(box, name).step
+        seen.add(image.value)
+    assert len(seen) == 7 and text.value.startswith("<code>64 points")
+    with pytest.raises(ValueError, match="orders=\\(\\) is empty; choose at least one"):
+        control(box, "orders").value = ()
+    assert "nf-error" in text.value
+
+
+def test_scan_figure_is_repeatable_and_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    one, two = (widgets.scan_figure(("row", "hilbert"), "random pixels", seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one[1] == two[1]
+    assert [ax.get_title() for ax in one[0].axes[:2]] == ["row", "hilbert"]
+    with pytest.raises(ValueError, match="layout='ring' is unknown"):
+        widgets.scan_figure(layout="ring")
+    with pytest.raises(ValueError, match="size=2 is below 3"):
+        widgets.scan_figure(size=2)
+    with pytest.raises(ValueError, match="kind='spiral'"):
+        widgets.scan_figure(orders=("spiral",))
+
+
+def test_resolution_panel_computes_each_size_once(model, monkeypatch):
+    asked = []
+    real = evaluate.reconstruct
+
+    def counting(*arguments, **options):
+        asked.append(options["size"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "reconstruct", counting)
+    box = widgets.resolution_panel(model, "photos", count=2, sizes=(24, 16, 144), observed_size=16)
+    text, image = parts(box)
+    first = image.value
+    assert asked == [16] and "16x16: 256 queries" in text.value
+    control(box, "resolution (px)").value = 24
+    assert sorted(asked) == [16, 24] and image.value != first and "PSNR" in text.value
+    control(box, "resolution (px)").value = 16
+    assert sorted(asked) == [16, 24] and image.value == first
+    control(box, "resolution (px)").value = 144  # finer than the photographs' windows
+    assert "no ground truth" in text.value
+    control(box, "image").value = 1
+    assert len(asked) == 5
+    assert not control(box, "resolution (px)").continuous_update
+
+
+def test_resolution_figure_agrees_with_the_library(model):
+    cache = {}
+    figure, text = widgets.resolution_figure(model, "photos", 1, 32, observed_size=16, seed=3, cache=cache)
+    fields = evaluate.observe_images(images.load_images("photos", "test", 16, limit=2)[1:], 0.2, 3)
+    made = evaluate.reconstruct(model, fields, size=32, seed=3)["fields"]
+    np.testing.assert_allclose(cache[1, 32][0], made[0], atol=1e-6)
+    target = images.load_images("photos", "test", 32, limit=2)[1:] / 255
+    assert f"PSNR {metrics.psnr(made, target)[0]:.2f} dB" in text
+    assert isinstance(figure, Figure)
+    for change, message in (
+        ({"image": -1}, "image=-1"),
+        ({"image": 999}, "image=999"),
+        ({"size": 8}, "size=8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            widgets.resolution_figure(model, "photos", **{"image": 0, "size": 16, **change})

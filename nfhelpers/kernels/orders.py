@@ -173,3 +173,50 @@ def inverse_order(order):
     if _is_read(inverse) and bool((inverse < 0).any()):
         raise ValueError("order names a position twice; pass a permutation such as point_order returns")
     return inverse
+
+
+def neighbour_steps(coords, orders, neighbours=4, among=None):
+    """How far back in each order a scan has met the points that lie nearest in the plane.
+
+    Time and memory are O(B L^2). Of points that are equally near, those that come first in `coords` count.
+
+    Args:
+        coords: (B, L, 2) floating, (x, y).
+        orders: (B, K, L) int64, permutations as `point_order` returns them, stacked.
+        neighbours: M, how many nearest points of every point; it is not one of its own.
+        among: (B, L) bool, the points that may be neighbours; None for all.
+
+    Returns:
+        (B, K, L, M) int64, nearest first: n for a neighbour that the scan meets n steps before the point, -n
+        for one that it meets n steps after it, of which a causal scan knows nothing there.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, fewer than M points that may be a point's neighbours.
+    """
+    shape = tuple(getattr(coords, "shape", ()))
+    if len(shape) != 3 or shape[2] != 2 or 0 in shape:
+        raise ValueError(f"coords has shape {shape}; pass a tensor (B, L, 2) such as (8, 204, 2), not empty")
+    batch, length, _ = coords.shape
+    shape = tuple(getattr(orders, "shape", ()))
+    if len(shape) != 3 or shape[0] != batch or shape[2] != length:
+        raise ValueError(f"orders has shape {shape}; the points ask for (B, K, L) = ({batch}, K, {length})")
+    among = torch.ones_like(coords[..., 0], dtype=torch.bool) if among is None else among
+    if among.shape != (batch, length) or among.dtype != torch.bool:
+        raise ValueError(
+            f"among is {among.dtype} of shape {tuple(among.shape)}; pass bool ({batch}, {length})"
+        )
+    available = int((among.sum(-1, keepdim=True) - among.long()).min())
+    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or not 1 <= neighbours <= available:
+        raise ValueError(
+            f"neighbours={neighbours!r} of every point were asked for, and one of them has {available}; pass "
+            "a whole number from 1 to that, such as 4 of 5 points or more"
+        )
+    apart = (coords[:, :, None].float() - coords[:, None].float()).norm(dim=-1)  # (B, L, L)
+    itself = torch.eye(length, dtype=torch.bool, device=coords.device)
+    apart = apart.masked_fill(itself | ~among[:, None], torch.inf)
+    level = _lines(apart.flatten(0, 1)).view_as(apart)  # pixels equally far in exact arithmetic share one
+    nearest = level.argsort(dim=-1, stable=True)[..., :neighbours]  # (B, L, M)
+    position = inverse_order(orders)  # (B, K, L), the step at which a point is visited
+    directions = orders.shape[1]
+    there = position.gather(2, nearest.flatten(1)[:, None].expand(-1, directions, -1))  # (B, K, L*M)
+    return position[..., None] - there.unflatten(2, (length, neighbours))  # (B, K, L, M)

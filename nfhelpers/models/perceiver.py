@@ -21,13 +21,71 @@ from nfhelpers.models.base import run_layers
 from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
 
 
+class RotaryCoordinates(nn.Module):
+    """Rotary embedding of points of the plane: attention sees where points lie from one another.
+
+    Pairs of channels of a token at p are turned by the angle 2 pi f . p, each pair by a frequency f of its
+    own. Then the product of a query at p and a key at q depends on their content and on q - p, and values
+    turned at q and turned back at p carry q - p along. The frequencies (cycles per image side) have random
+    directions and lengths between `LOWEST` and `HIGHEST`, log-uniform; they are saved with the weights.
+
+    Sources: Su et al., "RoFormer", 2021; of values too: Miyato et al., "GTA: A Geometry-Aware Attention
+    Mechanism for Multi-View Transformers", ICLR 2024.
+    """
+
+    LOWEST, HIGHEST = 0.25, 16.0
+
+    def __init__(self, num_heads: int, channels: int):
+        super().__init__()
+        pairs = channels // 2
+        length = torch.empty(num_heads, pairs).uniform_(math.log(self.LOWEST), math.log(self.HIGHEST)).exp()
+        angle = torch.empty(num_heads, pairs).uniform_(0, 2 * math.pi)
+        frequencies = torch.stack([length * angle.cos(), length * angle.sin()])
+        self.register_buffer("frequencies", frequencies)  # (2, H, C/2)
+
+    def forward(self, coords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Points (B, L, 2) -> cosines and sines of the angles, (B, H, L, C/2) each."""
+        x, y = (2 * math.pi * coords.float())[:, None].split(1, dim=-1)  # (B, 1, L, 1) each
+        along_x, along_y = self.frequencies.float()[:, :, None]  # (H, 1, C/2) each
+        angle = x * along_x + y * along_y  # (B, H, L, C/2), unrounded by a matrix product
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the last pairs of channels of x (B, H, L, C), as many as there are cosines (B, H, L, P)."""
+    still, a, b = x.split([x.shape[-1] - 2 * cos.shape[-1], cos.shape[-1], cos.shape[-1]], dim=-1)
+    return torch.cat([still, (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)], dim=-1)
+
+
+def relative_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    at_query: tuple[torch.Tensor, torch.Tensor],
+    at_key: tuple[torch.Tensor, torch.Tensor],
+    attn_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of q (B, H, Q, C) to k, v (B, H, I, C) that sees where they lie -> (B, H, Q, C).
+
+    at_query, at_key: cosines and sines of their points (`RotaryCoordinates`). Half of the values' channels
+    are turned, the others are the same wherever they come from.
+    """
+    pairs = v.shape[-1] // 4
+    q, k = rotate(q, *at_query), rotate(k, *at_key)
+    v = rotate(v, *(x[..., :pairs] for x in at_key))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)  # (B, H, Q, C)
+    cos, sin = (x[..., :pairs] for x in at_query)
+    return rotate(y, cos, -sin)  # (B, H, Q, C)
+
+
 class CrossAttention(nn.Module):
-    """Multi-head attention from queries to observed points, with a Gaussian prior on their distance.
+    """Multi-head attention from queries to observed points that sees where they lie from one another.
 
     Each head adds ``-|p - q|^2 / (2 sigma_h^2)`` to its logits. With flat keys a head is then a
     Gaussian-kernel interpolation (Nadaraya-Watson) of the observations, which is what the field looks like at
     zeroth order; the keys correct it. The widths sigma_h are learned, starting log-spaced between `NEAREST`
-    and `WIDEST`.
+    and `WIDEST`. Queries, keys and values are turned by their points (`RotaryCoordinates`).
     """
 
     NEAREST, WIDEST = 0.015, 0.3  # in image sides: half a pixel to ten pixels of a 32 px field
@@ -38,9 +96,14 @@ class CrossAttention(nn.Module):
         self.dropout = dropout
         self.query_norm = nn.RMSNorm(d_model)
         self.input_norm = nn.RMSNorm(d_model)
-        self.to_query = nn.Linear(d_model, d_model, bias=False)
-        self.to_key_value = nn.Linear(d_model, 2 * d_model, bias=False)
+        self.to_query = nn.Linear(d_model, d_model)
+        self.to_key_value = nn.Linear(d_model, 2 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
+        # The part of the logits that depends on q - p alone: with equal biases it is largest at q = p.
+        nn.init.normal_(self.to_query.bias)
+        with torch.no_grad():
+            self.to_key_value.bias[:d_model] = self.to_query.bias
+        self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
         widths = torch.linspace(math.log(self.NEAREST), math.log(self.WIDEST), num_heads)
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
@@ -59,9 +122,8 @@ class CrossAttention(nn.Module):
         precision = 0.5 * torch.exp(-2 * self.log_sigma.float())  # (H,)
         prior = -precision[:, None, None] * distance2[:, None]  # (B, H, Q, I)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=prior.to(q.dtype), dropout_p=dropout
-        )  # (B, H, Q, C)
+        at_query, at_key = self.rotary(query_coords), self.rotary(input_coords)
+        y = relative_attention(q, k, v, at_query, at_key, prior.to(q.dtype), dropout)  # (B, H, Q, C)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,30 +146,35 @@ class QuerySelfAttention(nn.Module):
         self.order = order
         self.dropout = dropout
         self.norm = nn.RMSNorm(d_model)
-        self.to_query_key_value = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.to_query_key_value = nn.Linear(d_model, 3 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
+        self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
     def forward(self, queries: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
         """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
         x = self.to_query_key_value(self.norm(queries))  # (B, Q, 3D)
         length = x.shape[1]
         if length <= self.FULL:
-            return self.to_out(self._attend(x, 1))  # (B, Q, D)
+            return self.to_out(self._attend(x, coords, 1))  # (B, Q, D)
         order = point_order(coords, self.order)  # (B, Q)
         windows = math.ceil(length / self.WINDOW)
         size, longer = divmod(length, windows)  # so many windows hold one query more
-        parts = gather_tokens(x, order).split([longer * (size + 1), (windows - longer) * size], dim=1)
+        counts = (longer, windows - longer)
+        parts = [
+            gather_tokens(tensor, order).split([counts[0] * (size + 1), counts[1] * size], dim=1)
+            for tensor in (x, coords)
+        ]
         y = torch.cat(
-            [self._attend(part, n) for part, n in zip(parts, (longer, windows - longer), strict=True) if n],
-            dim=1,
+            [self._attend(*part, n) for *part, n in zip(*parts, counts, strict=True) if n], dim=1
         )  # (B, Q, D)
         return gather_tokens(self.to_out(y), inverse_order(order))  # (B, Q, D)
 
-    def _attend(self, x: torch.Tensor, windows: int) -> torch.Tensor:
-        """Queries, keys and values (B, L, 3D) of so many windows of equal length -> (B, L, D)."""
-        heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
+    def _attend(self, x: torch.Tensor, coords: torch.Tensor, windows: int) -> torch.Tensor:
+        """Queries, keys and values (B, L, 3D) at (B, L, 2) in so many equal windows -> (B, L, D)."""
+        heads, coords = (z.unflatten(1, (windows, -1)).flatten(0, 1) for z in (x, coords))  # (B*W, L/W, ...)
         q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        at = self.rotary(coords)
+        y = relative_attention(q, k, v, at, at, dropout=self.dropout if self.training else 0.0)
         return y.transpose(1, 2).flatten(2).unflatten(0, (-1, windows)).flatten(1, 2)  # (B, L, D)
 
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nfhelpers.flow import check_unit_range, skip_weight
+from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.kernels.orders import POINT_ORDERS, inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import (
@@ -34,7 +34,11 @@ from nfhelpers.models.ssm import (
     LightweightMultiDirectionalBlock,
     MambaBlock,
     MultiDirectionalMambaBlock,
+    start_as_identity,
 )
+
+POSTERIOR_STD = 0.15
+"""What 20% of the pixels leave open of the others, in values of [-1, 1]: of `flow.loss_weight`."""
 
 # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -135,18 +139,20 @@ def joint_orders(coords: torch.Tensor, kinds: tuple[str, ...], bidirectional: bo
 def directional_blocks(config: ModelConfig, bidirectional: bool) -> nn.ModuleList:
     """The blocks of a model that scans in `config.orders`."""
     block = LightweightMultiDirectionalBlock if config.shared_weights else MultiDirectionalMambaBlock
-    return nn.ModuleList(
-        block(
-            config.d_model,
-            config.d_state,
-            config.expand,
-            len(config.orders),
-            bidirectional,
-            config.tied_decay,
-            config.mlp_ratio,
-            config.dropout,
+    return start_as_identity(
+        nn.ModuleList(
+            block(
+                config.d_model,
+                config.d_state,
+                config.expand,
+                len(config.orders),
+                bidirectional,
+                config.tied_decay,
+                config.mlp_ratio,
+                config.dropout,
+            )
+            for _ in range(config.num_layers)
         )
-        for _ in range(config.num_layers)
     )
 
 
@@ -350,6 +356,10 @@ class TokenField(FieldModel):
         residual = self.predict(noisy_values, query_coords, t, input_coords, input_values)  # (B, Q, 3)
         return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
 
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Weight of the loss at t (B,) -> (B,)."""
+        return loss_weight(t, POSTERIOR_STD)
+
     def predict(
         self,
         query_values: torch.Tensor,
@@ -520,8 +530,7 @@ class MambaField(TokenField):
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         """V / s^2 for t (B,) -> (B,): what turns the error of the velocity into that of the network."""
-        std = self.config.residual_std
-        return ((1 - t) ** 2 + (std * t) ** 2) / std**2
+        return loss_weight(t, self.config.residual_std)
 
     def mix(
         self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
@@ -586,6 +595,10 @@ class LocalImplicitField(FieldModel):
             for _ in range(config.num_layers)
         )
         self.decoder = residual_decoder(d, config.dropout)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Weight of the loss at t (B,) -> (B,), the same as that of the models it is compared with."""
+        return loss_weight(t, POSTERIOR_STD)
 
     def forward(
         self,

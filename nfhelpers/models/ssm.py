@@ -182,6 +182,18 @@ class ResidualBlock(nn.Module):
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
 
 
+def start_as_identity(blocks: nn.ModuleList) -> nn.ModuleList:
+    """Zero the last layer of both branches of residual blocks, so that they pass tokens on to begin with.
+
+    What a block mixes in before it has learned anything is noise to the layers after it.
+    """
+    for block in blocks:
+        nn.init.zeros_(block.mixer.out_proj.weight)
+        nn.init.zeros_(block.mlp[-1].weight)
+        nn.init.zeros_(block.mlp[-1].bias)
+    return blocks
+
+
 class MambaBlock(ResidualBlock):
     """One scan along the sequence (seed 001's MambaBlock): `forward(tokens)`."""
 
@@ -239,9 +251,11 @@ class BidirectionalMamba(nn.Module):
     ):
         super().__init__()
         self.forward_blocks, self.backward_blocks = (
-            nn.ModuleList(
-                MambaBlock(d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
-                for _ in range(num_layers // 2)
+            start_as_identity(
+                nn.ModuleList(
+                    MambaBlock(d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
+                    for _ in range(num_layers // 2)
+                )
             )
             for _ in range(2)
         )
