@@ -96,7 +96,11 @@ def build_parser():
         "(wiener, from training images of the same source), upsampled 32 px result.",
     )
     evaluate_parser.add_argument(
-        "checkpoint", type=Path, help="folder of a saved model, such as checkpoints/v1-photos"
+        "checkpoint",
+        type=Path,
+        nargs="+",
+        help="folder of a saved model, such as checkpoints/v1-photos; several share one table, in which they "
+        "are compared with the first",
     )
     evaluate_parser.add_argument(
         "--scales", type=int, nargs="+", default=[32, 64, 96, 128], metavar="SIDE", help="sides in pixels"
@@ -317,41 +321,49 @@ def pick_device(name):
 
 
 def evaluate_checkpoint(options, command):
-    """Print the table of `evaluate.multiscale`; write JSON and figures where asked for."""
+    """Print the table of `evaluate.multiscale`, or `side_by_side`; write JSON and figures where asked for."""
     device = pick_device(options.device)
-    model = models.load_model(options.checkpoint).to(device)
-    pictures = {}  # scale -> method -> the first image's field
+    names = checkpoint_names(*options.checkpoint)
+    loaded = {
+        name: models.load_model(path).to(device) for name, path in zip(names, options.checkpoint, strict=True)
+    }
+    settings = {
+        "scales": tuple(options.scales),
+        "sample_scales": options.sample_scales,
+        "steps": options.steps,
+        "method": options.samplers,
+        "temperature": options.temperature,
+        "images": options.images,
+        "observed": options.observed,
+        "seed": options.seed,
+        "device": device,
+        "progress": sys.stderr.isatty(),
+    }
+    pictures = {}  # scale -> method or model -> the first image's field
+    if len(loaded) == 1:
 
-    def keep_first(scale, method, fields, target):
-        pictures.setdefault(scale, {})[method] = fields[0]
-        if target is not None:
-            pictures[scale]["target"] = target[0]
+        def keep_first(scale, method, fields, target):
+            pictures.setdefault(scale, {})[method] = fields[0]
+            if target is not None:
+                pictures[scale]["target"] = target[0]
 
-    rows = evaluate.multiscale(
-        model,
-        options.data,
-        scales=tuple(options.scales),
-        sample_scales=options.sample_scales,
-        steps=options.steps,
-        method=options.samplers,
-        temperature=options.temperature,
-        images=options.images,
-        observed=options.observed,
-        seed=options.seed,
-        device=device,
-        progress=sys.stderr.isatty(),
-        callback=keep_first if options.figures else None,
-    )
+        keep = keep_first if options.figures else None
+        rows = evaluate.multiscale(*loaded.values(), options.data, callback=keep, **settings)
+    else:
+        rows, fields = evaluate.side_by_side(loaded, options.data, **settings)
+        for (scale, name), made in fields.items():
+            if made is not None:
+                pictures.setdefault(scale, {})[name] = made[0]
     print(evaluate.format_table(rows))
     if options.out:
-        settings = {
+        config = {
             name: value for name, value in vars(options).items() if name not in ("function", "out", "figures")
         }
-        settings["checkpoint"] = str(options.checkpoint)
-        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=settings)}")
+        config["checkpoint"] = [str(path) for path in options.checkpoint]
+        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=config)}")
     if options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
-        path = options.figures / f"{options.checkpoint.resolve().name}_multiscale.png"
+        path = options.figures / f"{'_'.join(names)}_multiscale.png"
         heading = f"{options.data}, {options.observed:.0%} of pixels observed"
         plots.multiscale_grid(pictures, title=heading).savefig(path, bbox_inches="tight")
         print(f"wrote {path}")
@@ -421,13 +433,13 @@ def compare_checkpoints(options, command):
     return 0
 
 
-def checkpoint_names(path_a, path_b):
-    """Short and different names of two checkpoints: v1/best and v2/best are "v1-best" and "v2-best"."""
-    parts = [path.resolve().parts for path in (path_a, path_b)]
-    if parts[0] == parts[1]:
-        return tuple(f"{parts[0][-1]}-{letter}" for letter in "AB")
+def checkpoint_names(*paths):
+    """Short and different names of checkpoints: v1/best and v2/best are "v1-best" and "v2-best"."""
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        return tuple(f"{part[-1]}-{chr(ord('A') + i)}" for i, part in enumerate(parts))
     depth = 1
-    while parts[0][-depth:] == parts[1][-depth:]:
+    while len({part[-depth:] for part in parts}) < len(parts):
         depth += 1
     return tuple("-".join(part[-depth:]) for part in parts)
 

@@ -650,7 +650,8 @@ def side_by_side(models, source="photos", **options):
         (rows, pictures). rows: those of `multiscale` for every model's posterior mean and samples, with
         `model`, its name, versus_first and versus_first_se, the mean paired difference of its PSNR to that of
         the first model at the same scale by the same method, and versus_first_p, the p-value of its paired
-        t-test, None where undefined; at each scale the row of biharmonic inpainting, of model "-", is last.
+        t-test, None where undefined, and parameters, their number; at each scale the rows of the classical
+        methods, of model "-", are last.
         pictures: dict of (scale, name of a model) -> posterior means (N, h, w, 3) in [0, 1]; there are also
         the names "biharmonic" and "target" (None without ground truth).
 
@@ -660,7 +661,7 @@ def side_by_side(models, source="photos", **options):
     if not models or taken:
         raise ValueError(f"models has the names {list(models)}; pass at least one, such as {{'v1': model}}")
     first, rows, made, pictures = next(iter(models)), [], {}, {}
-    nothing = ("versus_first", "versus_first_se", "versus_first_p")
+    nothing = ("parameters", "versus_first", "versus_first_se", "versus_first_p")
     for name, model in models.items():
 
         def keep(scale, method, prediction, target, name=name):
@@ -671,8 +672,9 @@ def side_by_side(models, source="photos", **options):
 
         for row in multiscale(model, source, callback=keep, **options):
             if row["method"] == ONE_STEP_MEAN or row["kind"] == "sample":
-                rows.append({"model": name, **row})
-            elif row["method"] == "biharmonic" and name == first:
+                parameters = sum(p.numel() for p in model.parameters())
+                rows.append({"model": name, **row, "parameters": parameters})
+            elif row["kind"] == "classical" and name == first:
                 rows.append({"model": "-", **row, **dict.fromkeys(nothing)})
     for row in rows:
         if row["model"] != "-":
@@ -760,7 +762,7 @@ def compare_samplers(
         images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict of `observe_images`.
         methods: keys of `samplers.SAMPLERS`; "sde" gives a row for each of `temperatures`.
         evaluations: numbers of network evaluations a sample may cost; each a multiple of what a step of every
-            method takes (`samplers.EVALUATIONS`), such as multiples of 4.
+            method takes (`samplers.EVALUATIONS`), such as multiples of 4; "heun" and "sde" stay one below.
         draws: K of the mean of K samples (Heun, with the largest number of evaluations each); 0 leaves it
             out.
         observed, seed, device: as in `reconstruct`.

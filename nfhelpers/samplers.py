@@ -68,10 +68,10 @@ def euler(velocity, x, times, *, callback=None, progress=False):
 def heun(velocity, x, times, *, callback=None, progress=False):
     """Integrate dx/dt = velocity(x, t) by Heun's method: second order, two evaluations a step.
 
-    Arguments, callback, result and errors are those of `euler`. The velocity is evaluated at times[-1] too;
-    diffusers' FlowMatchHeunDiscreteScheduler, with which all other steps agree, ends in a step of Euler's
-    method instead, as do Karras et al., whose velocity is undefined there. Source: Karras et al. 2022,
-    algorithm 1.
+    Arguments, callback, result and errors are those of `euler`. A step that ends in data, at t = 1, is one of
+    Euler's method, with one evaluation: no noise is to be seen there, so the velocity data - noise of a
+    network is mostly a guess. Agrees with diffusers' FlowMatchHeunDiscreteScheduler, and up to that step with
+    torchdiffeq's "heun2". Source: Karras et al. 2022, algorithm 1.
     """
 
     def advance(x, t, t_next):
@@ -82,6 +82,8 @@ def heun(velocity, x, times, *, callback=None, progress=False):
 
 def _heun_step(velocity, x, t, t_next):
     slope = velocity(x, t)
+    if t_next == 1:
+        return x + (t_next - t) * slope
     slope_next = velocity(x + (t_next - t) * slope, t_next)
     return x + (t_next - t) * (slope + slope_next) / 2
 
@@ -177,7 +179,7 @@ def sde(velocity, x, times, *, temperature=1.0, generator=None, callback=None, p
 
 
 EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2}
-"""Evaluations of the network that a step of each sampler takes."""
+"""Evaluations of the network that a step of each sampler takes; "heun" and "sde" save one in the last."""
 
 SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "sde": sde}
 
@@ -273,10 +275,11 @@ def sample(
 
     model: a field model (nn.Module); query_coords (B, Nq, 2) and input_coords (B, Ni, 2) in [0, 1];
     input_values (B, Ni, 3) in [-1, 1]. method: a key of SAMPLERS; steps: number of equal steps ("euler" and
-    "ddim" evaluate the model once a step, "rk4" four times, the others twice); generator: source of all
-    noise, on any device; temperature: of "sde", how much noise each step replaces, in [0, inf) (see `sde`;
-    its initial noise is not scaled); of the other methods, a factor on the initial noise, 0 for none, 1 for a
-    posterior sample; callback(step, t, x): called after each step with step = 1 ... steps, the time reached
+    "ddim" evaluate the model once a step, "rk4" four times, the others twice, see `EVALUATIONS`); generator:
+    source of all noise, on any device; temperature: of "sde", how much noise each step replaces, in [0, inf)
+    (see `sde`; its initial noise is not scaled); of the other methods, a factor on the initial noise, 0 for
+    none, 1 for a posterior sample; callback(step, t, x): called after each step with step = 1 ... steps, the
+    time reached
     and the state of the whole batch, not clamped; max_batch: most samples that pass through the model at once
     (query points are never split: they share one sequence), the result does not depend on it beyond float
     error, as all noise is drawn for the whole batch; progress: show a bar. Returns (B, Nq, 3), clamped to

@@ -644,8 +644,10 @@ def test_models_side_by_side_are_paired_with_the_first():
     options = {"scales": (16, 32), "sample_scales": (16,), "steps": 2, "images": 3, "observed_size": 16}
     models = {"a": GaussianPosterior(0.1), "b": GaussianPosterior(-0.2)}
     rows, pictures = evaluate.side_by_side(models, "photos", **options)
-    assert [row["model"] for row in rows] == ["a", "a", "b", "b", "-", "a", "b", "-"]
+    classical = ["-"] * 5  # linear, cubic, rbf, biharmonic, wiener
+    assert [row["model"] for row in rows] == ["a", "a", "b", "b", *classical, "a", "b", *classical]
     assert [row["kind"] for row in rows[:5]] == ["mean", "sample", "mean", "sample", "classical"]
+    assert {row["parameters"] for row in rows} == {0, None}
     assert set(pictures) == {(s, n) for s in (16, 32) for n in ("a", "b", "biharmonic", "target")}
     alone = {name: evaluate.multiscale(model, "photos", **options) for name, model in models.items()}
     for row in rows:
@@ -662,7 +664,7 @@ def test_models_side_by_side_are_paired_with_the_first():
         assert same["versus_first"] == 0 and same["versus_first_p"] is None
     text = evaluate.format_table(rows).splitlines()
     assert text[0].split()[:4] == ["scale", "model", "method", "kind"] and text[0].endswith("PSNR - first")
-    assert text[6].endswith("-")
+    assert text[6].endswith("-")  # the first classical method
     for bad in ({}, {"target": models["a"]}):
         with pytest.raises(ValueError, match="pass at least one"):
             evaluate.side_by_side(bad)
@@ -715,8 +717,8 @@ def test_samplers_are_compared_at_equal_cost():
     assert [row["method"] for row in samples[::2]] == [
         *("euler", "heun", "midpoint", "rk4", "ddim", "sde, temperature 0.5", "sde, temperature 1")
     ]
-    # As many evaluations as the rows say, of the means too.
-    assert sum(calls) == 4 * sum(row["evaluations"] for row in rows)
+    # As many evaluations as the rows say, of the means too, but one less for 2 + 4 samples and 8 draws.
+    assert sum(calls) == 4 * (sum(row["evaluations"] for row in rows) - 14)
     at = {(row["method"], row["evaluations"]): row for row in rows}
     mean = at[evaluate.ONE_STEP_MEAN, 1]
     assert mean["kind"] == "mean" and at["euler", 8]["psnr"] == pytest.approx(at["ddim", 8]["psnr"], abs=1e-3)

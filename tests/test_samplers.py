@@ -110,7 +110,8 @@ def _curved(x, t):
 @pytest.mark.parametrize("rising", [True, False])
 def test_the_same_states_as_torchdiffeq(integrate, theirs, rising):
     x0 = torch.randn(3, 5, generator=_seeded(), dtype=torch.float64)
-    times = torch.tensor([0, 0.05, 0.2, 0.35, 0.7, 1], dtype=torch.float64)  # not equal steps
+    end = 0.95 if theirs == "heun2" else 1  # where the step to data is another one
+    times = torch.tensor([0, 0.05, 0.2, 0.35, 0.7, end], dtype=torch.float64)  # not equal steps
     times = times if rising else times.flip(0)
     states = [x0]
     integrate(_curved, x0, times, callback=lambda step, t, x: states.append(x))
@@ -142,7 +143,7 @@ def test_the_same_states_as_diffusers_euler(integrate, shift):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_same_states_as_diffusers_heun(shift):
-    """It ends in a step of Euler's method and returns the predictor between two steps."""
+    """It returns the predictor between two steps."""
     scheduler = FlowMatchHeunDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(8)
     x0 = torch.randn(3, 5, generator=_seeded())
@@ -150,8 +151,7 @@ def test_the_same_states_as_diffusers_heun(shift):
     times = torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])  # all but the ends stand there twice
     assert len(times) == 9 and times[-1] == 1
     states = [x0]
-    x = heun(_curved, x0, times[:-1], callback=lambda step, t, x: states.append(x))
-    states.append(euler(_curved, x, times[-2:]))
+    heun(_curved, x0, times, callback=lambda step, t, x: states.append(x))
     torch.testing.assert_close(torch.stack(states), torch.stack(expected[::2] + expected[-1:]))
 
 
@@ -187,7 +187,8 @@ def test_variance_of_sde_on_a_gaussian(temperature):
             ratio = back / t if t else 1.0
             variance = ratio**2 * variance + (1 - back) ** 2 - ratio**2 * (1 - t) ** 2
             h = t_next - back
-            variance *= (1 + h / 2 * (slope(back) + slope(t_next) * (1 + h * slope(back)))) ** 2
+            last = slope(back) if t_next == 1 else slope(t_next) * (1 + h * slope(back))
+            variance *= (1 + h / 2 * (slope(back) + last)) ** 2
         return variance
 
     error = [abs(final_variance(steps) - std**2) for steps in (200, 400, 800)]
@@ -245,7 +246,8 @@ def test_falling_times_run_back_to_the_start(integrate, order):
     torch.testing.assert_close(there, x0 + 0.7)
     torch.testing.assert_close(integrate(lambda x, t: torch.full_like(x, 0.7), there, times.flip(0)), x0)
     if order > 1:
-        torch.testing.assert_close(integrate(lambda x, t: t.expand_as(x), x0, times), x0 + 0.5)
+        back = integrate(lambda x, t: t.expand_as(x), x0 + 0.5, times.flip(0))
+        torch.testing.assert_close(back, x0)
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -265,7 +267,7 @@ def test_samples_of_a_gaussian_posterior_have_its_mean_and_std(method):
     expected = input_values.mean(1)
     torch.testing.assert_close(x.mean(1), expected, atol=0.008, rtol=0)
     torch.testing.assert_close(x.std(1), torch.full((3, 3), 0.1), atol=0.008, rtol=0)
-    assert model.evaluations == 200 * EVALUATIONS[method]
+    assert model.evaluations == 200 * EVALUATIONS[method] - (method in ("heun", "sde"))
 
 
 def test_one_step_posterior_mean_is_exact_whatever_the_noise():
