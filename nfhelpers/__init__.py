@@ -17,6 +17,7 @@ _ROOMS = (
     "plots",
     "run",
     "samplers",
+    "spectrograms",
     "train",
     "widgets",
 )

@@ -3,6 +3,7 @@
     python -m nfhelpers doctor
     python -m nfhelpers train v1 --preset demo --data photos
     accelerate launch -m nfhelpers train v1 --preset full
+    python -m nfhelpers train diffae_phase1 && python -m nfhelpers train diffae_phase2
     python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
     python -m nfhelpers evaluate checkpoints/v1-photos --samplers heun sde ddim --temperature 0.5
     python -m nfhelpers compare checkpoints/v1-photos checkpoints/v2-photos --num-samples 50
@@ -86,6 +87,13 @@ def build_parser():
         "--precision", choices=sorted(train.PRECISIONS), help="default: bf16 on a GPU, else fp32"
     )
     train_parser.add_argument("--seed", type=int, help="default: the preset's")
+    train_parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="FOLDER",
+        help="of diffae_phase2: the model of phase 1 (default: runs/diffae_phase1/PRESET/best); of multidir, "
+        "v2 and field: a trained v1, whose shared components they start from",
+    )
     train_parser.set_defaults(function=train_model)
 
     evaluate_parser = commands.add_parser(
@@ -190,7 +198,7 @@ def build_parser():
 def trainable():
     """Names of the models that have a section of settings in presets.toml."""
     sections = run.sections()
-    return [name for name in models.FIELD_MODELS if name in sections]
+    return [*(name for name in models.FIELD_MODELS if name in sections), *PHASES]
 
 
 # ---------------------------------------------------------------- doctor
@@ -236,6 +244,44 @@ def doctor(options, command):
 # ---------------------------------------------------------------- train
 
 
+PHASES = ("diffae_phase1", "diffae_phase2")
+"""Sections of presets.toml that train the diffusion autoencoder, one after the other."""
+
+
+def build_model(name, preset, settings, init):
+    """The model to train, of these settings. Phase 2 of the autoencoder is built on the model of phase 1;
+    multidir, v2 and field start from the components they share with a v1 in the folder `init`, if given.
+
+    Raises ValueError for an `init` without use, and where phase 2 finds no phase 1.
+    """
+    if name == "diffae_phase2":
+        first = init or Path("runs") / "diffae_phase1" / preset / "best"
+        return models.second_phase(first, **settings)
+    model_class, config_class = models.FIELD_MODELS["diffae" if name == "diffae_phase1" else name]
+    model = model_class(config_class(**settings))
+    if init is None:
+        return model
+    if name not in ("multidir", "v2", "field"):
+        raise ValueError(
+            f"--init {init} is of diffae_phase2, multidir, v2 and field only; leave it out for {name}"
+        )
+    first = models.load_model(init)
+    if not isinstance(first, models.MambaDiffusion):
+        raise ValueError(
+            f"--init {init} is a {type(first).__name__}; pass a v1 such as checkpoints/v1-photos"
+        )
+    models.initialise_from_v1(model, first)
+    return model
+
+
+def keep_latent_statistics(result, dataset, device):
+    """Write mean and standard deviation of the latents of the training set into what phase 1 saved."""
+    for folder in {result.best, result.latest} - {None}:
+        model = models.load_model(folder).to(device)
+        models.fit_latent_statistics(model, dataset)
+        model.save_pretrained(folder)
+
+
 def train_model(options, command):
     """Train or resume; 130 if interrupted."""
     preset = run.resolve_preset(options.preset)
@@ -253,8 +299,7 @@ def train_model(options, command):
     )
 
     run.seed_everything(seed)
-    model_class, config_class = models.FIELD_MODELS[options.model]
-    model = model_class(config_class(**settings["model"]))
+    model = build_model(options.model, preset, settings["model"], options.init)
     datasets = [
         images.SparseFields(
             images.load_images(data["source"], split, data["size"], limit),
@@ -275,6 +320,8 @@ def train_model(options, command):
 
     result = train.fit(model, datasets, config)
     if main_process:
+        if options.model == "diffae_phase1":
+            keep_latent_statistics(result, datasets[0], device)
         losses = result.history["val_loss"]
         score = (
             f", validation loss {losses[-1]:.4f}, PSNR {result.history['val_psnr'][-1]:.2f} dB"

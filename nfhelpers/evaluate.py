@@ -27,8 +27,9 @@ from scipy.interpolate import (
     NearestNDInterpolator,
     RBFInterpolator,
 )
-from scipy.linalg import solve
+from scipy.linalg import eigh, solve
 from scipy.spatial import QhullError
+from scipy.spatial.distance import cdist
 from skimage.restoration import inpaint_biharmonic
 from skimage.transform import resize
 from torch.profiler import ProfilerActivity, profile
@@ -183,8 +184,9 @@ def wiener(fields, train_images, size=None):
 
         v_u = m_u + C_uo (C_oo + ridge)^-1 (v_o - m_o)
 
-    with the mean m and the covariance C of pixels, all three channels jointly, of training images: what can
-    be had from second moments alone. A network that does not beat it has learned no more than those.
+    with one mean colour m and a covariance C of pixels that depends on their offset alone, all three channels
+    jointly, of training images that are mirrored at their borders: what can be had from stationary second
+    moments. A network that does not beat it has learned no more than those.
 
     Args:
         fields: the dict of `observe_images`.
@@ -615,7 +617,7 @@ def _train_images(source, size):
     """The first training images of a source, None where it has none."""
     try:
         return image_sources.load_images(source, "train", size, limit=WIENER_TRAIN_IMAGES)
-    except (ValueError, OSError):  # its test images have just been loaded
+    except ValueError:  # its test images have just been loaded
         return None
 
 
@@ -762,26 +764,29 @@ def compare_samplers(
         images: (N, H, W, 3) uint8 or floats in [0, 1], or the dict of `observe_images`.
         methods: keys of `samplers.SAMPLERS`; "sde" gives a row for each of `temperatures`.
         evaluations: numbers of network evaluations a sample may cost; each a multiple of what a step of every
-            method takes (`samplers.EVALUATIONS`), such as multiples of 4; "heun" and "sde" stay one below.
+            method takes (`samplers.EVALUATIONS`), such as multiples of 4, and at least 2.
         draws: K of the mean of K samples (Heun, with the largest number of evaluations each); 0 leaves it
             out.
         observed, seed, device: as in `reconstruct`.
         progress: show a bar.
 
     Returns:
-        list of dicts: method, kind, evaluations (of the whole row), steps, draws, images, and psnr, ssim,
+        list of dicts: method, kind, budget (evaluations that one draw may cost), evaluations (that the whole
+        row did cost: the last step of "heun" and "sde" saves one), steps, draws, images, and psnr, ssim,
         speckle and sharpness with their standard errors `*_se`. Rows of kind "sample" come first, then those
         of kind "mean": "posterior mean (1 step)" and "mean of K samples".
 
     Raises ValueError for unknown methods, a temperature below 0, and numbers of evaluations that are not such
     multiples.
     """
+    if not methods:
+        raise ValueError("methods is empty; pass some such as ('euler', 'heun')")
     for method in methods:
         samplers.check_method(method)
     for temperature in temperatures:
         samplers.check_temperature(temperature)
     _check_counts(**{f"evaluations[{i}]": count for i, count in enumerate(evaluations)})
-    need = math.lcm(*(samplers.EVALUATIONS[method] for method in methods))
+    need = math.lcm(2, *(samplers.EVALUATIONS[method] for method in methods))
     if not evaluations or any(count % need for count in evaluations):
         raise ValueError(
             f"evaluations={evaluations!r} are not all multiples of {need}, which a step of each of {methods} "
@@ -794,16 +799,21 @@ def compare_samplers(
         for heat in temperatures if method == "sde" else (1.0,):
             name = f"sde, temperature {heat:g}" if method == "sde" else method
             drawn = {"kind": "sample", "method": method, "temperature": heat}
-            runs += [(name, count, 1, count // samplers.EVALUATIONS[method], drawn) for count in evaluations]
-    runs.append((ONE_STEP_MEAN, 1, 1, 1, {"kind": "mean"}))
+            saved = method in ("heun", "sde")
+            for budget in evaluations:
+                steps = budget // samplers.EVALUATIONS[method]
+                cost = {"budget": budget, "evaluations": budget - saved, "steps": steps, "draws": 1}
+                runs.append((name, cost, drawn))
+    runs.append((ONE_STEP_MEAN, {"budget": 1, "evaluations": 1, "steps": 1, "draws": 1}, {"kind": "mean"}))
     if draws:
         most = max(evaluations)
-        averaged = {"kind": "mean", "draws": draws}
-        runs.append((f"mean of {draws} samples", draws * most, draws, most // 2, averaged))
+        cost = {"budget": most, "evaluations": draws * (most - 1), "steps": most // 2, "draws": draws}
+        runs.append((f"mean of {draws} samples", cost, {"kind": "mean", "draws": draws}))
     rows = []
-    for name, count, number, steps, options in tqdm(runs, desc="samplers", disable=not progress):
-        made = reconstruct(model, fields, steps=steps, seed=seed, device=device, **options)["fields"]
-        row = _row(name, options["kind"], _score(made, target), evaluations=count, steps=steps, draws=number)
+    for name, cost, options in tqdm(runs, desc="samplers", disable=not progress):
+        options = {"steps": cost["steps"], "seed": seed, "device": device, **options}
+        made = reconstruct(model, fields, **options)["fields"]
+        row = _row(name, options["kind"], _score(made, target), **cost)
         row["sharpness"], row["sharpness_se"] = _mean_and_error(metrics.sharpness(made, target))
         rows.append(row)
     return rows
@@ -1169,8 +1179,8 @@ def pixel_influence(model, image, pixel, *, observed=0.2, draws=8, seed=0, devic
     """
     image = _as_images(np.asarray(image)[None])[0]
     height, width, _ = image.shape
-    if len(pixel) != 2:
-        raise ValueError(f"pixel={pixel!r} has {len(pixel)} entries; pass (row, column)")
+    if not isinstance(pixel, tuple | list) or len(pixel) != 2:
+        raise ValueError(f"pixel={pixel!r} is not a pair; pass (row, column) such as (16, 16)")
     _check_index("pixel's row", pixel[0], height)
     _check_index("pixel's column", pixel[1], width)
     _check_counts(draws=draws)
@@ -1192,7 +1202,7 @@ def pixel_influence(model, image, pixel, *, observed=0.2, draws=8, seed=0, devic
     for part in torch.arange(draws).split(max(1, TOKENS_PER_FORWARD // (height * width))):
         given = values[part].to(device).requires_grad_()
         batch = [x[part].to(device) for x in (noise, query, coords)]
-        with torch.enable_grad():
+        with torch.enable_grad(), samplers.evaluation_mode(model):
             velocity = model(*batch[:2], torch.zeros(len(part), device=device), batch[2], given)
             colours = velocity[torch.arange(len(part), device=device), place[part].to(device)]  # (n, 3)
         rows = [
@@ -1313,7 +1323,8 @@ def query_cost(model, sizes, *, n_inputs=205, repeats=1, device=None):
 
     Returns:
         list of dicts as `plots.cost_curve` takes them: method ("one forward pass"), length (queries),
-        seconds, memory (bytes beyond the model and its arguments; None where no allocation was recorded).
+        seconds, memory (bytes of tensors beyond the model and its arguments; None where no allocation was
+        recorded; not what the native scan allocates for itself).
 
     Raises ValueError for no sizes, and counts below 1.
     """
@@ -1329,12 +1340,13 @@ def query_cost(model, sizes, *, n_inputs=205, repeats=1, device=None):
         noise = torch.randn(1, size * size, 3, generator=generator).to(device)
 
         def call(query=query, noise=noise):
-            with torch.no_grad():
+            with torch.no_grad(), samplers.evaluation_mode(model):
                 model(noise, query, torch.zeros(1, device=device), coords, 2 * values - 1)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        memory = _peak_bytes(call, device)  # warms up, too
+        call()  # compiles kernels, takes workspaces
+        memory = _peak_bytes(call, device)
         taken = []
         for _ in range(repeats):
             start = time.perf_counter()
@@ -1368,3 +1380,123 @@ def _shape_of(tensor):
 def _scan_flops(u, delta, A, B, *others, out_shape=None, **options):
     """FLOPs of a scan from the shapes of its arguments: delta is (B, K, L, D), B (..., N)."""
     return math.prod(delta) * (9 * B[-1] + 2)
+
+
+# ---------------------------------------------------------------- latents
+
+
+def pca_baseline(train_images, test_images, dims):
+    """Images as the first principal components of training images say them: the linear autoencoder.
+
+    Args:
+        train_images: (M, H, W, 3) uint8 or floats in [0, 1].
+        test_images: (N, H, W, 3) of the same size.
+        dims: number of components, the size of the latent it is compared with; at most min(M - 1, 3 H W).
+
+    Returns:
+        (N, H, W, 3) float64 in [0, 1]. PCA sees every pixel of the test images, where a sparse-field encoder
+        sees the observed ones.
+
+    Raises ValueError for other shapes and for dims outside 1 ... min(M - 1, 3 H W).
+    """
+    train_images, test_images = _as_images(train_images), _as_images(test_images)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(
+            f"train_images are {train_images.shape[1:]} and test_images {test_images.shape[1:]}; "
+            "pass two of one size"
+        )
+    rows = train_images.reshape(len(train_images), -1).astype(np.float64)  # (M, 3HW)
+    _check_counts(dims=dims)
+    most = min(len(rows) - 1, rows.shape[1])
+    if dims > most:
+        raise ValueError(
+            f"dims={dims} is more than {len(rows)} training images of {rows.shape[1]} values span; "
+            f"pass at most {most}, or more images"
+        )
+    mean = rows.mean(axis=0)
+    rows = rows - mean
+    if len(rows) > rows.shape[1]:  # the covariance is the smaller matrix
+        _, vectors = eigh(rows.T @ rows, subset_by_index=(rows.shape[1] - dims, rows.shape[1] - 1))
+    else:
+        vectors = np.linalg.svd(rows, full_matrices=False)[2][:dims].T  # (3HW, dims)
+    test = test_images.reshape(len(test_images), -1) - mean
+    made = mean + test @ vectors @ vectors.T
+    return made.clip(0, 1).reshape(test_images.shape)
+
+
+def latent_probe(train_latents, train_labels, test_latents, test_labels):
+    """Accuracy on test data of a logistic regression from latents to labels: what a latent says of a class.
+
+    latents: (N, C) arrays or tensors on the CPU; labels: (N,) integers. The latents are standardised by the
+    training set's mean and standard deviation. Returns a number in [0, 1]. Raises ValueError on shapes that
+    do not fit.
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train_latents, test_latents = _as_latents(train_latents), _as_latents(test_latents)
+    for name, latents, labels in (
+        ("train", train_latents, train_labels),
+        ("test", test_latents, test_labels),
+    ):
+        if np.shape(labels) != (len(latents),) or latents.shape[1] != train_latents.shape[1]:
+            raise ValueError(
+                f"{name}_latents have shape {latents.shape} and {name}_labels {np.shape(labels)}; "
+                f"pass (N, {train_latents.shape[1]}) and (N,)"
+            )
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    return float(probe.fit(train_latents, train_labels).score(test_latents, test_labels))
+
+
+def nearest_neighbours(queries, latents, k=5):
+    """Indices (Q, k) of the latents (N, C) nearest to each of the queries (Q, C), the nearest first.
+
+    By Euclidean distance: pass normalised latents, so that every channel counts alike. Raises ValueError on
+    shapes that do not fit and for k outside 1 ... N.
+    """
+    queries, latents = _as_latents(queries), _as_latents(latents)
+    _check_counts(k=k)
+    if queries.shape[1] != latents.shape[1] or k > len(latents):
+        raise ValueError(
+            f"queries have shape {queries.shape}, latents {latents.shape} and k={k}; pass one width and k of "
+            f"at most {len(latents)}"
+        )
+    return np.argsort(cdist(queries, latents), axis=1, kind="stable")[:, :k]
+
+
+def _as_latents(latents):
+    latents = np.asarray(latents, dtype=np.float64)
+    if latents.ndim != 2 or latents.size == 0 or not np.isfinite(latents).all():
+        raise ValueError(f"latents have shape {latents.shape}; pass a finite (N, C), such as encode returns")
+    return latents
+
+
+def interpolation_smoothness(fields):
+    """How long and how even the way is that frames of an interpolation take through pixel space.
+
+    Args:
+        fields: (A, ...) frames at equally spaced positions, A >= 3, values in [0, 1].
+
+    Returns:
+        dict: path_length, the sum of the root mean square differences of neighbouring frames; direct, that of
+        the first and the last frame, which no path is shorter than; ratio of the two, 1 for a straight line;
+        second_difference, root mean square of x[i-1] - 2 x[i] + x[i+1] over all inner frames, 0 for even
+        steps along a straight line. RGB blending has a ratio of 1 and a second difference of 0 by
+        construction: the way is straight, but its frames are double exposures. ratio is NaN where the ends
+        are equal.
+
+    Raises ValueError for fewer than three frames and for values that are not finite.
+    """
+    frames = np.asarray(fields, dtype=np.float64)
+    if frames.ndim < 2 or len(frames) < 3 or not np.isfinite(frames).all():
+        raise ValueError(f"fields have shape {frames.shape}; pass at least 3 finite frames (A, H, W, 3)")
+    frames = frames.reshape(len(frames), -1)
+    length = float(np.sqrt((np.diff(frames, axis=0) ** 2).mean(axis=1)).sum())
+    direct = float(np.sqrt(((frames[-1] - frames[0]) ** 2).mean()))
+    return {
+        "path_length": length,
+        "direct": direct,
+        "ratio": length / direct if direct > 0 else math.nan,
+        "second_difference": float(np.sqrt((np.diff(frames, n=2, axis=0) ** 2).mean())),
+    }

@@ -146,8 +146,10 @@ def loss_weight(t, std):
     velocity. Weighed alike, times near 1 would be most of the loss: there most of the velocity is noise that
     x_t no longer shows. t: tensor in [0, 1], any shape; std: > 0. Returns a tensor shaped as t. Source: the
     weighting of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS
-    2022, for the spread of a posterior.
+    2022, for the spread of a posterior. Raises ValueError on std <= 0.
     """
+    if not std > 0:
+        raise ValueError(f"std={std} is not positive; pass the posterior's standard deviation, such as 0.15")
     return ((1 - t) ** 2 + (std * t) ** 2) / std**2
 
 

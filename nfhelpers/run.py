@@ -4,6 +4,8 @@ Presets: "smoke" (CI, seconds), "demo" (CPU, minutes), "full" (GPU, the seeds' s
 are in presets.toml, one section a notebook; `SECTIONS` says which.
 """
 
+import hashlib
+import json
 import os
 import platform
 import random
@@ -224,6 +226,12 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def training_folder(run, name):
+    """Folder of a training of a notebook: <name>-<digest of the settings>, so that other settings get another."""
+    text = json.dumps(run.settings, sort_keys=True)
+    return run.runs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def title(run, text):

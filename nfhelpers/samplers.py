@@ -14,6 +14,9 @@ and `posterior_mean` put a model and its observed points behind one. SAMPLERS na
     sde       2      2    heun that replaces a part of the noise in each step
     rk4       4      4
 
+Of diffusion autoencoders: `encode_stochastic` runs the flow backwards, from a field to its noise,
+`decode_stochastic` forwards again; `interpolate_latents` goes from one field to another.
+
 Sources: seed 002 (Heun with 50 steps); seed 003 (SDE and DDIM sampling, temperature); Karras et al.,
 "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022 (Heun against Euler); Lipman
 et al. 2023; and the papers named below.
@@ -151,7 +154,8 @@ def sde(velocity, x, times, *, temperature=1.0, generator=None, callback=None, p
     at every t the distribution of the ODE dx/dt = v; at temperature 1 it is the reverse-time equation of the
     diffusion along the path. The temperature therefore says how much noise is replaced on the way, which
     forgets the errors of earlier steps but makes every step longer; it does not sharpen or flatten the
-    distribution that is drawn from. Temperature 0 is `heun`.
+    distribution that is drawn from. Temperature 0 is `heun`. A step that ends in data, at t = 1, replaces no
+    noise and is one of Euler's method, as in `heun`.
 
     velocity, x, times, callback, progress and result: as in `euler`; times rise within [0, 1]. temperature:
     in [0, inf); generator: source of z, on any device. Raises ValueError as `euler`, on times that do not
@@ -168,7 +172,8 @@ def sde(velocity, x, times, *, temperature=1.0, generator=None, callback=None, p
         )
 
     def advance(x, t, t_next):
-        back = (t - temperature * (t_next - t)).clamp_min(0)
+        # In a last step from far back, Euler's method would return the mean of the data, not a sample.
+        back = t if t_next == 1 else (t - temperature * (t_next - t)).clamp_min(0)
         if back < t:  # not at t = 0, where all is noise, nor at temperature 0
             ratio = back / t
             noise = _standard_normal(x.shape, x, generator)
@@ -185,7 +190,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddi
 
 
 @contextmanager
-def _evaluation_mode(model):
+def evaluation_mode(model):
     """model.eval() inside, each submodule's own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -302,7 +307,7 @@ def sample(
     else:
         x = temperature * x
     velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         x = SAMPLERS[method](velocity, x, _times(steps, x), **options)
     return x.clamp(-1, 1)
 
@@ -345,7 +350,7 @@ def posterior_mean(
     velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
     integrate = euler if steps == 1 else heun
     mean = squares = torch.zeros((), dtype=input_values.dtype, device=input_values.device)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for count in tqdm(range(1, draws + 1), desc="draws", disable=not progress):
             x = _initial_noise(query_coords, input_values, generator)
             x = integrate(velocity, x, _times(steps, x)).clamp(-1, 1)
@@ -357,3 +362,233 @@ def posterior_mean(
             if callback is not None:
                 callback(count, mean, std)
     return mean, std
+
+
+# ------------------------------------------------------------------ latents: inversion and interpolation
+
+
+def _latent_velocity(model, query_coords, latent, max_batch):
+    """The decoder of an autoencoder as a function of (x, t), on at most max_batch samples at a time."""
+    batch = len(query_coords)
+    size = batch if max_batch is None else max_batch
+
+    def velocity(x, t):
+        parts = [slice(start, start + size) for start in range(0, batch, size)]
+        return torch.cat(
+            [model.decode(query_coords[p], latent[p], t.expand(len(x[p])), x[p]) for p in parts]
+        ).to(x.dtype)
+
+    return velocity
+
+
+def _check_second_phase(model):
+    if getattr(model.config, "phase", None) != 2:
+        raise ValueError(
+            f"this {type(model).__name__} has no noise to speak of: only an autoencoder of phase 2 has; pass "
+            "one, such as models.second_phase(model) trained further"
+        )
+
+
+@torch.no_grad()
+def decode_stochastic(
+    model,
+    query_coords,
+    latent,
+    noise,
+    *,
+    method="heun",
+    steps=50,
+    callback=None,
+    max_batch=None,
+    progress=False,
+):
+    """The field of a latent and a noise: the ODE of a diffusion autoencoder from t = 0 to 1.
+
+    model: a `MambaDiffusionAutoencoder` of phase 2; query_coords (B, Nq, 2) in [0, 1]; latent (B, C) as
+    `encode` returns it; noise (B, Nq, 3), standard normal or of `encode_stochastic`. method: a key of
+    SAMPLERS but "sde", which draws noise of its own; steps, callback, max_batch, progress: as in `sample`.
+    Returns (B, Nq, 3) in about [-1, 1], not clamped. Raises ValueError on a model of phase 1, an illegal
+    method, steps or max_batch, and on shapes that do not fit.
+    """
+    return _integrate_latent(
+        model, query_coords, latent, noise, method, steps, callback, max_batch, progress, forwards=True
+    )
+
+
+@torch.no_grad()
+def encode_stochastic(
+    model,
+    query_coords,
+    query_values,
+    latent,
+    *,
+    method="heun",
+    steps=50,
+    callback=None,
+    max_batch=None,
+    progress=False,
+):
+    """The noise from which the flow given the latent arrives at these values: the ODE from t = 1 to 0.
+
+    What the latent does not say of a field is in this noise: `decode_stochastic` of both, with the same steps
+    or more, returns the field up to the error of the solver. query_values (B, Nq, 3) in [-1, 1]; the other
+    arguments and errors are those of `decode_stochastic`. callback(step, t, x) sees falling times. Returns
+    (B, Nq, 3). Source: Preechakul et al., "Diffusion Autoencoders", CVPR 2022, equation 8; seed 004.
+    """
+    return _integrate_latent(
+        model,
+        query_coords,
+        latent,
+        query_values,
+        method,
+        steps,
+        callback,
+        max_batch,
+        progress,
+        forwards=False,
+    )
+
+
+def _integrate_latent(
+    model, query_coords, latent, x, method, steps, callback, max_batch, progress, *, forwards
+):
+    _check_second_phase(model)
+    check_method(method)
+    if method == "sde":
+        raise ValueError("method='sde' draws noise of its own; pass 'heun'")
+    _check_count("steps", steps)
+    if max_batch is not None:
+        _check_count("max_batch", max_batch)
+    query_coords, latent, x = _as_parameters(model, query_coords, latent, x)
+    times = _times(steps, x) if forwards else _times(steps, x).flip(0)
+    velocity = _latent_velocity(model, query_coords, latent, max_batch)
+    with evaluation_mode(model):
+        return SAMPLERS[method](velocity, x, times, callback=callback, progress=progress)
+
+
+@torch.no_grad()
+def sample_latents(model, count, *, steps=50, generator=None, callback=None, progress=False):
+    """Draw latents unconditionally with a trained `LatentVelocityNetwork`, by Heun's method.
+
+    count: how many; the other arguments are as in `sample`. Returns (count, C), z-normalised: the
+    autoencoder's `denormalise` makes of them what its `decode` takes. Raises ValueError on a count or steps
+    that is not a positive integer.
+    """
+    _check_count("count", count)
+    _check_count("steps", steps)
+    like = next(model.parameters())
+    x = _standard_normal((count, model.config.latent_dim), like, generator)
+
+    def velocity(x, t):
+        return model(x, t.expand(len(x)))
+
+    with evaluation_mode(model):
+        return heun(velocity, x, _times(steps, x), callback=callback, progress=progress)
+
+
+def _as_weight(alpha, x):
+    """A number or (B,) tensor, shaped to broadcast against x (B, ...)."""
+    alpha = torch.as_tensor(alpha, dtype=x.dtype, device=x.device)
+    if alpha.ndim and alpha.shape != x.shape[:1]:
+        raise ValueError(
+            f"alpha has shape {tuple(alpha.shape)} for a batch of {len(x)}; pass a number, such as 0.5, or "
+            "one a sample"
+        )
+    return alpha.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _check_ends(a, b):
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(
+            f"the ends have shapes {tuple(a.shape)} and {tuple(b.shape)}; pass two of one shape (B, ...)"
+        )
+
+
+def lerp(a, b, alpha):
+    """(1 - alpha) a + alpha b, along the straight line: of latents, or of pixels (RGB blending).
+
+    a, b: (B, ...) of one shape; alpha: a number or (B,). Returns (B, ...). Raises ValueError on other shapes.
+    """
+    _check_ends(a, b)
+    alpha = _as_weight(alpha, a)
+    return (1 - alpha) * a + alpha * b
+
+
+def slerp(a, b, alpha):
+    """Along the great circle through each pair of samples: norms go evenly from one to the other's.
+
+    A straight line between two independent noises passes through points of norm sqrt(1/2) of theirs, which a
+    flow has never seen; this one does not. With w the angle between the samples of all their entries,
+
+        slerp = (sin((1 - alpha) w) a/|a| + sin(alpha w) b/|b|) / sin(w) * ((1 - alpha) |a| + alpha |b|)
+
+    a, b: (B, ...) of one shape, not zero; alpha: a number or (B,). Where the samples are parallel it is
+    `lerp`; opposite ones have no unique great circle. Returns (B, ...). Raises ValueError on other shapes.
+    Source: Shoemake, "Animating Rotation with Quaternion Curves", 1985.
+    """
+    _check_ends(a, b)
+    alpha = _as_weight(alpha, a)
+    norm_a, norm_b = (
+        x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny).reshape(-1, *[1] * (x.ndim - 1))
+        for x in (a, b)
+    )
+    unit_a, unit_b = a / norm_a, b / norm_b
+    # Half-angle form: as exact for small angles as for large ones, where acos of the product is not.
+    chord, sum_ = ((unit_b + sign * unit_a).flatten(1).norm(dim=1) for sign in (-1, 1))
+    angle = (2 * torch.atan2(chord, sum_)).reshape(-1, *[1] * (a.ndim - 1))
+    straight = angle.sin() < 1e-6
+    sine = torch.where(straight, 1, angle.sin())
+    weight_a = torch.where(straight, 1 - alpha, ((1 - alpha) * angle).sin() / sine)
+    weight_b = torch.where(straight, alpha, (alpha * angle).sin() / sine)
+    return (weight_a * unit_a + weight_b * unit_b) * ((1 - alpha) * norm_a + alpha * norm_b)
+
+
+@torch.no_grad()
+def interpolate_latents(
+    model,
+    query_coords,
+    latents,
+    noises=None,
+    *,
+    alphas=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    method="heun",
+    steps=50,
+    callback=None,
+    max_batch=None,
+    progress=False,
+):
+    """Fields on the way from one latent to another.
+
+    model: a `MambaDiffusionAutoencoder`; query_coords (B, Nq, 2) in [0, 1]; latents: two (B, C), as `encode`
+    returns them, between which it goes straight (`lerp`). noises: None for the deterministic decoding, or two
+    (B, Nq, 3), such as those of `encode_stochastic`, between which it goes along a great circle (`slerp`);
+    then the model is of phase 2. alphas: numbers, 0 the first and 1 the second. method, steps, max_batch: of
+    `decode_stochastic`; callback(index, alpha, fields): called after each, index 0 is the first; progress:
+    show a bar. Returns (A, B, Nq, 3) in about [-1, 1]. Raises ValueError on shapes that do not fit, and as
+    `decode_stochastic`. Source: seed 004, experiment 3; Preechakul et al. 2022, section 5.2.
+    """
+    if len(latents) != 2 or (noises is not None and len(noises) != 2):
+        raise ValueError("pass two latents, and two noises or None: the ends of the way")
+    if len(alphas) == 0:
+        raise ValueError("alphas is empty; pass numbers such as (0.0, 0.5, 1.0)")
+    fields = []
+    with evaluation_mode(model):
+        for index, alpha in enumerate(tqdm(alphas, desc="interpolate", disable=not progress)):
+            latent = lerp(*latents, alpha)
+            if noises is None:
+                fields.append(model.decode(query_coords, latent))
+            else:
+                fields.append(
+                    decode_stochastic(
+                        model,
+                        query_coords,
+                        latent,
+                        slerp(*noises, alpha),
+                        method=method,
+                        steps=steps,
+                        max_batch=max_batch,
+                    )
+                )
+            if callback is not None:
+                callback(index, float(alpha), fields[-1])
+    return torch.stack(fields)

@@ -47,8 +47,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from nfhelpers import evaluate
-from nfhelpers.flow import check_field, flow_matching_loss
+from nfhelpers.flow import check_field, flow_matching_loss, interpolate, target_velocity
 from nfhelpers.metrics import psnr
+from nfhelpers.models.diffae import check_latent
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 ITEM_KEYS = ("input_coords", "input_values", "query_coords", "query_values")
@@ -192,6 +193,8 @@ def fit(model, data, config, *, callback=None):
     """Train a field model by flow matching; resume if `config.output_dir` holds the state of an earlier run.
 
     model: nn.Module with the signature of the field models and `save_pretrained` (see nfhelpers.models);
+    parameters that do not require gradients stay as they are. A model may say at which times (`loss_times`)
+    the loss is taken and how it is weighed (`loss_weight`);
     data: (train dataset, validation dataset), map-style, with the dict items of `images.SparseFields`, each a
     function of its index alone, or of epoch and index where the dataset has `set_epoch`; a validation dataset
     with `images` (N, H, W, 3) is also reconstructed in full. config: TrainConfig. callback(epoch, history,
@@ -238,7 +241,7 @@ def fit(model, data, config, *, callback=None):
     # Accelerate wraps (autocast, DDP) what it prepares. It gets the objective, so that the model itself keeps
     # its own forward.
     objective, prepared = accelerator.prepare(_Objective(network), optimizer)
-    ema = EMAModel(model.parameters(), decay=config.ema_decay)
+    ema = EMAModel(_trained(model).values(), decay=config.ema_decay)
     if saved is not None:
         _restore_average(model, ema, accelerator.scaler, *saved)
     progress = _Progress() if saved is None else _Progress(**saved[1]["progress"])
@@ -280,7 +283,7 @@ def fit(model, data, config, *, callback=None):
         except KeyboardInterrupt:
             interrupted = True
             _save(run)
-    ema.copy_to(model.parameters())
+    ema.copy_to(_trained(model).values())
     model.eval()
     best, latest = folder / "best", folder / "latest"
     if not interrupted:
@@ -295,6 +298,66 @@ def fit(model, data, config, *, callback=None):
         steps=progress.step,
         interrupted=interrupted,
     )
+
+
+def fit_latent_flow(
+    model,
+    latents,
+    *,
+    steps=2000,
+    batch_size=256,
+    learning_rate=1e-3,
+    ema_decay=0.999,
+    seed=0,
+    callback=None,
+    progress=True,
+):
+    """Train a `LatentVelocityNetwork` by flow matching on latents: small enough for a plain loop.
+
+    model: trained in place, on its own device; on return in eval mode, with averaged (EMA) weights. latents
+    (N, C): z-normalised, as `MambaDiffusionAutoencoder.normalise` returns them. steps: of AdamW, with a
+    cosine schedule from learning_rate (warm-up over 5%) to 0; batch_size: latents a step, drawn with
+    replacement; seed: of these draws, of times and noise; callback(step, loss), if given, is called after
+    each step, 1 is the first; progress: show a bar. Returns the losses, one a step. Raises ValueError for
+    latents of another size, not finite or not normalised, and for counts below 1. Source: seed 004.
+    """
+    check_latent(latents, model.config.latent_dim)
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not an integer >= 1; pass 256")
+    level = latents.square().mean().sqrt().item()
+    offset = latents.mean(0).square().mean().sqrt().item()
+    if not (0.5 < level < 2 and offset < 0.5):  # NaN is refused too
+        raise ValueError(
+            f"latents are not normalised: root mean square {level:.3g}, of their mean {offset:.3g}, wanted "
+            "about 1 and 0; pass model.normalise(latents) of the autoencoder's"
+        )
+    device = next(model.parameters()).device
+    latents = latents.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    ema = EMAModel(model.parameters(), decay=ema_decay)
+    losses = []
+    model.train()
+    for step in tqdm(range(steps), desc="latent flow", disable=not progress):
+        data = latents[torch.randint(len(latents), (batch_size,), generator=generator).to(device)]  # (B, C)
+        t = torch.rand(batch_size, generator=generator).to(device)  # (B,)
+        noise = torch.randn(data.shape, generator=generator).to(device)  # (B, C)
+        error = model(interpolate(noise, data, t), t) - target_velocity(noise, data)  # (B, C)
+        loss = (model.loss_weight(t)[:, None] * error.square()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grads_with_norm_(model.parameters(), 1.0, get_total_norm([p.grad for p in model.parameters()]))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * cosine_schedule(step, steps, round(0.05 * steps))
+        optimizer.step()
+        ema.step(model.parameters())
+        losses.append(loss.item())
+        if callback is not None:
+            callback(step + 1, losses[-1])
+    ema.copy_to(model.parameters())
+    model.eval()
+    return losses
 
 
 # -------------------------------------------------------------------------------- steps and epochs
@@ -344,7 +407,7 @@ def _step(run, slices):
             group["lr"] = rate
         run.prepared.step()
         if not run.prepared.step_was_skipped:
-            run.ema.step(run.model.parameters())
+            run.ema.step(_trained(run.model).values())
         progress.step += 1
         run.log.add(
             step=progress.step,
@@ -528,12 +591,16 @@ def _model_settings(model):
     return {"class": type(model).__name__, **settings}
 
 
+def _trained(model):
+    """The parameters that are trained, by name: a model may have frozen others."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _parameter_groups(model, weight_decay):
     decayed, others = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            plain = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
-            (others if plain else decayed).append(parameter)
+    for parameter in _trained(model).values():
+        plain = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
+        (others if plain else decayed).append(parameter)
     groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
@@ -547,7 +614,14 @@ class _Objective(nn.Module):
 
     def forward(self, batch, t, noise):
         weight = getattr(self.network, "loss_weight", None)  # of models that have a scale of their own
-        return flow_matching_loss(self.network, batch, t=t, noise=noise, weight=weight)
+        return flow_matching_loss(
+            self.network, batch, t=_loss_times(self.network, t), noise=noise, weight=weight
+        )
+
+
+def _loss_times(network, t):
+    """The times drawn, or what a model that is trained at others makes of them."""
+    return network.loss_times(t) if hasattr(network, "loss_times") else t
 
 
 # ------------------------------------------------------------------------- one batch, whoever draws it
@@ -679,7 +753,7 @@ def _raise_non_finite(run, slices, loss, norm):
         with torch.no_grad(), run.accelerator.autocast():
             for part, item in enumerate(slices):
                 _seed_dropout(run, part)
-                flow_matching_loss(model, item.batch, t=item.t, noise=item.noise)
+                flow_matching_loss(model, item.batch, t=_loss_times(model, item.t), noise=item.noise)
     finally:
         for hook in hooks:
             hook.remove()
@@ -723,13 +797,13 @@ def _averaged(ema, model):
     """The model with the averaged weights inside, its own again afterwards, whatever happens."""
     try:
         with _deferred_interrupt():
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
+            ema.store(_trained(model).values())
+            ema.copy_to(_trained(model).values())
         yield
     finally:
         with _deferred_interrupt():
             if ema.temp_stored_params is not None:
-                ema.restore(model.parameters())
+                ema.restore(_trained(model).values())
 
 
 @torch.no_grad()
@@ -749,6 +823,7 @@ def _validate(run):
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]
         noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
         with accelerator.autocast():
+            t = _loss_times(model, t)
             loss = flow_matching_loss(model, _to_device(batch, accelerator), t=t, noise=noise)
         total += loss.item() * len(indices)
     if accelerator.num_processes > 1:
@@ -855,7 +930,7 @@ def _named_tensors(model):
 def _save_state(run):
     model, scaler, path = run.model, run.accelerator.scaler, run.folder / "state.safetensors"
     tensors = {f"model.{name}": tensor for name, tensor in _named_tensors(model).items()}
-    for (name, parameter), average in zip(model.named_parameters(), run.ema.shadow_params, strict=True):
+    for (name, parameter), average in zip(_trained(model).items(), run.ema.shadow_params, strict=True):
         tensors[f"ema.{name}"] = average
         for key, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
@@ -945,7 +1020,7 @@ def _restore_model(model, optimizer, tensors):
 
 
 def _restore_average(model, ema, scaler, tensors, details):
-    for (name, _), average in zip(model.named_parameters(), ema.shadow_params, strict=True):
+    for name, average in zip(_trained(model), ema.shadow_params, strict=True):
         average.copy_(tensors[f"ema.{name}"])
     ema.optimization_step = details["ema_steps"]
     if scaler is not None and details["scaler"]:

@@ -335,7 +335,8 @@ def scan_figure(orders=("row",), layout="grid", size=12, x=0.5, y=0.5, seed=0, t
     influence = evaluate.token_influence(layer, tokens, query, stacked)  # (L,)
     figure = plots.scan_view(points, tuple(orders), query, influence, title)
     steps = neighbour_steps(points[None], stacked)[0]  # (K, L, 4)
-    nearest = (points - points[query]).square().sum(-1).argsort(stable=True)[1:5]
+    place = int((stacked[0, 0] == query).nonzero())
+    nearest = stacked[0, 0, place - steps[0, query]]  # (4,), of the first order as of any
     others = influence.sum() - influence[query]
     share = float(influence[nearest].sum() / others) if others else 0.0
     best, single = (n.double().quantile(0.5) for n in (steps.abs().amin(0), steps.abs()))

@@ -163,6 +163,20 @@ def test_train_passes_settings_on(tmp_path, monkeypatch):
     assert (train_data.seed, validation_data.seed) == (None, config.seed)
 
 
+def test_v2_starts_from_the_parts_it_shares_with_v1(checkpoint, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda model, data, config: seen.append(model) or sys.exit())
+    arguments = ["train", "v2", *TINY, "--set", "model.num_layers=2", "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--init", str(checkpoint)])
+    v1 = models.load_model(checkpoint)
+    assert torch.equal(seen[0].fourier.frequencies, v1.fourier.frequencies)
+    assert torch.equal(seen[0].input_embedding.value_proj.weight, v1.input_embedding.value_proj.weight)
+    seen[0].save_pretrained(tmp_path / "v2")
+    assert "is a MambaDiffusionV2; pass a v1" in error_of(capsys, *arguments, "--init", tmp_path / "v2")
+    assert "leave it out for v1" in error_of(capsys, "train", "v1", *TINY, "--init", checkpoint)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -219,6 +233,28 @@ def test_evaluate_prints_and_writes_the_same_numbers(checkpoint, tmp_path, capsy
     assert document["command"].startswith("python -m nfhelpers evaluate ")
     assert document["config"]["images"] == 2
     assert (figures / "tiny_multiscale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_puts_several_checkpoints_into_one_table(checkpoint, tmp_path, capsys):
+    other = tmp_path / "checkpoints" / "other"
+    models.load_model(checkpoint).save_pretrained(other)
+    options = ["--scales", "32", "--sample-scales", "--images", "2", "--device", "cpu"]
+    out, figures = tmp_path / "table.json", tmp_path / "figures"
+    assert (
+        cli.main(
+            ["evaluate", str(checkpoint), str(other), *options, "--out", str(out), "--figures", str(figures)]
+        )
+        == 0
+    )
+    record = json.loads(out.read_text())
+    assert record["config"]["checkpoint"] == [str(checkpoint), str(other)]
+    tiny, same, *classical = record["rows"]
+    assert (tiny["model"], same["model"]) == ("tiny", "other") and {row["model"] for row in classical} == {
+        "-"
+    }
+    assert tiny["psnr"] == same["psnr"] and same["versus_first"] == 0 and same["parameters"] > 0
+    assert (figures / "tiny_other_multiscale.png").is_file()
+    assert "PSNR - first" in capsys.readouterr().out
 
 
 def test_evaluate_errors_are_one_line(checkpoint, tmp_path, capsys):

@@ -48,6 +48,15 @@ def test_score_at_the_data_end_is_refused():
         flow.velocity_to_score(x, x, torch.tensor([0.5, 1.0]))
 
 
+def test_loss_weight_makes_all_times_of_a_gaussian_posterior_alike():
+    """What x_t leaves open of the velocity of N(m, s^2) is s^2 / ((1-t)^2 + t^2 s^2): weighed, 1."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    open_ = 0.3**2 / ((1 - t) ** 2 + (0.3 * t) ** 2)
+    torch.testing.assert_close(flow.loss_weight(t, 0.3) * open_, torch.ones_like(t))
+    with pytest.raises(ValueError, match="std=0"):
+        flow.loss_weight(t, 0)
+
+
 def test_skip_weight_is_the_regression_coefficient():
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
     noise, data = _draw(200_000), 0.5 * _draw(200_000, seed=1)

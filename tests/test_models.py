@@ -21,11 +21,15 @@ from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
     MambaDiffusion,
+    MambaDiffusionAutoencoder,
+    MambaDiffusionAutoencoderConfig,
     MambaDiffusionConfig,
     MambaDiffusionV2,
     MambaDiffusionV2Config,
     MambaField,
     MambaFieldConfig,
+    MinimalLatentMamba,
+    MinimalLatentMambaConfig,
     MultiDirectionalMambaDiffusion,
     MultiDirectionalMambaDiffusionConfig,
     initialise_from_v1,
@@ -40,6 +44,7 @@ from nfhelpers.models.perceiver import (
     QuerySelfAttention,
     RotaryCoordinates,
     relative_attention,
+    rotate,
 )
 from nfhelpers.models.sparse_fields import check_shapes
 from nfhelpers.models.spline import thin_plate_spline
@@ -63,6 +68,7 @@ TINY = {
     "field": dict(SMALL, d_state=4),
     "field plain": dict(SMALL, d_state=4, bidirectional=False, spline_source=False, residual_std=0.5),
     "local": dict(SMALL, neighbours=4),
+    "minimal": dict(SMALL, d_state=4, latent_dim=8),
 }
 """Settings of each model, by its type and, after a blank, a variant of it."""
 LAYERS = {
@@ -75,6 +81,7 @@ LAYERS = {
     ],
     "field": lambda model: [model.blocks, model.perceiver.layers],
     "local": lambda model: [model.layers],
+    "minimal": lambda model: [model.blocks],
 }
 """The stacks of layers of each model, whose first layer takes the residual stream."""
 every_model = pytest.mark.parametrize("kind", sorted(TINY))
@@ -565,7 +572,7 @@ def test_cross_attention_at_coinciding_and_at_far_points_is_finite(dtype):
 # Self-attention of queries and the perceiver
 
 
-def self_attention(layer, queries, mask):
+def self_attention(layer, queries, coords, mask):
     """Written out in float64; mask (B, Q, Q) says who sees whom."""
     x = queries.double()
     x = x * (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
@@ -573,8 +580,12 @@ def self_attention(layer, queries, mask):
         part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
         for part in F.linear(x, *(p.double() for p in layer.to_query_key_value.parameters())).chunk(3, -1)
     )
+    cos, sin = (part.double() for part in layer.rotary(coords))
+    half = cos[..., : v.shape[-1] // 4], sin[..., : v.shape[-1] // 4]
+    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), rotate(v, *half)
     logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], -math.inf)
-    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2) @ layer.to_out.weight.double().T
+    y = rotate(logits.softmax(-1) @ v, half[0], -half[1])
+    return y.transpose(1, 2).flatten(2) @ layer.to_out.weight.double().T
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 10, 23, 25])
@@ -583,15 +594,13 @@ def test_self_attention_is_full_at_first_and_windowed_beyond(monkeypatch, length
     monkeypatch.setattr(QuerySelfAttention, "WINDOW", 5)
     torch.manual_seed(0)
     layer = QuerySelfAttention(12, 3, "column", 0.0)
-    layer.rotary.frequencies.zero_()
     queries, coords = torch.randn(2, length, 12), torch.rand(2, length, 2)
     windows = 1 if length <= 8 else -(-length // 5)
-    chunks = [len(part) for part in torch.arange(length).tensor_split(windows)]
-    assert max(chunks) <= 8 and max(chunks) - min(chunks) <= 1
-    window = torch.repeat_interleave(torch.arange(windows), torch.tensor(chunks))  # by rank
+    window = torch.arange(length) % windows  # by rank: every so many of the scan
+    assert max(window.bincount()) <= 8 and max(window.bincount()) - min(window.bincount()) <= 1
     rank = point_order(coords, "column").argsort(-1)
     mask = window[rank][:, :, None] == window[rank][:, None]
-    expected = self_attention(layer, queries, mask)
+    expected = self_attention(layer, queries, coords, mask)
     torch.testing.assert_close(layer(queries, coords).double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -1330,7 +1339,7 @@ def test_wrong_configs_on_disk_are_errors(tmp_path):
         load_model(tmp_path)
     path.write_text(json.dumps({**settings, "model_type": "v9"}))
     with pytest.raises(
-        ValueError, match=r"model_type='v9'; legal types are \['field', 'local', 'multidir', 'v1', 'v2'\]"
+        ValueError, match=r"model_type='v9'; legal types are \['diffae', .*'localmamba', .*'v1', 'v2'\]"
     ):
         load_model(tmp_path)
     path.write_text(json.dumps(TINY["v1"]))
@@ -1345,12 +1354,14 @@ def test_field_models_are_listed_by_their_type():
         "v2": (MambaDiffusionV2, MambaDiffusionV2Config),
         "field": (MambaField, MambaFieldConfig),
         "local": (LocalImplicitField, LocalImplicitFieldConfig),
+        "diffae": (MambaDiffusionAutoencoder, MambaDiffusionAutoencoderConfig),
+        "minimal": (MinimalLatentMamba, MinimalLatentMambaConfig),
     }
 
 
 @pytest.mark.parametrize("name", ["t", "query_coords", "input_coords"])
 @pytest.mark.parametrize("value", [-0.25, 1.5, float("nan")])
-@pytest.mark.parametrize("kind", FIELD_MODELS)
+@pytest.mark.parametrize("kind", sorted({type_of(kind) for kind in TINY}))
 def test_times_and_coordinates_outside_the_unit_interval_are_refused(kind, name, value):
     arguments = field()
     arguments[name] = arguments[name].clone()

@@ -44,7 +44,8 @@ def keys(table, prefix=""):
 
 def test_every_section_has_every_preset_with_the_same_keys(presets):
     assert set(presets) == set(run.sections()) >= set(run.SECTIONS.values())
-    assert set(presets) - set(run.SECTIONS.values()) <= set(models.FIELD_MODELS)  # models without a notebook
+    trained = {*models.FIELD_MODELS, "diffae_phase1", "diffae_phase2", "localmamba"}
+    assert set(presets) - set(run.SECTIONS.values()) <= trained  # models without a notebook
     for section in presets.values():
         assert set(section) == set(run.PRESETS)
         assert keys(section["smoke"]) == keys(section["demo"]) == keys(section["full"])
@@ -262,3 +263,13 @@ def test_devices_are_described():
     assert run.describe_device("cpu") == "cpu (1 thread)"
     assert run.default_precision("cpu") == "fp32"
     assert Path(run.files("nfhelpers") / "presets.toml").is_file()
+
+
+def test_other_settings_train_in_another_folder(tmp_path):
+    start = dict(notebook="02_flow_matching_v1", preset="smoke")
+    first, same, other = (
+        run.start(**start, overrides=overrides) for overrides in ({}, {}, {"train.epochs": 1})
+    )
+    folders = [run.training_folder(one, "train") for one in (first, same, other)]
+    assert folders[0].name == folders[1].name != folders[2].name
+    assert folders[0].parent == first.runs and folders[0].name.startswith("train-")

@@ -183,7 +183,7 @@ def test_variance_of_sde_on_a_gaussian(temperature):
     def final_variance(steps):
         variance, times = 1.0, [n / steps for n in range(steps + 1)]
         for t, t_next in zip(times, times[1:], strict=False):
-            back = max(0.0, t - temperature * (t_next - t))
+            back = t if t_next == 1 else max(0.0, t - temperature * (t_next - t))
             ratio = back / t if t else 1.0
             variance = ratio**2 * variance + (1 - back) ** 2 - ratio**2 * (1 - t) ** 2
             h = t_next - back
@@ -201,6 +201,13 @@ def test_variance_of_sde_on_a_gaussian(temperature):
     assert x.var().item() == pytest.approx(final_variance(20), rel=0.015)  # 5 standard errors
     # The ODE's end is affine in its start; the more noise is replaced, the less of the start is left.
     assert torch.corrcoef(torch.stack([x0, x]))[0, 1] < {0.25: 0.9, 1.0: 0.6, 4.0: 0.1}[temperature]
+
+
+def test_few_steps_of_sde_are_samples_too():
+    """Not the mean of the data, which a last step from t = 0 would return."""
+    x0 = torch.randn(10_000, generator=_seeded(), dtype=torch.float64)
+    x = sde(_gaussian, x0, _times(2), temperature=1.0, generator=_seeded(1))
+    assert x.std().item() > 0.2  # of 0.5
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -186,17 +186,30 @@ def test_presets_are_package_data():
     assert {"presets.toml", "kernels/native.cpp"} <= set(shipped)
 
 
-@pytest.mark.parametrize("page", ["README.md", "checkpoints/v1-photos/README.md"])
-@pytest.mark.parametrize("results", ["v1-photos.json", "v1-photos-64.json"])
+CARDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"checkpoints/{name}/README.md" for name in CARDS)])
+@pytest.mark.parametrize("results", ["means-photos", "means-cifar10", "samples-photos", "samples-cifar10"])
 def test_quoted_results_are_the_measured_ones(repository, page, results):
-    """Every PSNR of ours, and its distance to biharmonic inpainting, stands on the page as in results/."""
-    record = json.loads((repository / "benchmarks/results" / results).read_text())
+    """Every PSNR of a model, and its distance to biharmonic inpainting, stands on the page as in results/."""
+    record = json.loads((repository / f"benchmarks/results/{results}.json").read_text())
     text = (repository / page).read_text()
-    assert record["command"] in " ".join(text.replace("\\", " ").split())
+    quoted = record["command"] in " ".join(text.replace("\\", " ").split())
+    assert quoted or page != "README.md"
+    models = [name for name in CARDS if page in ("README.md", f"checkpoints/{name}/README.md")]
     for row in record["rows"]:
-        if row["kind"] == "classical" or row["method"].startswith("bi"):
+        if not quoted or row["model"] not in models or (row["kind"] == "mean") != results.startswith("means"):
             continue
-        assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, row["method"]
+        assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, (row["model"], row["kind"])
         if row["kind"] == "mean":
-            difference = f"{row['versus_biharmonic']:+.2f} ± {row['versus_biharmonic_se']:.2f}"
-            assert difference in text, row["scale"]
+            gap, error = row["versus_biharmonic"], row["versus_biharmonic_se"]
+            assert f"{gap:+.2f} ± {error:.2f}" in text, row["model"]
+
+
+def test_every_checkpoint_has_a_card_and_is_small(repository):
+    folders = sorted(path.name for path in (repository / "checkpoints").iterdir())
+    assert folders == sorted(CARDS)
+    for name in folders:
+        assert f"# {name}" in (repository / "checkpoints" / name / "README.md").read_text()
+        assert (repository / "checkpoints" / name / "model.safetensors").stat().st_size <= 15e6

@@ -270,6 +270,48 @@ def test_queries_vary_by_step_in_canonical_order(reference, tmp_path):
     assert {coords.shape[1] for _, coords, _ in model.seen} == {32}
 
 
+def test_frozen_parameters_stay_and_are_neither_optimised_nor_averaged(tmp_path):
+    model = tiny()
+    model.first.requires_grad_(False)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    config = settings(tmp_path, epochs=2)
+    fit(model, fields(), config)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("first."), name
+    names = set(load_file(tmp_path / "state.safetensors"))
+    parts = {name for name in before if not name.startswith("first.")}
+    assert {name.removeprefix("ema.") for name in names if name.startswith("ema.")} == parts
+    assert not any(name.startswith("optimizer.first.") for name in names)
+    again = tiny()
+    again.first.requires_grad_(False)
+    assert fit(again, fields(), config).steps == 8  # resumed
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+class AtTimeZero(TinyField):
+    """Trained at t = 0 only, weighed by 2."""
+
+    def loss_times(self, t):
+        return torch.zeros_like(t)
+
+    def loss_weight(self, t):
+        return 2 * torch.ones_like(t)
+
+
+def test_a_model_may_say_at_which_times_the_loss_is_taken(tmp_path):
+    torch.manual_seed(3)
+    model, times = AtTimeZero(), []
+    model.register_forward_pre_hook(lambda module, inputs: times.append(inputs[2]))
+    batch = {key: torch.stack([item[key] for item in fields()[1]]) for key in train.ITEM_KEYS}
+    t, noise = torch.rand(5), torch.randn(batch["query_values"].shape)
+    loss = train._Objective(model)(batch, t, noise)
+    velocity = model(noise, batch["query_coords"], torch.zeros(5), *(batch[k] for k in train.ITEM_KEYS[:2]))
+    expected = 2 * (velocity - (batch["query_values"] - noise)).square().mean()
+    torch.testing.assert_close(loss, expected)
+    fit(model, fields(), settings(tmp_path, epochs=2))  # validation and reconstruction too
+    assert all(not t.any() for t in times)
+
+
 # ------------------------------------------------------------------------- slices, processes, precision
 
 

@@ -1,9 +1,21 @@
-"""Models: velocity fields over sparse pixels. `load_model(folder)` opens any saved one."""
+"""Models: velocity fields over sparse pixels, and of latents. `load_model(folder)` opens any saved one."""
 
 import json
 from pathlib import Path
 
 from nfhelpers.models.base import FieldModel, ModelConfig
+from nfhelpers.models.diffae import (
+    LatentVelocityNetwork,
+    LatentVelocityNetworkConfig,
+    MambaDiffusionAutoencoder,
+    MambaDiffusionAutoencoderConfig,
+    MinimalLatentMamba,
+    MinimalLatentMambaConfig,
+    encode_dataset,
+    fit_latent_statistics,
+    second_phase,
+)
+from nfhelpers.models.local_mamba import LocalMamba2D, LocalMamba2DConfig
 from nfhelpers.models.sparse_fields import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
@@ -21,19 +33,31 @@ from nfhelpers.models.sparse_fields import (
 __all__ = [
     "FIELD_MODELS",
     "FieldModel",
+    "OTHER_MODELS",
+    "LatentVelocityNetwork",
+    "LatentVelocityNetworkConfig",
     "LocalImplicitField",
     "LocalImplicitFieldConfig",
+    "LocalMamba2D",
+    "LocalMamba2DConfig",
     "MambaDiffusion",
+    "MambaDiffusionAutoencoder",
+    "MambaDiffusionAutoencoderConfig",
     "MambaDiffusionConfig",
     "MambaDiffusionV2",
     "MambaDiffusionV2Config",
     "MambaField",
     "MambaFieldConfig",
+    "MinimalLatentMamba",
+    "MinimalLatentMambaConfig",
     "ModelConfig",
     "MultiDirectionalMambaDiffusion",
     "MultiDirectionalMambaDiffusionConfig",
+    "encode_dataset",
+    "fit_latent_statistics",
     "initialise_from_v1",
     "load_model",
+    "second_phase",
 ]
 
 FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
@@ -44,8 +68,17 @@ FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
         (MambaDiffusionV2, MambaDiffusionV2Config),
         (MambaField, MambaFieldConfig),
         (LocalImplicitField, LocalImplicitFieldConfig),
+        (MambaDiffusionAutoencoder, MambaDiffusionAutoencoderConfig),
+        (MinimalLatentMamba, MinimalLatentMambaConfig),
     )
 }
+"""Models with the signature of sparse fields, by their type."""
+
+OTHER_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
+    LatentVelocityNetworkConfig.model_type: (LatentVelocityNetwork, LatentVelocityNetworkConfig),
+    LocalMamba2DConfig.model_type: (LocalMamba2D, LocalMamba2DConfig),
+}
+"""Models with signatures of their own, by their type."""
 
 
 def load_model(folder: str | Path) -> FieldModel:
@@ -65,7 +98,8 @@ def load_model(folder: str | Path) -> FieldModel:
             f"{str(folder)!r} holds no config.json; pass a saved model such as 'checkpoints/v1-photos'"
         )
     model_type = json.loads(path.read_text()).get("model_type")
-    if model_type not in FIELD_MODELS:
-        raise ValueError(f"{path} has model_type={model_type!r}; legal types are {sorted(FIELD_MODELS)}")
-    model, _ = FIELD_MODELS[model_type]
+    known = FIELD_MODELS | OTHER_MODELS
+    if model_type not in known:
+        raise ValueError(f"{path} has model_type={model_type!r}; legal types are {sorted(known)}")
+    model, _ = known[model_type]
     return model.from_pretrained(folder)

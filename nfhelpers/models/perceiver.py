@@ -133,9 +133,10 @@ class CrossAttention(nn.Module):
 class QuerySelfAttention(nn.Module):
     """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows along a scan.
 
-    More than `FULL` queries are sorted in `order` and cut into windows of `WINDOW` of them, whose lengths
-    differ by one at most, so that time and memory per query stay flat. Windows have borders; layers with
-    different orders have them in different places.
+    More than `FULL` queries are dealt out like cards, in `order`, to windows of about `WINDOW` of them, so
+    that time and memory per query stay flat. A window is then every n-th query of the scan: it covers the
+    plane as thinly as the queries did in training, where one of neighbours would show a corner, densely.
+    Layers with different orders deal differently.
     """
 
     FULL, WINDOW = 4096, 1024
@@ -156,8 +157,9 @@ class QuerySelfAttention(nn.Module):
         length = x.shape[1]
         if length <= self.FULL:
             return self.to_out(self._attend(x, coords, 1))  # (B, Q, D)
-        order = point_order(coords, self.order)  # (B, Q)
         windows = math.ceil(length / self.WINDOW)
+        dealt = torch.arange(length, device=x.device).remainder(windows).argsort(stable=True)  # (Q,)
+        order = point_order(coords, self.order)[:, dealt]  # (B, Q), window after window
         size, longer = divmod(length, windows)  # so many windows hold one query more
         counts = (longer, windows - longer)
         parts = [

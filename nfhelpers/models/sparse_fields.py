@@ -136,8 +136,10 @@ def joint_orders(coords: torch.Tensor, kinds: tuple[str, ...], bidirectional: bo
     return torch.stack(orders * 2 if bidirectional else orders, dim=1)  # (B, K, L)
 
 
-def directional_blocks(config: ModelConfig, bidirectional: bool) -> nn.ModuleList:
-    """The blocks of a model that scans in `config.orders`."""
+def directional_blocks(
+    config: ModelConfig, bidirectional: bool, num_layers: int | None = None
+) -> nn.ModuleList:
+    """The blocks of a model that scans in `config.orders`: so many, by default `config.num_layers`."""
     block = LightweightMultiDirectionalBlock if config.shared_weights else MultiDirectionalMambaBlock
     return start_as_identity(
         nn.ModuleList(
@@ -151,7 +153,7 @@ def directional_blocks(config: ModelConfig, bidirectional: bool) -> nn.ModuleLis
                 config.mlp_ratio,
                 config.dropout,
             )
-            for _ in range(config.num_layers)
+            for _ in range(config.num_layers if num_layers is None else num_layers)
         )
     )
 
@@ -398,9 +400,13 @@ class MambaDiffusion(TokenField):
     def __init__(self, config: MambaDiffusionConfig):
         super().__init__(config, config.order)
         d = config.d_model
-        self.blocks = nn.ModuleList(
-            MambaBlock(d, config.d_state, config.expand, config.tied_decay, config.mlp_ratio, config.dropout)
-            for _ in range(config.num_layers)
+        self.blocks = start_as_identity(
+            nn.ModuleList(
+                MambaBlock(
+                    d, config.d_state, config.expand, config.tied_decay, config.mlp_ratio, config.dropout
+                )
+                for _ in range(config.num_layers)
+            )
         )
         self.cross_attention = CrossAttention(d, config.num_heads, config.dropout)
         self.decoder = residual_decoder(d, config.dropout)
@@ -494,9 +500,10 @@ class MambaField(TokenField):
     The network starts at zero. At t = 0 the velocity is then m - x_0, so that one step, the posterior mean,
     is the spline itself; a solver of many steps draws from N(m, s^2), because x_t - t m grows as sqrt(V).
 
-    Training weighs the squared error of the velocity by V / s^2 (`loss_weight`), which is the squared error
-    of the network itself. Unweighted, t = 0, where the posterior mean is read off, would count s^2 as much as
-    t = 1, and the network would drift below the spline there.
+    Training weighs the squared error of the velocity by V / s^2 (`flow.loss_weight`, as for the other models
+    with `POSTERIOR_STD` as s), which at the default `residual_std` is the squared error of the network
+    itself. Unweighted, t = 0, where the posterior mean is read off, would count s^2 as much as t = 1, and the
+    network would drift below the spline there.
     """
 
     def __init__(self, config: MambaFieldConfig):
@@ -527,10 +534,6 @@ class MambaField(TokenField):
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
         residual = self.predict(seen, query_coords, t, input_coords, input_values)  # (B, Q, 3)
         return start + skip_weight(time, std) * rest + std / scale * residual  # (B, Q, 3)
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """V / s^2 for t (B,) -> (B,): what turns the error of the velocity into that of the network."""
-        return loss_weight(t, self.config.residual_std)
 
     def mix(
         self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
