@@ -229,7 +229,7 @@ def seed_everything(seed):
 
 
 def training_folder(run, name):
-    """Folder of a training of a notebook: <name>-<digest of the settings>, so that other settings get another."""
+    """Folder of a training of a notebook: <name>-<digest of settings>, so that other settings get another."""
     text = json.dumps(run.settings, sort_keys=True)
     return run.runs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
