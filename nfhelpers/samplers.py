@@ -9,9 +9,9 @@ and `posterior_mean` put a model and its observed points behind one. SAMPLERS na
     name      order  evaluations a step
     euler     1      1
     ddim      1      1    Euler's method in the terms of data and noise; the same numbers
-    heun      2      2
+    heun      2      2    one in a step to t = 1
     midpoint  2      2
-    sde       2      2    heun that replaces a part of the noise in each step
+    sde       2      2    heun that replaces a part of the noise in each step but that one
     rk4       4      4
 
 Of diffusion autoencoders: `encode_stochastic` runs the flow backwards, from a field to its noise,
