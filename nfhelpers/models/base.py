@@ -48,6 +48,12 @@ class ModelConfig:
             raise ValueError(f"unknown {cls.__name__} keys {unknown}; legal keys are {sorted(legal)}")
         return cls(**{key: value for key, value in settings.items() if key in legal})
 
+    def lists_to_tuples(self, *names: str) -> None:
+        """Settings as JSON and TOML have them, to what a frozen config holds."""
+        for name in names:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
     def check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)

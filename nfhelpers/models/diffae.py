@@ -44,7 +44,6 @@ from nfhelpers.models.sparse_fields import (
     directional_blocks,
     joint_orders,
     residual_decoder,
-    split_tokens,
 )
 
 SMALLEST_STD = 1e-6
@@ -286,8 +285,7 @@ class MambaDiffusionAutoencoderConfig(ModelConfig):
     model_type: ClassVar[str] = "diffae"
 
     def __post_init__(self):
-        if isinstance(self.orders, list):  # as JSON and TOML have it
-            object.__setattr__(self, "orders", tuple(self.orders))
+        self.lists_to_tuples("orders")
         check_orders(self.orders)
         if isinstance(self.phase, bool) or self.phase not in (1, 2):
             raise ValueError(
@@ -326,8 +324,7 @@ class MinimalLatentMambaConfig(ModelConfig):
     model_type: ClassVar[str] = "minimal"
 
     def __post_init__(self):
-        if isinstance(self.orders, list):  # as JSON and TOML have it
-            object.__setattr__(self, "orders", tuple(self.orders))
+        self.lists_to_tuples("orders")
         check_orders(self.orders)
         self.check_flag("shared_weights")
         check_common(self)
@@ -516,16 +513,9 @@ class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
         self.to_latent = nn.Linear(config.d_model, config.latent_dim)
         self.from_latent = nn.Linear(config.latent_dim, config.d_model)
 
-    def mix(
-        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
-    ) -> torch.Tensor:
-        coords = torch.cat([input_coords, query_coords], dim=1)  # (B, L, 2)
-        orders = joint_orders(coords, self.config.orders, bidirectional=False)  # (B, K, L)
-        dtype = tokens.dtype
-        tokens = run_layers(self.blocks, tokens, orders, recompute=self.recompute)  # (B, L, D)
-        tokens = self.from_latent(self.to_latent(tokens)).to(dtype)  # (B, L, D), through (B, L, C)
-        inputs, queries = split_tokens(tokens, input_coords.shape[1])
-        return queries + self.cross_attention(queries, query_coords, inputs, input_coords)  # (B, Q, D)
+    def scan(self, tokens: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        scanned = super().scan(tokens, coords)  # (B, L, D)
+        return self.from_latent(self.to_latent(scanned)).to(tokens.dtype)  # (B, L, D), through (B, L, C)
 
 
 class LatentVelocityNetwork(FieldModel):

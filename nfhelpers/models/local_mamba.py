@@ -402,9 +402,7 @@ class LocalMamba2DConfig(ModelConfig):
     model_type: ClassVar[str] = "localmamba"
 
     def __post_init__(self):
-        for name in ("dims", "depths", "scan_directions"):
-            if isinstance(getattr(self, name), list):  # as JSON and TOML have it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.lists_to_tuples("dims", "depths", "scan_directions")
         self.check_positive("channels", "d_state", "ssm_ratio", "mlp_ratio", "head_dim", "data_std")
         self.check_positive("mapping_width", "mapping_depth")
         self.check_stages()

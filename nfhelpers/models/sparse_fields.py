@@ -219,8 +219,7 @@ class MultiDirectionalMambaDiffusionConfig(ModelConfig):
     model_type: ClassVar[str] = "multidir"
 
     def __post_init__(self):
-        if isinstance(self.orders, list):  # as JSON and TOML have it
-            object.__setattr__(self, "orders", tuple(self.orders))
+        self.lists_to_tuples("orders")
         check_orders(self.orders)
         self.check_flag("shared_weights")
         check_common(self)
@@ -287,8 +286,7 @@ class MambaFieldConfig(ModelConfig):
     model_type: ClassVar[str] = "field"
 
     def __post_init__(self):
-        if isinstance(self.orders, list):  # as JSON and TOML have it
-            object.__setattr__(self, "orders", tuple(self.orders))
+        self.lists_to_tuples("orders")
         check_orders(self.orders)
         for name in ("bidirectional", "shared_weights", "spline_source"):
             self.check_flag(name)
@@ -432,12 +430,15 @@ class MultiDirectionalMambaDiffusion(TokenField):
         self.cross_attention = CrossAttention(config.d_model, config.num_heads, config.dropout)
         self.decoder = residual_decoder(config.d_model, config.dropout)
 
+    def scan(self, tokens: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, D) of all points (B, L, 2) through the blocks -> (B, L, D)."""
+        orders = joint_orders(coords, self.config.orders, bidirectional=False)  # (B, K, L)
+        return run_layers(self.blocks, tokens, orders, recompute=self.recompute)  # (B, L, D)
+
     def mix(
         self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
     ) -> torch.Tensor:
-        coords = torch.cat([input_coords, query_coords], dim=1)  # (B, L, 2)
-        orders = joint_orders(coords, self.config.orders, bidirectional=False)  # (B, K, L)
-        tokens = run_layers(self.blocks, tokens, orders, recompute=self.recompute)  # (B, L, D)
+        tokens = self.scan(tokens, torch.cat([input_coords, query_coords], dim=1))  # (B, L, D)
         inputs, queries = split_tokens(tokens, input_coords.shape[1])
         return queries + self.cross_attention(queries, query_coords, inputs, input_coords)  # (B, Q, D)
 
