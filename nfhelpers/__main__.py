@@ -1,15 +1,18 @@
 """The command line: python -m nfhelpers doctor | train | evaluate | compare.
 
     python -m nfhelpers doctor
+    python -m nfhelpers doctor --model localmamba
     python -m nfhelpers train v1 --preset demo --data photos
     accelerate launch -m nfhelpers train v1 --preset full
+    python -m nfhelpers train localmamba --data fsdd
     python -m nfhelpers train diffae_phase1 && python -m nfhelpers train diffae_phase2
     python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
     python -m nfhelpers evaluate checkpoints/v1-photos --samplers heun sde ddim --temperature 0.5
     python -m nfhelpers compare checkpoints/v1-photos checkpoints/v2-photos --num-samples 50
 
-Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or training met
-a loss that is not finite; 2 an error of the user's; 130 interrupted.
+Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or an item of the
+model's checklist that fails, or training met a loss that is not finite; 2 an error of the user's; 130
+interrupted.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from nfhelpers import evaluate, images, kernels, models, plots, run, samplers, train
+from nfhelpers import evaluate, images, kernels, models, plots, run, samplers, spectrograms, train
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Largest relative error, against the float64 reference, that `doctor` takes for rounding in float32."""
@@ -56,15 +59,20 @@ def build_parser():
         "doctor",
         help="versions, devices and scan backends, each checked against the reference",
         description="Print versions, devices and scan backends; check each backend's outputs and gradients "
-        "against the float64 reference. Ends with 1 if one that loads computes wrongly.",
+        "against the float64 reference. With --model, go through that model's checklist too. Ends with 1 if "
+        "a backend that loads computes wrongly, or an item fails.",
+    )
+    doctor_parser.add_argument("--model", choices=("localmamba",), help="also check this model")
+    doctor_parser.add_argument(
+        "--preset", choices=run.PRESETS, default="smoke", help="its settings (default: %(default)s)"
     )
     doctor_parser.set_defaults(function=doctor)
 
     train_parser = commands.add_parser(
         "train",
         help="train a model, or go on with a run that was stopped",
-        description="Train a model on sparse pixels by flow matching. A run that was stopped is resumed from "
-        "its output folder; Ctrl-C leaves a usable checkpoint. "
+        description="Train a model on sparse pixels, or localmamba on spectrograms, by flow matching. A run "
+        "that was stopped is resumed from its output folder; Ctrl-C leaves a usable checkpoint. "
         "On many GPUs: accelerate launch -m nfhelpers train ...",
     )
     train_parser.add_argument("model", choices=trainable(), help="which model")
@@ -72,7 +80,9 @@ def build_parser():
         "--preset", help="smoke, demo, full or auto, by the hardware (default: NF_PRESET, else auto)"
     )
     train_parser.add_argument(
-        "--data", help="photos, cifar10, a folder of images or an .npz file (default: the preset's)"
+        "--data",
+        help="photos, cifar10, a folder of images or an .npz file; of localmamba: chirps, fsdd or a folder "
+        "of wav files (default: the preset's)",
     )
     train_parser.add_argument("--output", type=Path, help="folder of the run (default: runs/MODEL/PRESET)")
     train_parser.add_argument(
@@ -198,14 +208,14 @@ def build_parser():
 def trainable():
     """Names of the models that have a section of settings in presets.toml."""
     sections = run.sections()
-    return [*(name for name in models.FIELD_MODELS if name in sections), *PHASES]
+    return [*(name for name in models.FIELD_MODELS | models.OTHER_MODELS if name in sections), *PHASES]
 
 
 # ---------------------------------------------------------------- doctor
 
 
 def doctor(options, command):
-    """Print versions, devices and the state of every scan backend; 1 if one of them computes wrongly."""
+    """Print versions, devices, the state of every scan backend and a model's checklist; 1 if one is wrong."""
     print("versions")
     for name, number in run.versions().items():
         print(f"  {name:<10} {number or 'not installed'}")
@@ -238,7 +248,16 @@ def doctor(options, command):
         print(f"do not use {', '.join(wrong)}: choose another backend with NF_SCAN_BACKEND", file=sys.stderr)
     if refused:
         raise refused
-    return 1 if wrong else 0
+    failed = []
+    if options.model:
+        settings = run.load_settings(options.model, options.preset)["model"]
+        print(f"{options.model}, preset {options.preset}, on {default.type}")
+        kernel = {"item": "scan kernel", "ok": chosen not in wrong, "found": chosen}
+        rows = evaluate.local_mamba_checklist(models.LocalMamba2DConfig(**settings), device=default)
+        for row in (kernel, *rows):
+            print(f"  {'ok' if row['ok'] else 'FAILED':<6} {row['item']:<24}  {row['found']}")
+        failed = [row["item"] for row in rows if not row["ok"]]
+    return 1 if wrong or failed else 0
 
 
 # ---------------------------------------------------------------- train
@@ -257,7 +276,8 @@ def build_model(name, preset, settings, init):
     if name == "diffae_phase2":
         first = init or Path("runs") / "diffae_phase1" / preset / "best"
         return models.second_phase(first, **settings)
-    model_class, config_class = models.FIELD_MODELS["diffae" if name == "diffae_phase1" else name]
+    known = models.FIELD_MODELS | models.OTHER_MODELS
+    model_class, config_class = known["diffae" if name == "diffae_phase1" else name]
     model = model_class(config_class(**settings))
     if init is None:
         return model
@@ -272,6 +292,25 @@ def build_model(name, preset, settings, init):
         )
     models.initialise_from_v1(model, first)
     return model
+
+
+def load_datasets(name, data, seed):
+    """The datasets (train, validation) of these settings: sparse fields, or spectrograms for localmamba."""
+    parts = (("train", data["train_images"]), ("test", data["validation_images"]))
+    if name == "localmamba":
+        return [
+            spectrograms.load_spectrograms(data["source"], split, data["size"], limit)
+            for split, limit in parts
+        ]
+    return [
+        images.SparseFields(
+            images.load_images(data["source"], split, data["size"], limit),
+            data["observed"],
+            data["queries"],
+            seed=None if split == "train" else seed,
+        )
+        for split, limit in parts
+    ]
 
 
 def keep_latent_statistics(result, dataset, device):
@@ -298,23 +337,21 @@ def train_model(options, command):
         output_dir=output, seed=seed, precision=precision, cpu=device.type == "cpu", **settings["train"]
     )
 
+    datasets = load_datasets(options.model, data, seed)
+    if options.model == "localmamba" and options.data and "model.num_classes" not in overrides:
+        # Another source than the preset's has classes of its own.
+        settings["model"]["num_classes"] = len(datasets[0].meta.class_names)
     run.seed_everything(seed)
     model = build_model(options.model, preset, settings["model"], options.init)
-    datasets = [
-        images.SparseFields(
-            images.load_images(data["source"], split, data["size"], limit),
-            data["observed"],
-            data["queries"],
-            seed=None if split == "train" else seed,
-        )
-        for split, limit in (("train", data["train_images"]), ("test", data["validation_images"]))
-    ]
+    if options.model == "diffae_phase1":
+        models.fit_linear_code(model, datasets[0].images)
     main_process = is_main_process()
     if main_process:
         parameters = sum(p.numel() for p in model.parameters())
         train_data, validation_data = datasets
         print(f"model     {options.model}, {parameters:,} parameters, preset {preset}")
-        print(f"data      {data['source']}, {len(train_data):,} images, {len(validation_data):,} to validate")
+        kind = "spectrograms" if options.model == "localmamba" else "images"
+        print(f"data      {data['source']}, {len(train_data):,} {kind}, {len(validation_data):,} to validate")
         print(f"device    {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
         print(f"output    {output}", flush=True)
 
@@ -322,12 +359,11 @@ def train_model(options, command):
     if main_process:
         if options.model == "diffae_phase1":
             keep_latent_statistics(result, datasets[0], device)
-        losses = result.history["val_loss"]
-        score = (
-            f", validation loss {losses[-1]:.4f}, PSNR {result.history['val_psnr'][-1]:.2f} dB"
-            if losses
-            else ""
-        )
+        losses, score = result.history["val_loss"], ""
+        if losses:
+            score = f", validation loss {losses[-1]:.4f}"
+            if options.model != "localmamba":
+                score += f", PSNR {result.history['val_psnr'][-1]:.2f} dB"
         print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}{score}")
         print(f"best {result.best}, latest {result.latest}")
     return 130 if result.interrupted else 0
@@ -367,12 +403,24 @@ def pick_device(name):
 # ---------------------------------------------------------------- evaluate
 
 
+def load_field_model(path):
+    """A saved model of sparse fields; raises ValueError for one that makes something else."""
+    model = models.load_model(path)
+    if not isinstance(model, tuple(known for known, _ in models.FIELD_MODELS.values())):
+        hint = "; benchmarks/localmamba.py scores its spectrograms" * isinstance(model, models.LocalMamba2D)
+        raise ValueError(
+            f"{path} is a {type(model).__name__}, not a model of sparse fields such as checkpoints/v1-photos"
+            + hint
+        )
+    return model
+
+
 def evaluate_checkpoint(options, command):
     """Print the table of `evaluate.multiscale`, or `side_by_side`; write JSON and figures where asked for."""
     device = pick_device(options.device)
     names = checkpoint_names(*options.checkpoint)
     loaded = {
-        name: models.load_model(path).to(device) for name, path in zip(names, options.checkpoint, strict=True)
+        name: load_field_model(path).to(device) for name, path in zip(names, options.checkpoint, strict=True)
     }
     settings = {
         "scales": tuple(options.scales),
@@ -428,7 +476,7 @@ def compare_checkpoints(options, command):
     """Print the tables of `evaluate.compare`; write them, example pictures and the chart to a folder."""
     device = pick_device(options.device)
     paths = (options.checkpoint_a, options.checkpoint_b)
-    loaded = [models.load_model(path).to(device) for path in paths]
+    loaded = [load_field_model(path).to(device) for path in paths]
     names = checkpoint_names(*paths)
     pictures = {}  # column -> (k, H, W, 3)
 

@@ -10,8 +10,10 @@ Two things hold in every number of this module:
 """
 
 import copy
+import itertools
 import json
 import math
+import os
 import platform
 import time
 from dataclasses import replace
@@ -19,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pooch
 import torch
 from scipy.fft import dctn
 from scipy.interpolate import (
@@ -30,8 +33,11 @@ from scipy.interpolate import (
 from scipy.linalg import eigh, solve
 from scipy.spatial import QhullError
 from scipy.spatial.distance import cdist
+from skimage import data
 from skimage.restoration import inpaint_biharmonic
 from skimage.transform import resize
+from torch import nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -39,6 +45,8 @@ from tqdm.auto import tqdm
 from nfhelpers import images as image_sources
 from nfhelpers import metrics, samplers
 from nfhelpers.images import grid_coords, to_image
+from nfhelpers.models import LocalMamba2D, MambaDiffusionAutoencoder
+from nfhelpers.models.local_mamba import MIXERS, batch_keys, grid_flow_loss, guided_velocity, sample_grids
 from nfhelpers.run import versions
 
 CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
@@ -1021,6 +1029,7 @@ def format_table(rows):
         ("PSNR (dB)", "psnr", 2),
         ("SSIM", "ssim", 3),
         ("speckle", "speckle", 4),
+        ("sharpness", "sharpness", 2),
         ("PSNR - biharmonic", "versus_biharmonic", 2),
         ("PSNR - first", "versus_first", 2),
     ]
@@ -1246,14 +1255,18 @@ def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
     Raises ValueError for sizes that are not whole numbers of at least 1.
     """
     _check_counts(n_inputs=n_inputs, n_queries=n_queries, batch_size=batch_size)
+    shapes = ((n_queries, 3), (n_queries, 2), (), (n_inputs, 2), (n_inputs, 3))
+    return _cost(model, [torch.empty(batch_size, *shape, device="meta") for shape in shapes])
+
+
+def _cost(model, arguments):
+    """What `model_cost` returns, of a call with these arguments on the meta device."""
     parameters = list(model.parameters())
     # A copy of the model in which every tensor, shared ones once, is of its shape only.
-    shapes_only = {id(p): torch.nn.Parameter(_shape_of(p), p.requires_grad) for p in parameters}
+    shapes_only = {id(p): nn.Parameter(_shape_of(p), p.requires_grad) for p in parameters}
     shapes_only |= {id(buffer): _shape_of(buffer) for buffer in model.buffers()}
     own = {tensor.untyped_storage()._cdata for tensor in shapes_only.values()}
     twin = copy.deepcopy(model, shapes_only).train()  # as in training: dropout keeps its masks
-    shapes = ((n_queries, 3), (n_queries, 2), (), (n_inputs, 2), (n_inputs, 3))
-    batch = [torch.empty(batch_size, *shape, device="meta") for shape in shapes]
     kept = {}
 
     def keep(tensor):
@@ -1267,7 +1280,7 @@ def model_cost(model, n_inputs=204, n_queries=204, batch_size=64):
         FlopCounterMode(display=False, custom_mapping={scan: _scan_flops}) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        twin(*batch)
+        twin(*arguments)
     count = sum(p.numel() for p in parameters)
     activations = sum(storage.nbytes() for storage in kept.values())
     scan_flops = counter.get_flop_counts()["Global"].get(scan, 0)
@@ -1342,23 +1355,35 @@ def query_cost(model, sizes, *, n_inputs=205, repeats=1, device=None):
         def call(query=query, noise=noise):
             with torch.no_grad(), samplers.evaluation_mode(model):
                 model(noise, query, torch.zeros(1, device=device), coords, 2 * values - 1)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
-        call()  # compiles kernels, takes workspaces
-        memory = _peak_bytes(call, device)
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        row = {"method": "one forward pass", "length": size * size, "seconds": min(taken)}
-        rows.append({**row, "memory": memory})
+        row = {"method": "one forward pass", "length": size * size}
+        row["seconds"] = best_seconds(call, device, repeats)
+        rows.append({**row, "memory": peak_bytes(call, device)})
     return rows
 
 
-def _peak_bytes(call, device):
-    """Most bytes that `call` held at a time beyond those held before; None if nothing was recorded."""
+def best_seconds(call, device, repeats=3, budget=math.inf):
+    """Seconds that `call()` takes at best, after one call that compiles kernels and takes workspaces.
+
+    device: what to wait for, a torch.device; repeats: calls that are timed, fewer once they have taken
+    `budget` seconds together. On a machine that does other things the smallest time is what the code needs.
+    """
+    taken = []
+    while len(taken) <= repeats and sum(taken[1:]) < budget:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
+
+
+def peak_bytes(call, device):
+    """Most bytes that `call()` held at a time beyond those held before; None if nothing was recorded.
+
+    On a GPU the CUDA allocator counts, on the CPU the profiler: what is taken without PyTorch's allocators,
+    as by FFT libraries and the native scan, is not seen.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -1431,10 +1456,6 @@ def latent_probe(train_latents, train_labels, test_latents, test_labels):
     training set's mean and standard deviation. Returns a number in [0, 1]. Raises ValueError on shapes that
     do not fit.
     """
-    from sklearn.linear_model import LogisticRegression  # slow to import
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     train_latents, test_latents = _as_latents(train_latents), _as_latents(test_latents)
     for name, latents, labels in (
         ("train", train_latents, train_labels),
@@ -1445,8 +1466,7 @@ def latent_probe(train_latents, train_labels, test_latents, test_labels):
                 f"{name}_latents have shape {latents.shape} and {name}_labels {np.shape(labels)}; "
                 f"pass (N, {train_latents.shape[1]}) and (N,)"
             )
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return float(probe.fit(train_latents, train_labels).score(test_latents, test_labels))
+    return float(fit_probe(train_latents, train_labels).score(test_latents, test_labels))
 
 
 def nearest_neighbours(queries, latents, k=5):
@@ -1500,3 +1520,983 @@ def interpolation_smoothness(fields):
         "ratio": length / direct if direct > 0 else math.nan,
         "second_difference": float(np.sqrt((np.diff(frames, n=2, axis=0) ** 2).mean())),
     }
+
+
+# ---------------------------------------------------------------- autoencoders
+
+
+def first_phase(model):
+    """The autoencoder without its flow: the model of phase 1 in one of phase 2, sharing its weights.
+
+    As a velocity model, one step of it is the deterministic decoding: what `reconstruct` and `side_by_side`
+    call its posterior mean. A model of phase 1 is returned as it is.
+    """
+    if model.config.phase == 1:
+        return model
+    twin = MambaDiffusionAutoencoder(replace(model.config, phase=1))
+    _, unexpected = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+    assert all(name.startswith("refiner.") for name in unexpected)
+    return twin.eval()
+
+
+@torch.no_grad()
+def encode_images(model, images, observed=1.0, seed=0):
+    """Latents (N, C), on the CPU and not normalised, of images (N, H, W, 3), of all their pixels or a part.
+
+    images: uint8, floats in [0, 1], or the dict of `observe_images`, whose observed pixels are taken;
+    observed, seed: as there.
+    """
+    fields, device = _observed(images, observed, seed), model_device(model)
+    points = fields["input_coords"], fields["input_values"]
+    groups = torch.arange(len(points[0])).split(max(1, TOKENS_PER_FORWARD // points[0].shape[1]))
+    with samplers.evaluation_mode(model):
+        return torch.cat([model.encode(*(p[group].to(device) for p in points)).cpu() for group in groups])
+
+
+@torch.no_grad()
+def decode_latents(model, latents, size=32):
+    """Deterministic decodings (N, size, size, 3) float32 in [0, 1] of latents (N, C), not normalised.
+
+    No pixel is kept: all of them come from the latent. Raises ValueError for latents of another size.
+    """
+    _check_counts(size=size)
+    device, grid = model_device(model), grid_coords(size, size)
+    fields = []
+    with samplers.evaluation_mode(model):
+        for part in latents.split(max(1, TOKENS_PER_FORWARD // len(grid))):
+            coords = grid.expand(len(part), -1, -1).to(device)
+            fields.append(model.decode(coords, part.to(device)).float().cpu())
+    return to_image(torch.cat(fields)).reshape(-1, size, size, 3).numpy()
+
+
+def compare_autoencoders(model, images, train_images, *, observed=0.2, seed=0):
+    """Decodings of a latent beside PCA of the same number of dimensions, fitted on training images.
+
+    Every pixel comes from the latent here, observed ones too, as with PCA. PCA has no way to see a part of
+    the pixels; for the row of `observed` the others are first filled in by biharmonic inpainting.
+
+    Args:
+        model: a `MambaDiffusionAutoencoder`, of either phase.
+        images: (N, H, W, 3) uint8 or floats in [0, 1]; train_images: (M, H, W, 3), more of them than the
+            model's latent has dimensions.
+        observed: fraction of pixels of the sparse rows; seed: which.
+
+    Returns:
+        (rows, pictures): list of dicts method, kind, images, psnr, ssim, speckle with `*_se`, and
+        versus_first with versus_first_se, the mean paired difference of PSNR (dB) to PCA of the same pixels;
+        dict of method -> fields (N, H, W, 3) in [0, 1].
+
+    Raises ValueError as `pca_baseline` and `observe_images`.
+    """
+    fields, dims = observe_images(images, observed, seed), model.config.latent_dim
+    target = fields["images"].numpy()
+    filled = _classical_fields(fields, target.shape[1])["biharmonic"]
+    both = pca_baseline(train_images, np.concatenate([target, filled]), dims)
+    share = f"{observed:.0%} of the pixels"
+    pairs = {"all pixels": (both[: len(target)], images), share: (both[len(target) :], fields)}
+    rows, pictures = [], {}
+    for seen, (linear, given) in pairs.items():
+        decoded = decode_latents(model, encode_images(model, given), target.shape[1])
+        first = None
+        for name, kind, made in (("PCA", "classical", linear), ("autoencoder", "mean", decoded)):
+            scores = _score(made, target)
+            first = scores["psnr"] if first is None else first
+            row = _row(f"{name} of {dims}, {seen}", kind, scores)
+            row["versus_first"], row["versus_first_se"] = _mean_and_error(scores["psnr"] - first)
+            rows.append(row)
+            pictures[row["method"]] = made
+    return rows, pictures
+
+
+def field_pictures(models, source="photos", *, scales, images, observed=0.2, observed_size=32, seed=0):
+    """One-step posterior means of several models at several sizes: the pictures of `side_by_side` alone.
+
+    Returns (pictures, mask): dict of (scale, name) -> fields (N, h, w, 3) in [0, 1], with the name "target"
+    (None without ground truth), and the observed pixels (N, H, W). Arguments and errors are those of
+    `side_by_side`.
+    """
+    _check_scales(scales, None)
+    _check_counts(images=images, observed_size=observed_size)
+    truth = _ground_truth(source, scales, observed_size, images)
+    fields = observe_images(truth[observed_size], observed, seed)
+    pictures = {(scale, "target"): truth[scale] for scale in scales}
+    for name, model in models.items():
+        for scale in scales:
+            pictures[scale, name] = _model_mean(model, fields, scale, 1, seed, None)
+    return pictures, fields["mask"].numpy()
+
+
+def _cell_means(fields, size):
+    """Fields (N, S, S, ...) -> (N, size, size, ...): the mean over each of size x size equal cells."""
+    side = fields.shape[1]
+    if side % size:
+        raise ValueError(f"a field of {side} px is not {size} whole cells; pass a multiple of {size}")
+    cells = fields.reshape(len(fields), size, side // size, size, side // size, *fields.shape[3:])
+    return cells.mean(axis=(2, 4))
+
+
+def scale_scores(pictures, mask, names):
+    """How the fields of models at several sizes agree with the real images, and with each other.
+
+    Args:
+        pictures: dict of (scale, name) -> fields (N, h, w, 3) in [0, 1], with "target" among the names, such
+            as `side_by_side` or `field_pictures` return; the smallest scale divides the others.
+        mask: (N, H, W) bool, pixels that were observed at the smallest scale.
+        names: of the models.
+
+    Returns:
+        list of dicts, one a model and scale: model, scale, psnr against the target with psnr_se (None without
+        target); consistency with consistency_se, the PSNR (dB) between the field, averaged over the pixels of
+        the smallest scale, and the field at that scale, over pixels that were not observed; versus_bicubic
+        with versus_bicubic_se, the mean paired difference of PSNR to the model's own field of the smallest
+        scale, upsampled bicubically. Consistency is no merit by itself: an upsampled field has it.
+
+    Raises ValueError for scales that the smallest does not divide.
+    """
+    scales = sorted({scale for scale, name in pictures if name in names})
+    rows = []
+    for name in names:
+        low = pictures[scales[0], name]
+        for scale in scales:
+            made, target = pictures[scale, name], pictures[scale, "target"]
+            psnr = _score(made, target)["psnr"]
+            row = {"model": name, "scale": scale, "consistency": None, "consistency_se": None}
+            row |= {"versus_bicubic": None, "versus_bicubic_se": None}
+            row["psnr"], row["psnr_se"] = _mean_and_error(psnr)
+            if scale != scales[0]:
+                agreement = _consistency(low, made, mask)
+                row["consistency"], row["consistency_se"] = _mean_and_error(agreement)
+                upsampled = np.stack([resize_field(field, scale, scale) for field in low])
+                gain = psnr - _score(upsampled, target)["psnr"]
+                row["versus_bicubic"], row["versus_bicubic_se"] = _mean_and_error(gain)
+            rows.append(row)
+    return rows
+
+
+def _consistency(low, high, mask):
+    """PSNR (N,) of fields of a large size, averaged over cells, to fields of a small one, outside `mask`."""
+    error = np.square(_cell_means(high, low.shape[1]) - low).mean(-1)  # (N, H, W)
+    with np.errstate(divide="ignore"):
+        return -10 * np.log10([e[~m].mean() for e, m in zip(error, mask, strict=True)])
+
+
+def consistency_difference(pictures, mask, name, other):
+    """By how much one model's fields of several sizes agree better with each other than another's, paired.
+
+    Arguments are those of `scale_scores`, and the names of two models. Returns a dict of scale -> (mean of
+    the differences of consistency in dB, its standard error), without the smallest; None where undefined.
+    """
+    scales = sorted({scale for scale, model in pictures if model == name})
+    found = {}
+    for scale in scales[1:]:
+        own, theirs = (_consistency(pictures[scales[0], m], pictures[scale, m], mask) for m in (name, other))
+        found[scale] = _mean_and_error(own - theirs)
+    return found
+
+
+def format_scales(rows):
+    """Rows of `scale_scores` as an aligned text table; "-" where undefined."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of scale_scores")
+    keys = {"psnr": "PSNR (dB)", "versus_bicubic": "PSNR - own bicubic", "consistency": "consistency (dB)"}
+    lines = [
+        [row["model"], str(row["scale"])]
+        + [_plus_minus(row[key], row[f"{key}_se"], 2, "versus" in key) for key in keys]
+        for row in rows
+    ]
+    return align(["model", "scale", *keys.values()], lines, left=1)
+
+
+def sampling_scores(
+    model, source="photos", *, scales, images, observed=0.2, observed_size=32, steps=20, draws=4, seed=0
+):
+    """What the flow of phase 2 makes of the latent, beside the deterministic decoding of the same latent.
+
+    Args:
+        model: a `MambaDiffusionAutoencoder` of phase 2.
+        source, scales, images, observed, observed_size, seed: as in `side_by_side`.
+        steps: Heun steps of a sample; draws: K of the mean of K samples, at `observed_size` only.
+
+    Returns:
+        (rows, pictures): list of dicts scale, method, kind, images, psnr, ssim, speckle, sharpness with their
+        standard errors `*_se`, versus_first with versus_first_se, the mean paired difference of PSNR (dB) to
+        the decoding, which is the first of each scale; dict of (scale, method) -> fields, with "target".
+
+    Raises ValueError for a model of phase 1, and as `side_by_side`.
+    """
+    if model.config.phase != 2:
+        raise ValueError("this autoencoder is of phase 1 and draws no samples; pass one of phase 2")
+    _check_scales(scales, None)
+    _check_counts(images=images, observed_size=observed_size, steps=steps, draws=draws)
+    truth = _ground_truth(source, scales, observed_size, images)
+    fields = observe_images(truth[observed_size], observed, seed)
+    rows, pictures = [], {}
+    for scale in scales:
+        target = pictures[scale, "target"] = truth[scale]
+        made = {
+            ("decoding", "mean"): (first_phase(model), {}),
+            (ONE_STEP_MEAN, "mean"): (model, {}),
+            (f"sample (heun, {steps} steps)", "sample"): (model, {"kind": "sample", "steps": steps}),
+        }
+        if scale == observed_size:
+            made[f"mean of {draws} samples", "mean"] = (model, {"draws": draws, "steps": steps})
+        first = None
+        for (method, kind), (network, options) in made.items():
+            field = reconstruct(network, fields, size=scale, seed=seed, **options)["fields"]
+            scores = _score(field, target)
+            first = scores["psnr"] if first is None else first
+            row = {"scale": scale, **_row(method, kind, scores)}
+            row["versus_first"], row["versus_first_se"] = _mean_and_error(scores["psnr"] - first)
+            sharp = np.array([np.nan]) if target is None else metrics.sharpness(field, target)
+            row["sharpness"], row["sharpness_se"] = _mean_and_error(sharp)
+            rows.append(row)
+            pictures[scale, method] = field
+    return rows, pictures
+
+
+# ---------------------------------------------------------------- latents: classes, distributions, ways
+
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PHOTO_CLASSES = ("astronaut", "rocket", "flower", "china", "coffee", "chelsea")
+"""Photographs of `labelled_images`: the first three are among those that source "photos" trains on."""
+
+
+def cifar10_folder():
+    """The folder that source "cifar10" is read from, None if it is not there and would be downloaded."""
+    root = Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
+    folder = root / "cifar-10-batches-bin"
+    return folder if any(folder.glob("*.bin")) else None
+
+
+def labelled_images(source, split, size=32, limit=256, seed=0):
+    """Images uint8 (N, size, size, 3), their classes (N,) and the names of the classes.
+
+    source: "cifar10", whose first `limit` images are taken, with their ten classes; or "photos": random
+    windows of six photographs, whose class is the photograph. There, those of "train" lie in the left half of
+    each photograph and those of "test" in the right half, so that none share a pixel, and the order of the
+    colour channels is random, so that the mean colour does not give the photograph away. seed: of the windows
+    of "photos". Raises ValueError for another source or split.
+    """
+    if source not in ("photos", "cifar10"):
+        raise ValueError(f"source={source!r} has no classes; pass 'photos' or 'cifar10'")
+    if source == "cifar10":
+        pictures = image_sources.load_images("cifar10", split, size, limit)
+        pattern = "data_batch*.bin" if split == "train" else "test_batch*.bin"
+        records = (np.fromfile(f, np.uint8).reshape(-1, 3073) for f in sorted(cifar10_folder().glob(pattern)))
+        return pictures, np.concatenate([part[:, 0] for part in records])[:limit].astype(int), CIFAR10_CLASSES
+    if split not in image_sources.SPLITS:
+        raise ValueError(f"split={split!r} is unknown; pass 'train' or 'test'")
+    _check_counts(size=size, limit=limit)
+    from sklearn.datasets import load_sample_image  # slow to import
+
+    photographs = [data.astronaut(), data.rocket()]
+    photographs += [load_sample_image("flower.jpg"), load_sample_image("china.jpg")]
+    photographs += [data.coffee(), data.chelsea()]
+    rng = np.random.default_rng((seed, split == "test"))
+    labels = np.arange(limit) % len(PHOTO_CLASSES)
+    pictures = np.empty((limit, size, size, 3), np.uint8)
+    for picture, label in zip(pictures, labels, strict=True):
+        height, width, _ = photographs[label].shape
+        half = width // 2
+        side = int(rng.integers(96, min(height, half) + 1))
+        top, left = rng.integers(height - side + 1), rng.integers(half - side + 1)
+        left += half * (split == "test")
+        window = photographs[label][top : top + side, left : left + side]
+        picture[:] = image_sources.area_resize(np.ascontiguousarray(window), size)[..., rng.permutation(3)]
+    return pictures, labels, PHOTO_CLASSES
+
+
+def fit_probe(latents, labels):
+    """A linear probe: scikit-learn's pipeline of standardisation and logistic regression, fitted.
+
+    latents (N, C) arrays or tensors on the CPU; labels (N,) integers. Raises ValueError on shapes that do not
+    fit. Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes", 2016.
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    latents = _as_latents(latents)
+    if np.shape(labels) != (len(latents),):
+        raise ValueError(f"labels have shape {np.shape(labels)}; pass ({len(latents)},), one a latent")
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(latents, labels)
+
+
+@torch.no_grad()
+def channel_strengths(model, points=64):
+    """How much each channel of the latent shows in the picture: (C,) tensor on the CPU.
+
+    The root mean square change of the decoding, values in [0, 1], at so many random points, when a channel
+    moves by its standard deviation from the mean latent. Normalised channels times these are about as far
+    apart as their pictures; without them faint detail counts as much as the mean colour. Raises ValueError
+    before `fit_latent_statistics`.
+    """
+    channels, device = model.config.latent_dim, model_device(model)
+    moved = model.denormalise(torch.cat([torch.zeros(1, channels), torch.eye(channels)])).to(device)
+    coords = torch.rand(1, points, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    with samplers.evaluation_mode(model):
+        parts = moved.split(max(1, TOKENS_PER_FORWARD // points))
+        decoded = torch.cat([model.decode(coords.expand(len(z), -1, -1), z) for z in parts])  # (1 + C, P, 3)
+    return (decoded[1:] - decoded[:1]).float().square().mean((1, 2)).sqrt().cpu() / 2
+
+
+def principal_directions(model, latents, count):
+    """The first `count` directions along which pictures of latents (N, C) vary the most.
+
+    Principal components of normalised latents, channels counting as they show (`channel_strengths`).
+    Returns ((count, C) float32 tensor, to be added to latents as they are, each as long as the standard
+    deviation along it; (count,) array, the share of the variance). Raises ValueError for other shapes and a
+    count outside 1 ... min(N, C).
+    """
+    _check_counts(count=count)
+    if count > min(latents.shape):
+        raise ValueError(
+            f"count={count} of latents {tuple(latents.shape)}; pass at most {min(latents.shape)}"
+        )
+    strengths = channel_strengths(model).clamp_min(1e-12)  # (C,)
+    weighed = _as_latents(model.normalise(latents.cpu()) * strengths)
+    _, scales, axes = np.linalg.svd(weighed - weighed.mean(0), full_matrices=False)
+    along = torch.from_numpy(axes[:count] * scales[:count, None] / np.sqrt(len(latents))).float()
+    mean = model.denormalise(torch.zeros(1, latents.shape[1]))
+    return model.denormalise(along / strengths) - mean, scales[:count] ** 2 / np.square(scales).sum()
+
+
+def class_directions(probe):
+    """Directions (classes, C) in which the score of each class rises the fastest, of length 1 in units of the
+    standard deviations of the latents that `probe` (of `fit_probe`, at least 3 classes) was fitted on; they
+    are to be added to latents as they are, not normalised."""
+    scaler, regression = probe[0], probe[-1]
+    weights = regression.coef_ / np.linalg.norm(regression.coef_, axis=1, keepdims=True)
+    return torch.from_numpy(weights * scaler.scale_).float()  # (classes, C)
+
+
+def frechet_distance(a, b):
+    """Frechet (2-Wasserstein) distance, squared, of Gaussians with the moments of features (N, D) and (M, D).
+
+        |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    0 for equal moments; it grows with the noise of covariances from few samples, so only numbers from equally
+    many are to be compared. Raises ValueError for other shapes and fewer than two features each.
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule ...", NeurIPS 2017, equation 6.
+    """
+    a, b = _as_latents(a), _as_latents(b)
+    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"features have shapes {a.shape} and {b.shape}; pass (N, D) and (M, D), N, M >= 2")
+    covariances = [np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b)]
+    # The product of two positive semi-definite matrices has eigenvalues >= 0, up to rounding.
+    root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
+    apart = np.square(a.mean(0) - b.mean(0)).sum()
+    return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)
+
+
+def image_distance(images, reference, dims=16):
+    """`frechet_distance` of images (N, H, W, 3) and reference images (M, H, W, 3), both in [0, 1], in the
+    space of the first `dims` principal components of the reference's pixels, as a part of the variance there:
+    0 is the same distribution of low frequencies, 1 about that of nothing but the mean image. `dims` is at
+    most min(M - 1, 3 H W). Raises ValueError for other shapes and `dims`.
+    """
+    from sklearn.decomposition import PCA  # slow to import
+
+    images, reference = _as_images(images), _as_images(reference)
+    _check_counts(dims=dims)
+    most = min(len(reference) - 1, reference[0].size)
+    if images.shape[1:] != reference.shape[1:] or dims > most:
+        raise ValueError(
+            f"images are {images.shape}, reference {reference.shape}, dims={dims}; pass two of one size and "
+            f"at most {most} dims"
+        )
+    pca = PCA(dims, svd_solver="randomized", random_state=0).fit(reference.reshape(len(reference), -1))
+    features = [pca.transform(x.reshape(len(x), -1)) for x in (images, reference)]
+    return frechet_distance(*features) / float(pca.explained_variance_.sum())
+
+
+def gradient_features(fields):
+    """How strong edges are, and where: fields (N, H, W, 3) in [0, 1] -> (N, 96).
+
+    Mean absolute differences of neighbouring pixels, along rows and along columns, in 4 x 4 cells, of the
+    fields and of their means over 2 x 2 and 4 x 4 pixels. H = W, a multiple of 16; ValueError otherwise.
+    """
+    fields, features = _as_images(fields), []
+    if fields.shape[1] != fields.shape[2] or fields.shape[1] % 16:
+        raise ValueError(f"fields have shape {fields.shape}; pass squares whose side is a multiple of 16")
+    for _ in range(3):
+        for axis in (1, 2):
+            # The last difference is that of a pixel and itself, so that cells stay of one size.
+            edges = np.abs(np.diff(fields, axis=axis, append=fields.take([-1], axis=axis)))
+            features.append(_cell_means(edges.mean(-1), 4).reshape(len(fields), -1))  # (N, 16)
+        fields = _cell_means(fields, fields.shape[1] // 2)
+    return np.concatenate(features, axis=1)
+
+
+def contrast(frame, ends):
+    """Mean absolute gradient of a frame (H, W, 3) over that of two ends (2, H, W, 3), on average: 1 is as
+    much as theirs, less is a washed-out or doubly exposed picture. Values in [0, 1]; see `metrics.sharpness`.
+    """
+    with np.errstate(divide="ignore"):
+        return float(2 / (1 / metrics.sharpness(np.stack([frame, frame]), ends)).sum())
+
+
+WAYS = ("latent", "latent + noise", "RGB")
+"""Ways from one image to another of `interpolation_paths`."""
+
+
+@torch.no_grad()
+def image_codes(model, images, steps=20):
+    """Both codes of images (N, H, W, 3), uint8 or floats in [0, 1], of all their pixels, on the CPU.
+
+    Returns latents (N, C), not normalised, and noises (N, H W, 3) of `samplers.encode_stochastic` by `steps`
+    Heun steps, None for a model of phase 1.
+    """
+    fields, device = observe_images(images, 1.0), model_device(model)
+    latents = encode_images(model, fields)
+    if model.config.phase == 1:
+        return latents, None
+    coords, values = (fields[name].to(device) for name in ("input_coords", "input_values"))
+    noises = samplers.encode_stochastic(
+        model, coords, values, latents.to(device), steps=steps, max_batch=_batch_of(coords)
+    )
+    return latents, noises.cpu()
+
+
+def _batch_of(coords):
+    """How many samples of so many points pass through a model at once."""
+    return max(1, TOKENS_PER_FORWARD // coords.shape[1])
+
+
+def interpolation_paths(model, images, *, alphas=(0.0, 0.25, 0.5, 0.75, 1.0), steps=20, codes=None):
+    """Ways from one image to another: through latents, through latents and noise, and by blending pixels.
+
+    Args:
+        model: a `MambaDiffusionAutoencoder`; one of phase 1 has no way through noise.
+        images: (2, H, W, 3) uint8 or floats in [0, 1].
+        alphas: positions, 0 the first and 1 the second image.
+        steps: Heun steps of every frame on the way between the noises.
+        codes: the two `image_codes` of the images, if they are known; found with the same steps if None.
+
+    Returns:
+        dict of way (`WAYS`) -> frames (A, H, W, 3) float32 in [0, 1].
+
+    Raises ValueError for other than two images, and as `samplers.interpolate_latents`.
+    """
+    images = torch.from_numpy(_as_images(images))
+    if len(images) != 2:
+        raise ValueError(f"images are {tuple(images.shape)}; pass two, (2, H, W, 3)")
+    height, width = images.shape[1:3]
+    device, coords = model_device(model), grid_coords(height, width)[None]
+    latents, noises = image_codes(model, images, steps) if codes is None else codes
+    ends = {"latent": None} if noises is None else {"latent": None, "latent + noise": noises}
+    paths = {}
+    for way, between in ends.items():
+        pair = None if between is None else between.to(device).split(1)
+        made = samplers.interpolate_latents(
+            model, coords.to(device), latents.to(device).split(1), pair, alphas=alphas, steps=steps
+        )
+        paths[way] = to_image(made.float().cpu())
+    paths["RGB"] = torch.stack([samplers.lerp(images[:1], images[1:], alpha) for alpha in alphas])
+    return {way: frames.reshape(-1, height, width, 3).numpy() for way, frames in paths.items()}
+
+
+def interpolation_scores(model, pairs):
+    """Smoothness of ways between images (`interpolation_smoothness`) in three spaces, averaged over pairs.
+
+    Args:
+        model: the autoencoder, whose encoder is one of the spaces.
+        pairs: list of the dicts of `interpolation_paths`, of three and more positions.
+
+    Returns:
+        list of dicts, one a way and space ("pixels", "latent" of the encoder, "gradients" of
+        `gradient_features`): way, space, pairs; ratio of the way's length to the direct one, 1 for a straight
+        way; bend, the second difference over the direct length; contrast of the frame halfway (`contrast`;
+        it belongs to the way and is the same in every space). All with standard errors `*_se`.
+
+    Raises ValueError for no pairs.
+    """
+    if not pairs:
+        raise ValueError("pairs is empty; pass some results of interpolation_paths")
+    spaces = {
+        "pixels": lambda frames: frames,
+        "latent": lambda frames: model.normalise(encode_images(model, frames)).numpy(),
+        "gradients": gradient_features,
+    }
+    rows = []
+    for way in pairs[0]:
+        halfway = [contrast(pair[way][len(pair[way]) // 2], pair[way][[0, -1]]) for pair in pairs]
+        for space, features in spaces.items():
+            found = [interpolation_smoothness(features(pair[way])) for pair in pairs]
+            row = {"way": way, "space": space, "pairs": len(pairs)}
+            values = {
+                "ratio": [f["ratio"] for f in found],
+                "bend": [f["second_difference"] / f["direct"] for f in found],
+                "contrast": halfway,
+            }
+            for key, value in values.items():
+                row[key], row[f"{key}_se"] = _mean_and_error(np.array(value, dtype=float))
+            rows.append(row)
+    return rows
+
+
+def format_interpolation(rows):
+    """Rows of `interpolation_scores` as an aligned text table."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of interpolation_scores")
+    keys = {"ratio": "length / direct", "bend": "second difference / direct", "contrast": "contrast halfway"}
+    lines = [
+        [row["space"], row["way"]] + [_plus_minus(row[key], row[f"{key}_se"], 3, False) for key in keys]
+        for row in sorted(rows, key=lambda row: row["space"])
+    ]
+    return align(["space", "way", *keys.values()], lines, left=2)
+
+
+# ---------------------------------------------------------------- seed 004's experiments
+
+SEED_GAINS = {64: (2.0, 4.0), 96: (3.0, 5.0)}
+"""What seed 004 expects of experiment 1: scale -> gain in dB over its baseline, from and to."""
+
+SIMILAR = 0.5
+"""dB below which two PSNR count as similar in experiment 1."""
+
+
+def multiscale_verdicts(pictures, model, baseline):
+    """Seed 004's experiment 1, the autoencoder without diffusion: criteria, what was measured, verdicts.
+
+    pictures: dict of (scale, name) -> fields in [0, 1] with "target", of `side_by_side` or `field_pictures`;
+    posterior means are compared with posterior means. model, baseline: names of the two. Returns a list of
+    dicts experiment, criterion, measured (text) and met (bool). Scales without target are left out.
+    """
+    verdicts = []
+    for scale in sorted({scale for scale, name in pictures if name == model}):
+        target = pictures[scale, "target"]
+        if target is None or (scale != 32 and scale not in SEED_GAINS):
+            continue
+        ours, theirs = (_score(pictures[scale, name], target) for name in (model, baseline))
+        gain, error = _mean_and_error(ours["psnr"] - theirs["psnr"])
+        low, high = SEED_GAINS.get(scale, (-SIMILAR, None))
+        wanted = f"{low:+g} to {high:+g} dB" if high else f"similar, within {SIMILAR} dB"
+        measured = f"{_plus_minus(gain, error, 2, True)} dB ({np.mean(ours['psnr']):.2f} dB)"
+        verdicts.append(_verdict(1, f"PSNR at {scale}: {wanted} to {baseline}", measured, gain >= low))
+        if scale != 32:
+            rough = [np.nanmean(scores["speckle"]) for scores in (ours, theirs)]
+            measured = f"speckle {rough[0]:.4f}, {baseline} {rough[1]:.4f}"
+            verdicts.append(_verdict(1, f"less noisy at {scale}", measured, rough[0] < rough[1]))
+    return verdicts
+
+
+def sampling_verdicts(rows):
+    """Seed 004's experiment 2, autoencoder and diffusion, of the rows of `sampling_scores`: as above.
+
+    The seed compares a sample with the decoding, which is a mean: a sample that is right has about 3 dB less.
+    Like is compared with like in the row of the mean of samples.
+    """
+    verdicts = []
+    for scale in dict.fromkeys(row["scale"] for row in rows):
+        decoding, *others = [row for row in rows if row["scale"] == scale]
+        if decoding["psnr"] is None:
+            continue
+        for row in others:
+            if row["method"] != ONE_STEP_MEAN:
+                gain = row["versus_first"]
+                measured = f"{_plus_minus(gain, row['versus_first_se'], 2, True)} dB ({row['psnr']:.2f} dB)"
+                what = "sample" if row["kind"] == "sample" else row["method"]
+                verdicts.append(_verdict(2, f"PSNR at {scale}: {what} above decoding", measured, gain > 0))
+        sample = next(row for row in others if row["kind"] == "sample")
+        for key, wanted, sign in (("sharpness", "sharper", 1), ("speckle", "still smooth", -1)):
+            if sample[key] is not None:  # speckle needs flat regions
+                measured = f"{key} of a sample {sample[key]:.3g}, of the decoding {decoding[key]:.3g}"
+                met = sign * sample[key] > sign * decoding[key]
+                verdicts.append(_verdict(2, f"{wanted} at {scale}", measured, met))
+    return verdicts
+
+
+def interpolation_verdicts(rows):
+    """Seed 004's experiment 3, interpolation, of the rows of `interpolation_scores`: as above.
+
+    In pixels RGB blending is the straight line, and nothing is smoother: that much is decided before anything
+    is measured.
+    """
+    verdicts = []
+    for space in dict.fromkeys(row["space"] for row in rows):
+        latent, blending = (find_row(rows, space=space, way=way) for way in ("latent", "RGB"))
+        measured = f"length / direct {latent['ratio']:.3f}, of RGB blending {blending['ratio']:.3f}"
+        met = latent["ratio"] < blending["ratio"]
+        verdicts.append(_verdict(3, f"latent way smoother than RGB in {space}", measured, met))
+    measured = f"contrast halfway {latent['contrast']:.2f}, of RGB blending {blending['contrast']:.2f}"
+    met = latent["contrast"] > blending["contrast"]
+    return [*verdicts, _verdict(3, "no double exposure halfway", measured, met)]
+
+
+def _verdict(experiment, criterion, measured, met):
+    return {"experiment": experiment, "criterion": criterion, "measured": measured, "met": bool(met)}
+
+
+def format_verdicts(verdicts):
+    """Verdicts of seed 004's experiments as an aligned text table: success criterion, measured, verdict."""
+    if not verdicts:
+        raise ValueError("verdicts is empty; pass those of multiscale_verdicts and the others")
+    lines = [
+        [str(v["experiment"]), v["criterion"], v["measured"], "met" if v["met"] else "not met"]
+        for v in verdicts
+    ]
+    return align(["experiment", "success criterion", "measured", "verdict"], lines)
+
+
+# ---------------------------------------------------------------- generated spectrograms
+
+CLASSIFIER_WIDTHS = (16, 32, 64, 64)
+CLASSIFIER_FEATURES = 64
+
+
+def fit_classifier(dataset, *, epochs=10, batch_size=64, learning_rate=3e-3, seed=0):
+    """A small convolutional network that tells the classes of spectrograms apart, to judge generated ones.
+
+    Four convolutions of stride 2 with batch normalisation, then two layers. While it learns, spectrograms are
+    shifted in time by up to an eighth of their width and in level by up to 0.15 (4.5 dB), so that neither
+    decides. AdamW with a cosine schedule. On the digits of "fsdd" at 64 x 64 it is right on all 300 test
+    clips, after 20 seconds on one core.
+
+    Args:
+        dataset: `spectrograms.Spectrograms`, at least 2.
+        epochs, batch_size, learning_rate: of the training; incomplete batches are left out.
+        seed: of weights, order and shifts; torch's own generator is left alone.
+
+    Returns a module from (B, C, H, W) to logits (B, classes), on the CPU in eval mode; its first part,
+    `classifier[0]`, gives the features (B, 64). Raises ValueError for counts below 1 and fewer than 2 items.
+    """
+    _check_counts(epochs=epochs, batch_size=batch_size)
+    grids, labels = dataset.spectrograms, dataset.labels
+    count, channels, height, width = grids.shape
+    batch_size = min(batch_size, count)
+    if batch_size < 2:
+        raise ValueError(f"{count} spectrograms in batches of {batch_size}; pass at least 2 in a batch")
+    batches = count // batch_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = []
+        for before, after in zip((channels, *CLASSIFIER_WIDTHS), CLASSIFIER_WIDTHS, strict=False):
+            convolution = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+            height, width = (height + 1) // 2, (width + 1) // 2
+        flat = CLASSIFIER_WIDTHS[-1] * height * width
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(flat, CLASSIFIER_FEATURES), nn.ReLU()]
+        classes = len(dataset.meta.class_names)
+        classifier = nn.Sequential(nn.Sequential(*layers), nn.Linear(CLASSIFIER_FEATURES, classes))
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+        for _ in range(epochs):
+            for indices in torch.randperm(count)[: batches * batch_size].split(batch_size):
+                logits = classifier(_shifted(grids[indices]))  # (B, classes)
+                loss = F.cross_entropy(logits, labels[indices])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return classifier.eval()
+
+
+def _shifted(grids):
+    """Grids (B, C, H, W), each shifted in time, with silence where it came from, and in level."""
+    batch, width = grids.shape[0], grids.shape[-1]
+    most = width // 8
+    columns = torch.arange(width) - torch.randint(-most, most + 1, (batch, 1))  # (B, W), where they are from
+    inside = ((columns >= 0) & (columns < width))[:, None, None]  # (B, 1, 1, W)
+    moved = grids.gather(3, columns.clamp(0, width - 1)[:, None, None].expand_as(grids))
+    level = 0.15 * (2 * torch.rand(batch, 1, 1, 1) - 1)
+    return (torch.where(inside, moved, -1.0) + level).clamp(-1, 1)
+
+
+@torch.no_grad()
+def generated_scores(spectrograms, labels, classifier, train, test):
+    """How good generated spectrograms are, and whether they are copies of training ones.
+
+    Args:
+        spectrograms: (N, C, H, W) in [-1, 1], on the CPU, at least 2; labels: (N,), what they should be.
+        classifier: of `fit_classifier`, fitted on `train`.
+        train, test: `spectrograms.Spectrograms` of the model's training and of none.
+
+    Returns:
+        dict: count; accuracy, the part that the classifier takes for its label, and accuracy_se;
+        frechet, the `frechet_distance` of its features to those of test (only numbers of equal count are to
+        be compared); nearest, the median over the spectrograms of their root-mean-square distance to the
+        nearest one of train; copies, the part that is nearer to one of train than any one of test is.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    if spectrograms.shape[1:] != test.spectrograms.shape[1:] or labels.shape != spectrograms.shape[:1]:
+        raise ValueError(
+            f"spectrograms have shape {tuple(spectrograms.shape)} and labels {tuple(labels.shape)}; pass "
+            f"(N, {', '.join(map(str, test.spectrograms.shape[1:]))}) and (N,)"
+        )
+    features, there = (classifier[0](grids) for grids in (spectrograms, test.spectrograms))  # (N, F), (M, F)
+    right = classifier[1](features).argmax(1) == labels  # (N,)
+    accuracy, error = _mean_and_error(right.double().numpy())
+    nearest, unseen = (
+        torch.cdist(grids.flatten(1), train.spectrograms.flatten(1)).amin(1) / grids[0].numel() ** 0.5
+        for grids in (spectrograms, test.spectrograms)
+    )  # (N,), (M,)
+    return {
+        "count": len(spectrograms),
+        "accuracy": accuracy,
+        "accuracy_se": error,
+        "frechet": frechet_distance(features, there),
+        "nearest": nearest.median().item(),
+        "copies": (nearest < unseen.min()).double().mean().item(),
+    }
+
+
+def evaluate_generated(
+    model,
+    classifier,
+    train,
+    test,
+    *,
+    guidances=(0.0, 1.0, 1.5, 2.5, 4.0),
+    method="heun",
+    steps=25,
+    seed=0,
+    max_batch=100,
+):
+    """`generated_scores` by guidance scale, one spectrogram for each of test, with its label.
+
+    Args:
+        model: a `LocalMamba2D` with classes; it samples on its own device.
+        classifier, train, test: as in `generated_scores`.
+        guidances: scales of classifier-free guidance; at 0 the model does not look at the label.
+        method, steps: of `local_mamba.sample_grids`; seed: of the noise, which is the same at every scale.
+        max_batch: how many are sampled at once.
+
+    Returns:
+        list of dicts: source and guidance, then as `generated_scores`. Two rows say what there is to reach:
+        "test clips" (at distance 0 of themselves), and "training clips", as many: their Frechet distance is
+        that of two sets of real clips, and all of them are copies.
+
+    Raises ValueError for no guidances and as `sample_grids` and `generated_scores`.
+    """
+    if len(guidances) == 0:
+        raise ValueError("guidances is empty; pass scales such as (1.0, 2.5)")
+    _check_counts(max_batch=max_batch)
+    count = min(len(train), len(test))
+    sets = [
+        ("test clips", None, test.spectrograms, test.labels),
+        ("training clips", None, train.spectrograms[:count], train.labels[:count]),
+    ]
+    for guidance in guidances:
+        generator = torch.Generator().manual_seed(seed)
+        made = [
+            sample_grids(
+                model,
+                len(labels),
+                *test.spectrograms.shape[2:],
+                labels=labels,
+                guidance=guidance,
+                method=method,
+                steps=steps,
+                generator=generator,
+            ).cpu()
+            for labels in test.labels.split(max_batch)
+        ]
+        sets.append(("generated", guidance, torch.cat(made), test.labels))
+    return [
+        {
+            "source": source,
+            "guidance": guidance,
+            **generated_scores(grids, labels, classifier, train, test),
+        }
+        for source, guidance, grids, labels in sets
+    ]
+
+
+def format_generated(rows):
+    """Rows of `evaluate_generated` as an aligned text table."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate_generated")
+    lines = [
+        [
+            row["source"],
+            "-" if row["guidance"] is None else f"{row['guidance']:g}",
+            str(row["count"]),
+            _plus_minus(100 * row["accuracy"], 100 * row["accuracy_se"], 1, False),
+            f"{row['frechet']:.2f}",
+            f"{row['nearest']:.3f}",
+            f"{100 * row['copies']:.1f}",
+        ]
+        for row in rows
+    ]
+    head = ["source", "guidance", "count", "accuracy (%)", "Frechet", "nearest training clip", "copies (%)"]
+    return align(head, lines, left=1)
+
+
+def mixer_costs(config, sizes=(64, 128, 256), *, batch_size=1, repeats=1, device="cpu"):
+    """What a `LocalMamba2D` costs beside its twin with attention in place of the scans, the rest alike.
+
+    Args:
+        config: `LocalMamba2DConfig`; both of `MIXERS` are built from it.
+        sizes: sides of square grids.
+        batch_size: grids.
+        repeats: the smallest of so many times counts; the first pass of all is not timed. 0: nothing is run,
+            and seconds and memory are None.
+        device: where it is run.
+
+    Returns:
+        list of dicts, one a size and mixer: size, mixer; parameters, flops_forward and of these flops_scan,
+        as in `model_cost`; seconds of a forward and backward pass; memory, the bytes that it held at most
+        beyond weights and gradients (None where no allocation was recorded; not what the native scan
+        allocates for itself).
+
+    Raises ValueError for no sizes, counts below 1 and negative repeats.
+    """
+    if len(sizes) == 0:
+        raise ValueError("sizes is empty; pass sides such as (64, 128)")
+    _check_counts(batch_size=batch_size, **{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+    if repeats != 0:
+        _check_counts(repeats=repeats)
+    device, rows = _check_device(device), []
+    with _own_random(device):
+        for size, mixer in itertools.product(sizes, MIXERS):
+            with torch.device("meta" if repeats == 0 else device):
+                model = LocalMamba2D(replace(config, mixer=mixer)).train()
+            batch = {**grid_batch(config, size, batch_size), "t": torch.full((batch_size,), 0.5)}
+            given = (batch.get(key) for key in ("spectrograms", "t", "labels", "captions"))
+            cost = _cost(model, [None if x is None else x.to("meta") for x in given])
+            row = {"size": size, "mixer": mixer}
+            row |= {key: cost[key] for key in ("parameters", "flops_forward", "flops_scan")}
+            rows.append(row | _step_cost(model, batch, repeats, device))
+    return rows
+
+
+def _own_random(device):
+    """torch's own generators as they were, afterwards."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def grid_batch(config, size, batch_size):
+    """A batch of square grids of noise that a `LocalMamba2D` of this config can be trained on, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"spectrograms": (config.channels, size, size), "captions": (config.caption_dim,)}
+    batch = {"labels": torch.arange(batch_size) % max(1, config.num_classes)}
+    batch |= {key: torch.randn(batch_size, *shape, generator=generator) for key, shape in shapes.items()}
+    return {key: batch[key] for key in batch_keys(config)}
+
+
+def _step_cost(model, batch, repeats, device):
+    """Seconds and peak memory of a forward and backward pass of `grid_flow_loss`."""
+    if repeats == 0:
+        return {"seconds": None, "memory": None}
+    batch = {key: value.to(device) for key, value in batch.items()}
+
+    def call():
+        grid_flow_loss(model, batch, t=batch["t"]).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    call()  # compiles kernels, takes workspaces and the gradients' memory
+    memory = peak_bytes(call, device)
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return {"seconds": min(taken), "memory": memory}
+
+
+def format_mixer_costs(rows):
+    """Rows of `mixer_costs` as an aligned text table; below each pair, scans over attention."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of mixer_costs")
+    units = {"parameters": 1e6, "flops_forward": 1e9, "seconds": 1e-3, "memory": 2**20}
+
+    def cells(row, scales):
+        values = {key: row[key] for key in units}
+        return ["-" if value is None else f"{value / scales[key]:,.2f}" for key, value in values.items()]
+
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        pair = {row["mixer"]: row for row in rows if row["size"] == size}
+        lines += [[f"{size} x {size}", mixer, *cells(row, units)] for mixer, row in pair.items()]
+        lines.append([f"{size} x {size}", "ratio", *cells(pair["ssm"], pair["attention"])])
+    head = ["size", "mixer", "parameters (M)", "GFLOP forward", "ms a step", "MiB a step"]
+    return align(head, lines, left=2)
+
+
+# ---------------------------------------------------------------- seed 000's validation checklist
+
+
+def local_mamba_checklist(config, *, size=64, batch_size=2, device="cpu"):
+    """Seed 000's checklist of a `LocalMamba2D`, beside the kernels, which `kernels.self_check` checks.
+
+    A step of training gives every parameter a finite gradient that is not zero; a condition that is dropped
+    is zero, in training and in the unconditional half of guidance; the cost beside the twin with attention
+    (`mixer_costs`), which is measured, not judged.
+
+    Args:
+        config: `LocalMamba2DConfig`.
+        size, batch_size: of the square grids; device: where it is run.
+
+    Returns:
+        list of dicts: item; ok, whether it holds; found, a text: what was measured, or why it does not hold.
+    """
+    device = _check_device(device)
+    checks = {
+        "forward and backward": _check_gradients,
+        "classifier-free guidance": _check_dropping,
+        "cost": _check_cost,
+    }
+    rows = []
+    for item, check in checks.items():
+        try:
+            with _own_random(device):
+                torch.manual_seed(0)
+                found = check(config, size, batch_size, device)
+            rows.append({"item": item, "ok": True, "found": found})
+        except (ValueError, RuntimeError) as error:  # torch's, where it cannot run
+            rows.append({"item": item, "ok": False, "found": f"{type(error).__name__}: {error}"})
+    return rows
+
+
+def _untrained(config, device):
+    """A LocalMamba that starts at no zeros, at which some gradients vanish."""
+    model = LocalMamba2D(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model.to(device)
+
+
+def _check_gradients(config, size, batch_size, device):
+    model = _untrained(config, device).train()
+    batch = {key: value.to(device) for key, value in grid_batch(config, size, batch_size).items()}
+    loss = grid_flow_loss(model, batch, drop=torch.zeros(batch_size, dtype=torch.bool, device=device))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    bad = [name for name, g in gradients.items() if g is None or not (g.isfinite().all() and g.any())]
+    if bad:
+        raise ValueError(f"loss {loss.item():.3g}; gradients missing, zero or not finite: {', '.join(bad)}")
+    return f"{batch_size} x {size} x {size}, loss {loss.item():.3f}, {len(gradients)} gradients"
+
+
+def _check_dropping(config, size, batch_size, device):
+    if batch_keys(config) == ("spectrograms",):
+        return "the model takes no condition"
+    model = _untrained(config, device)
+    seen = []
+    model.mapping.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0][:, config.mapping_width :].ne(0).any(1).tolist())
+    )  # of each sample, whether anything but the time reaches the mapping network
+    batch = {key: value.to(device) for key, value in grid_batch(config, size, batch_size).items()}
+    grids = batch.pop("spectrograms")
+    with torch.no_grad():
+        for dropped in (False, True):
+            drop = torch.full((batch_size,), dropped, device=device)
+            grid_flow_loss(model, {"spectrograms": grids, **batch}, drop=drop)
+        guided_velocity(model, **batch, guidance=2.0)(grids, torch.tensor(0.5))
+    known, unknown = [True] * batch_size, [False] * batch_size
+    if seen != [known, unknown, known + unknown]:
+        raise ValueError(f"whose condition is not zero: kept {seen[0]}, dropped {seen[1]}, guided {seen[2]}")
+    return "a dropped condition is zero, in training and in guidance"
+
+
+def _check_cost(config, size, batch_size, device):
+    scans, attention = mixer_costs(config, (size,), batch_size=batch_size, device=device)
+    keys = {"FLOPs": "flops_forward", "memory": "memory", "time": "seconds", "parameters": "parameters"}
+    ratios = [f"{name} {scans[key] / attention[key]:.2f}" for name, key in keys.items() if scans[key]]
+    return f"{', '.join(ratios)} of attention's (seed 000: 0.85 to 0.90)"

@@ -148,6 +148,29 @@ def load_images(
     raise ValueError(f"source={str(source)!r} is unknown; {_legal_sources()}")
 
 
+def load_image(source, size: int = 32, crop: float = 0.5) -> np.ndarray:
+    """One image as a square of its full height or width, shrunk by area averaging: uint8 (size, size, 3).
+
+    source: path of an image file, the bytes of one, or a uint8 array (H, W, 3). size: side in pixels. crop:
+    where the square lies on the longer side, from 0 (left or top) over 0.5 (centre) to 1.
+
+    Raises ValueError for what is no image, a size above its shorter side and a crop outside [0, 1].
+    """
+    size = _positive_int("size", size, 32)
+    if not 0 <= crop <= 1:
+        raise ValueError(f"crop={crop!r} is outside [0, 1]; pass a position such as 0.5, the centre")
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
+            raise ValueError(f"source is {source.dtype} {source.shape}; pass uint8 (H, W, 3)")
+        name, image = "the image", source
+    elif isinstance(source, bytes):
+        name, image = "the image", _decode("the image", source)
+    else:
+        name, image = str(source), _decode(source, Path(source).expanduser())
+    _check_size(name, size, min(image.shape[:2]))
+    return area_resize(_square(image, crop), size)
+
+
 def area_resize(images: np.ndarray, size: int) -> np.ndarray:
     """Shrink square images: each output pixel is the mean of exactly the area that it covers.
 
@@ -249,7 +272,8 @@ class SparseFields(Dataset):
 
     Item i is a dict of float32 tensors: `input_coords (Ni, 2)`, `input_values (Ni, 3)`, `query_coords
     (Nq, 2)`, `query_values (Nq, 3)`. Coordinates are pixel centres in [0, 1], values are in [-1, 1]. Both
-    sets are in row-major order and share no pixel. Counts are the same for every item:
+    sets are in row-major order and share no pixel, unless `observed` is 1: then the queries are some of the
+    observed pixels, or all, as an autoencoder of whole images has it. Counts are the same for every item:
     `max(1, round(fraction*H*W))`.
 
     The pixels are a function of `(seed, i)`, or with `seed=None`, for training, of `(epoch, i)`: `set_epoch`
@@ -258,7 +282,7 @@ class SparseFields(Dataset):
 
     Args:
         images: uint8 `(N, H, W, 3)`, array or tensor.
-        observed, queries: fractions in (0, 1], together at most 1.
+        observed, queries: fractions in (0, 1], together at most 1 or `observed` 1.
         seed: integer >= 0 for fixed draws, None for draws by epoch.
 
     Raises ValueError for wrong images, fractions or seed.
@@ -275,17 +299,18 @@ class SparseFields(Dataset):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
             raise ValueError(f"images are {images.dtype} {images.shape}; pass uint8 (N, H, W, 3) with N >= 1")
         observed, queries = _fraction("observed", observed), _fraction("queries", queries)
-        if observed + queries > 1 + 1e-9:
+        if observed != 1 and observed + queries > 1 + 1e-9:
             raise ValueError(
                 f"observed={observed:g} and queries={queries:g} are more than all pixels; "
-                "pass fractions whose sum is at most 1, such as 0.2 and 0.2"
+                "pass fractions whose sum is at most 1, such as 0.2 and 0.2, or observed=1"
             )
         if seed is not None:
             seed = _non_negative_int("seed", seed)
         pixels = images.shape[1] * images.shape[2]
         self.num_inputs = max(1, round(observed * pixels))
         # Both halves of an odd number of pixels may round up: the inputs keep theirs.
-        self.num_queries = min(max(1, round(queries * pixels)), pixels - self.num_inputs)
+        left = pixels if observed == 1 else pixels - self.num_inputs
+        self.num_queries = min(max(1, round(queries * pixels)), left)
         if self.num_queries < 1:
             raise ValueError(
                 f"observed={observed:g} leaves no query among {pixels} pixels; pass a fraction such as 0.2"
@@ -323,9 +348,13 @@ class SparseFields(Dataset):
 
 
 def _draw_pixels(pixels, num_inputs, num_queries, sequence):
-    """Two disjoint sets of pixel indices, each ascending; the first does not depend on the second's size."""
+    """Two sets of pixel indices, each ascending; the first does not depend on the second's size.
+
+    They are disjoint, unless the first has all pixels.
+    """
     order = np.random.Generator(np.random.Philox(sequence)).permutation(pixels)
-    return np.sort(order[:num_inputs]), np.sort(order[num_inputs : num_inputs + num_queries])
+    rest = order if num_inputs == pixels else order[num_inputs:]
+    return np.sort(order[:num_inputs]), np.sort(rest[:num_queries])
 
 
 def _seed_sequence(seed):
@@ -582,7 +611,7 @@ def _load_npz(path, split, size, limit):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
         raise ValueError(f"{path} holds images {images.dtype} {images.shape}; store uint8 (N, H, W, 3)")
     _check_size(str(path), size, min(images.shape[1:3]))
-    return _resize_all(_central_square(images[order[:limit]]), size)
+    return _resize_all(_square(images[order[:limit]]), size)
 
 
 def _load_encoded(path, encoded, offsets, split, size, limit):
@@ -610,15 +639,15 @@ def _squares(named, size):
     for name, data in named:
         image = _decode(name, data)
         _check_size(str(name), size, min(image.shape[:2]))
-        squares.append(area_resize(_central_square(image), size))
+        squares.append(area_resize(_square(image), size))
     return np.stack(squares)
 
 
-def _central_square(images):
-    """The central square of images (..., H, W, 3)."""
+def _square(images, crop=0.5):
+    """The square of images (..., H, W, 3) at this position on the longer side, 0.5 the central one."""
     height, width = images.shape[-3:-1]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = int(crop * (height - side)), int(crop * (width - side))
     return images[..., top : top + side, left : left + side, :]
 
 

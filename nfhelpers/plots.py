@@ -12,11 +12,13 @@ from matplotlib import colormaps
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 
 from nfhelpers import metrics
 from nfhelpers.evaluate import COMPARED
-from nfhelpers.kernels.orders import inverse_order, neighbour_steps, point_order
+from nfhelpers.images import grid_coords
+from nfhelpers.kernels.orders import grid_order, inverse_order, neighbour_steps, point_order
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: distinct for every common kind of colour vision; curves have
@@ -260,6 +262,34 @@ def path_figure(states, times, title=None, labels=None):
 
 # ---------------------------------------------------------------- curves
 
+LINE_STYLES = ("-", "--", "-.", ":")
+
+
+def curves(panels, title=None, width=4.4, height=3.3, markers=False):
+    """Lines against numbers, for what has no figure of its own here; marks are added to `figure.axes`.
+
+    panels: dict of heading -> dict of lines (label -> (x, y) or (x, y, options of `Axes.plot`)), xlabel,
+    ylabel, and anything that `Axes.set` takes, such as yscale="log". Lines differ in colour and in style, or
+    with `markers` in marker; one whose label starts with "_" is not in the legend. Raises ValueError for no
+    panels.
+    """
+    if not panels:
+        raise ValueError("panels is empty; pass {'': {'lines': {'loss': (step, loss)}, 'xlabel': 'step'}}")
+    figure, axes = _grid(1, len(panels), title, width, height)
+    for ax, (heading, panel) in zip(axes[0], panels.items(), strict=True):
+        for index, (label, (x, y, *options)) in enumerate(panel["lines"].items()):
+            style = {"color": COLOURS[index % 7], "label": label, "linewidth": 1.3}
+            if markers:
+                style |= {"marker": MARKERS[index % 7], "markersize": 4}
+            else:
+                style["linestyle"] = LINE_STYLES[index % 4]
+            ax.plot(_array(x), _array(y), **{**style, **(options[0] if options else {})})
+        ax.set(**{key: value for key, value in panel.items() if key not in ("lines", "xlabel", "ylabel")})
+        _curve_axes(ax, panel.get("xlabel", ""), panel.get("ylabel", ""), heading)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=7)
+    return figure
+
 
 def steps_curve(rows, title=None):
     """PSNR and SSIM against solver steps: samples as a curve, the posterior means as horizontal lines.
@@ -291,8 +321,9 @@ def steps_curve(rows, title=None):
 def training_figure(history, fields=None, title=None):
     """Loss and validation PSNR against steps and, below, fields as they are reconstructed while training.
 
-    history: dict of lists step and loss, and val_step, val_loss, val_psnr (these may be missing or empty).
-    fields: None, or dict of sparse, reconstruction and target, each (k, H, W, 3) in [0, 1].
+    history: dict of lists step and loss, and val_step, val_loss, val_psnr (these may be missing or empty; a
+    PSNR that is NaN throughout, as that of grids is, has no panel).
+    fields: None, or dict of label -> (k, H, W, 3) in [0, 1], a row each, of one k.
     Raises ValueError for a history without step or loss.
     """
     if "step" not in history or "loss" not in history:
@@ -302,12 +333,13 @@ def training_figure(history, fields=None, title=None):
     step, loss = _array(history["step"]), _array(history["loss"]).astype(float)
     val_step = _array(history.get("val_step", []))
     val_loss, val_psnr = history.get("val_loss", []), history.get("val_psnr", [])
-    shown = {} if fields is None else {name: _fields(fields[name], name) for name in _FIELD_ROWS}
-    count = len(shown["target"]) if shown else 0
+    shown = {name: _fields(values, name) for name, values in (fields or {}).items()}
+    panels = 1 if len(val_psnr) and np.isnan(_array(val_psnr)).all() else 2
 
-    figure = Figure(figsize=(9, 2.9 + (1.45 * 3 if count else 0)), dpi=DPI, layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=[2.9, 4.35]) if count else [figure.subfigures(1, 1)]
-    left, right = parts[0].subplots(1, 2)
+    height = 1.45 * len(shown)
+    figure = Figure(figsize=(4.5 * panels, 2.9 + height), dpi=DPI, layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=[2.9, height]) if shown else [figure.subfigures(1, 1)]
+    left, *right = parts[0].subplots(1, panels, squeeze=False)[0]
     left.plot(step, loss, color=COLOURS[5], linewidth=0.8, alpha=0.6, label="training")
     if len(loss) > 20:
         window = max(1, len(loss) // 25)
@@ -321,19 +353,17 @@ def training_figure(history, fields=None, title=None):
     if left.lines and len(loss):
         left.legend(fontsize=8)
     _curve_axes(left, "step", "loss", "flow matching")
-    right.plot(val_step, val_psnr, color=COLOURS[1], marker="s", markersize=4)
-    _curve_axes(right, "step", "PSNR (dB)", "validation, full field, posterior mean")
-    if count:
-        axes = parts[1].subplots(3, count, squeeze=False)
-        for row, name in enumerate(_FIELD_ROWS):
-            for column in range(count):
-                _picture(axes[row, column], shown[name][column], label=name if column == 0 else None)
+    for ax in right:
+        ax.plot(val_step, val_psnr, color=COLOURS[1], marker="s", markersize=4)
+        _curve_axes(ax, "step", "PSNR (dB)", "validation, full field, posterior mean")
+    if shown:
+        axes = parts[1].subplots(len(shown), len(next(iter(shown.values()))), squeeze=False)
+        for row, (name, pictures) in zip(axes, shown.items(), strict=True):
+            for column, (ax, picture) in enumerate(zip(row, pictures, strict=True)):
+                _picture(ax, picture, label=name if column == 0 else None)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-_FIELD_ROWS = ("sparse", "reconstruction", "target")
 
 
 def _running_mean(values, window):
@@ -443,6 +473,47 @@ def impulse_response(a, delta, length=64, title=None):
         fontsize=8, title=f"a = {a:.3g}, $\\Delta$ = {delta:.3g}, decay {np.exp(delta * a):.4f} a token"
     )
     _curve_axes(ax, "token k", "state h")
+    return figure
+
+
+def token_rows(ids, title=None, shaded=None, xlabel="position"):
+    """Sequences of tokens, one a row: ids (rows, L) whole numbers, a colour each; negative ones are blank.
+
+    shaded: (first, last) positions behind which grey stands; xlabel says what is what.
+    """
+    ids = _array(ids)
+    figure, axes = _grid(1, 1, title, width=8.6, height=0.6 + 0.26 * len(ids))
+    ax = axes[0, 0]
+    if shaded:
+        ax.axvspan(shaded[0] - 0.5, shaded[1] + 0.5, color="lightgrey", zorder=0)
+        ax.axvline(shaded[1] + 0.5, color="black")
+    ax.imshow(np.ma.masked_less(ids, 0), cmap=PATH_COLOURS, aspect="auto", interpolation="nearest", zorder=1)
+    ax.set(xlabel=xlabel, yticks=[])
+    return figure
+
+
+def step_figure(delta, kinds, order, title=None):
+    """Steps of one selective layer on one sequence: a map of all channels, and their mean by kind of token.
+
+    delta: (L, D), positive; kinds: dict of kind -> (L,) bool; order: (D,) channels from the top of the map.
+    """
+    delta = _array(delta)
+    figure, axes = _grid(1, 2, title, width=5.2, height=3.3)
+    left, right = axes[0]
+    shown = left.imshow(
+        np.log10(delta[:, _array(order)]).T, aspect="auto", cmap="magma", interpolation="nearest"
+    )
+    figure.colorbar(shown, ax=left, label="log10 Δ")
+    left.set(xlabel="position", ylabel="channel (most selective first)")
+    left.set_title("every channel", fontsize=10)
+    mean, position = delta.mean(axis=1), np.arange(len(delta))
+    right.plot(position, mean, color="grey", linewidth=0.7)
+    for index, (kind, mask) in enumerate(kinds.items()):
+        mask = _array(mask)
+        right.plot(position[mask], mean[mask], MARKERS[index], color=COLOURS[index], markersize=5, label=kind)
+    right.set_yscale("log")
+    right.legend(fontsize=7)
+    _curve_axes(right, "position", "Δ, mean over channels", "mean")
     return figure
 
 
@@ -828,4 +899,289 @@ def improvement_chart(rows, names=("A", "B"), title=None):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     axes[1, 0].set_ylabel(f"{names[1]} better by", fontsize=9)
+    return figure
+
+
+# ---------------------------------------------------------------- autoencoders and latents
+
+
+def strips(rows, heads=None, title=None):
+    """Rows of pictures of one length: ways of an interpolation, neighbours, one latent at several sizes.
+
+    rows: dict of label -> list or array of pictures (H, W, 3), which may differ in size; a None leaves its
+    place empty. heads: titles of the columns. Raises ValueError for no rows and rows of other lengths.
+    """
+    lengths = {len(pictures) for pictures in rows.values()} | ({len(heads)} if heads else set())
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"the rows (and heads) have lengths {sorted(lengths)}; pass one length, at least 1")
+    figure, axes = _grid(len(rows), lengths.pop(), title, width=TILE * 0.64, height=TILE * 0.72)
+    for row, (label, pictures) in enumerate(rows.items()):
+        for column, picture in enumerate(pictures):
+            ax, head = axes[row, column], heads[column] if heads and row == 0 else None
+            if picture is None:
+                ax.set_axis_off()
+            else:
+                _picture(ax, _array(picture), head, label if column == 0 else None)
+    return figure
+
+
+def latent_map(points, images, labels=None, names=None, title=None):
+    """Pictures at two coordinates each, such as the first principal components of their latents.
+
+    points: (N, 2); images: (N, H, W, 3); labels: (N,) whole numbers, the colour of each picture's frame, and
+    their names, at most as many as `COLOURS`. Raises ValueError for shapes that do not fit.
+    """
+    points, images = _array(points), _fields(images, "images")
+    if points.shape != (len(images), 2) or (labels is not None and len(labels) != len(images)):
+        raise ValueError(
+            f"points are {points.shape} for {len(images)} images; pass (N, 2), and N labels or None"
+        )
+    figure, axes = _grid(1, 1, title, width=7.2, height=5.4)
+    ax = axes[0, 0]
+    for index, (point, image) in enumerate(zip(points, images, strict=True)):
+        colour = "grey" if labels is None else COLOURS[labels[index] % len(COLOURS)]
+        box = AnnotationBbox(
+            OffsetImage(np.clip(image, 0, 1), zoom=24 / image.shape[0], interpolation="nearest"),
+            point,
+            pad=0.12,
+            bboxprops={"facecolor": colour, "edgecolor": colour, "linewidth": 0.5},
+        )
+        ax.add_artist(box)
+    for label, name in enumerate(names or ()):
+        ax.plot([], [], "s", color=COLOURS[label % len(COLOURS)], label=name)
+    if names:
+        ax.legend(fontsize=8, ncols=2)
+    low, high = points.min(0), points.max(0)
+    edge = 0.08 * np.maximum(high - low, 1e-9)
+    ax.set(xlim=(low[0] - edge[0], high[0] + edge[0]), ylim=(low[1] - edge[1], high[1] + edge[1]))
+    _curve_axes(ax, "first principal component", "second principal component")
+    return figure
+
+
+def estimate_scatter(pairs, title=None):
+    """Estimates against what they estimate, a panel each, with the root mean square error and the diagonal.
+
+    pairs: dict of label -> (true, estimated), arrays of one shape. Raises ValueError for none.
+    """
+    if not pairs:
+        raise ValueError("pairs is empty; pass {'mean over points': (true, estimated)}")
+    figure, axes = _grid(1, len(pairs), title, width=3.1, height=3.1, sharex=True, sharey=True)
+    for ax, (label, (true, estimated)) in zip(axes[0], pairs.items(), strict=True):
+        true, estimated = _array(true).ravel(), _array(estimated).ravel()
+        error = np.sqrt(np.square(estimated - true).mean())
+        ax.plot(true, estimated, ".", color=COLOURS[0], markersize=3, alpha=0.5)
+        ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
+        _curve_axes(ax, "from all pixels", "from the observed", f"{label}: error {error:.3g}")
+    return figure
+
+
+def scale_curves(rows, title=None):
+    """PSNR against the real image, gain over the own field upsampled, and consistency, against the size.
+
+    rows: from `evaluate.scale_scores`. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.scale_scores")
+    panels = (
+        ("psnr", "PSNR (dB)"),
+        ("versus_bicubic", "PSNR - own field, bicubic (dB)"),
+        ("consistency", "consistency with the smallest (dB)"),
+    )
+    figure, axes = _grid(1, 3, title, width=3.4, height=3.1)
+    for ax, (key, label) in zip(axes[0], panels, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            shown = [row for row in rows if row["model"] == name and row[key] is not None]
+            ax.errorbar(
+                [row["scale"] for row in shown],
+                [row[key] for row in shown],
+                [row[f"{key}_se"] or 0 for row in shown],
+                color=COLOURS[index % 7],
+                marker=MARKERS[index % 7],
+                capsize=3,
+                label=name,
+            )
+        ax.set_xticks(sorted({row["scale"] for row in rows}))
+        _curve_axes(ax, "side (px)", label)
+    axes[0, 1].axhline(0, color="grey", linewidth=0.8)
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def inversion_curve(steps, psnr, goal=None, title=None):
+    """PSNR of fields from latent and inverted noise against solver steps, a thin line an image, mean thick.
+
+    steps: (S,); psnr: (S, N) in dB; goal: a level to mark. Raises ValueError for shapes that do not fit.
+    """
+    steps, psnr = np.asarray(steps), np.asarray(psnr, dtype=float)
+    if psnr.ndim != 2 or len(steps) != len(psnr):
+        raise ValueError(f"steps are {steps.shape} and psnr {psnr.shape}; pass (S,) and (S, N)")
+    figure, axes = _grid(1, 1, title, width=5.2, height=3.1)
+    ax = axes[0, 0]
+    ax.plot(steps, psnr, color=COLOURS[5], linewidth=0.8)
+    ax.plot(steps, psnr.mean(axis=1), color=COLOURS[0], marker="o", linewidth=2, label="mean of the images")
+    if goal is not None:
+        ax.axhline(goal, color="black", linestyle="--", linewidth=1, label=f"{goal:g} dB")
+    ax.set_xscale("log")
+    ax.set_xticks(steps, [str(n) for n in steps])
+    ax.minorticks_off()
+    ax.legend(fontsize=8)
+    _curve_axes(ax, "Heun steps, each way", "PSNR (dB)")
+    return figure
+
+
+def loss_curves(curves, title=None, window=20):
+    """Losses of trainings against steps and against seconds, as running means.
+
+    curves: dict of label -> (losses, seconds): one loss a step, and what all steps took. Raises ValueError
+    for none.
+    """
+    if not curves:
+        raise ValueError("curves is empty; pass {'latent': (losses, 12.3)}")
+    figure, axes = _grid(1, 2, title, width=4.0, height=3.1, sharey=True)
+    for index, (label, (losses, seconds)) in enumerate(curves.items()):
+        mean = _running_mean(np.asarray(losses, dtype=float), min(window, len(losses)))
+        step = np.arange(len(losses) - len(mean), len(losses)) + 1
+        for ax, unit in zip(axes[0], (1, seconds / len(losses)), strict=True):
+            ax.plot(step * unit, mean, color=COLOURS[index % 7], label=label)
+    for ax, label in zip(axes[0], ("step", "seconds"), strict=True):
+        _curve_axes(ax, label, "loss" if label == "step" else "")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def smoothness_bars(rows, title=None):
+    """Length and second difference of ways between images, a group a space and a bar a way; and contrast.
+
+    rows: from `evaluate.interpolation_scores`. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.interpolation_scores")
+    spaces, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("space", "way"))
+    panels = (
+        ("ratio", "length / direct (1: straight)", spaces),
+        ("bend", "second difference / direct", spaces),
+        ("contrast", "contrast halfway (1: as the ends)", spaces[:1]),
+    )
+    figure, axes = _grid(1, 3, title, width=3.4, height=3.3)
+    for ax, (key, label, groups) in zip(axes[0], panels, strict=True):
+        for index, way in enumerate(ways):
+            shown = [row for space in groups for row in rows if (row["way"], row["space"]) == (way, space)]
+            place = np.arange(len(groups)) + (index - (len(ways) - 1) / 2) * 0.8 / len(ways)
+            values, errors = [row[key] for row in shown], [row[f"{key}_se"] or 0 for row in shown]
+            ax.bar(place, values, 0.75 / len(ways), yerr=errors, capsize=2, color=COLOURS[index], label=way)
+        ax.set_xticks(range(len(groups)), groups if len(groups) > 1 else [""], fontsize=8)
+        _curve_axes(ax, "", "", label)
+        ax.set_axisbelow(True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------- grids and spectrograms
+
+
+def grid_paths(height, width, kinds, title=None):
+    """The paths along which scans visit the pixels of a grid, a panel an order; lines brighten.
+
+    kinds: orders of `kernels.orders.grid_order`. Raises ValueError as `grid_order`, and for no orders.
+    """
+    if len(kinds) == 0:
+        raise ValueError("kinds is empty; pass orders of a grid such as ('h', 'v', 'w7')")
+    points = _array(grid_coords(height, width))  # (L, 2)
+    figure, axes = _grid(1, len(kinds), title, width=TILE * 0.98, height=TILE)
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        _path(ax, points[_array(grid_order(height, width, kind))], kind)
+    return figure
+
+
+def spectrogram_grid(spectrograms, labels=None, meta=None, columns=5, title=None):
+    """Spectrograms beside each other, frequency upwards, with one bar of levels.
+
+    spectrograms: (N, 1, H, W) in [-1, 1]; labels: N titles; meta: `spectrograms.SpectrogramMeta`, for axes in
+    seconds and kHz and levels in dB; columns: panels a row. Raises ValueError for other shapes.
+    """
+    values = _array(spectrograms)
+    if values.ndim != 4 or values.shape[1] != 1 or 0 in values.shape:
+        raise ValueError(f"spectrograms have shape {values.shape}; pass (N, 1, H, W), not empty")
+    labels = [None] * len(values) if labels is None else labels
+    if len(labels) != len(values):
+        raise ValueError(f"{len(labels)} labels for {len(values)} spectrograms; pass one for each, or None")
+    height, width = values.shape[2:]
+    columns = min(columns, len(values))
+    extent = (0, width, 0, height)  # frames and bins
+    if meta is not None:
+        extent = (0, (width - 1) * meta.hop / meta.sample_rate, 0, meta.sample_rate / 2000)
+        values = (values - 1) / 2 * meta.dynamic_range  # dB below the loudest entry
+    low, high = (-1, 1) if meta is None else (-meta.dynamic_range, 0)
+    figure, axes = _grid(-(-len(values) // columns), columns, title, width=TILE * 0.95, height=TILE * 0.95)
+    for index, ax in enumerate(axes.flat):
+        if index >= len(values):
+            ax.set_axis_off()
+            continue
+        shown = ax.imshow(
+            values[index, 0], origin="lower", extent=extent, aspect="auto", cmap="magma", vmin=low, vmax=high
+        )
+        ax.tick_params(labelsize=7, labelleft=index % columns == 0)
+        if labels[index] is not None:
+            ax.set_title(labels[index], fontsize=9)
+    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.85)
+    bar.ax.tick_params(labelsize=7)
+    if meta is not None:
+        bar.set_label("dB", fontsize=8)
+        figure.supxlabel("time (s)", fontsize=8)
+        figure.supylabel("frequency (kHz)", fontsize=8)
+    return figure
+
+
+def mixer_bars(rows, title=None):
+    """Parameters, FLOPs, time and memory of a training step, a group a size and a bar a mixer.
+
+    rows: of `evaluate.mixer_costs`; what was not measured (None) has no panel. Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty; pass the result of evaluate.mixer_costs")
+    panels = {
+        "parameters": (1e6, "parameters (million)"),
+        "flops_forward": (1e9, "forward (GFLOP)"),
+        "seconds": (1e-3, "a training step (ms)"),
+        "memory": (2**20, "a training step (MiB)"),
+    }
+    panels = {key: panel for key, panel in panels.items() if all(row[key] is not None for row in rows)}
+    sizes, mixers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("size", "mixer"))
+    figure, axes = _grid(1, len(panels), title, width=2.7, height=2.8)
+    for ax, (key, (unit, label)) in zip(axes[0], panels.items(), strict=True):
+        for index, mixer in enumerate(mixers):
+            values = [row[key] / unit for row in rows if row["mixer"] == mixer]
+            place = np.arange(len(values)) + (index - (len(mixers) - 1) / 2) * 0.8 / len(mixers)
+            bars = ax.bar(place, values, 0.75 / len(mixers), color=COLOURS[index % 7], label=mixer)
+            ax.bar_label(bars, fmt="%.3g", fontsize=6, padding=1, rotation=0 if len(mixers) < 3 else 45)
+        ax.set_xticks(range(len(sizes)), [f"{size} x {size}" for size in sizes], fontsize=8)
+        ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
+        _curve_axes(ax, "", "", label)
+        ax.set_axisbelow(True)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def guidance_curves(rows, title=None):
+    """Accuracy and Frechet distance of generated spectrograms against guidance, those of real clips as lines.
+
+    rows: of `evaluate.evaluate_generated`. Raises ValueError where none of them is generated.
+    """
+    generated = sorted((row for row in rows if row["guidance"] is not None), key=lambda row: row["guidance"])
+    if not generated:
+        raise ValueError("rows has no generated one; pass the result of evaluate.evaluate_generated")
+    figure, axes = _grid(1, 2, title, width=4.2, height=3.0)
+    guidance = [row["guidance"] for row in generated]
+    panels = (("accuracy", 100, "accuracy (%)"), ("frechet", 1, "Fréchet distance to test clips"))
+    for ax, (key, scale, label) in zip(axes[0], panels, strict=True):
+        values = [scale * row[key] for row in generated]
+        errors = [scale * (row["accuracy_se"] or 0) for row in generated] if key == "accuracy" else None
+        ax.errorbar(guidance, values, errors, color=COLOURS[1], marker="s", capsize=3, label="generated")
+        for row in rows:
+            if row["source"] == "training clips":
+                ax.axhline(scale * row[key], color=COLOURS[0], linestyle="--", label=row["source"])
+        _curve_axes(ax, "guidance", label)
+    axes[0, 0].legend(fontsize=8)
     return figure

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nfhelpers import __version__, kernels, models
+from nfhelpers import __version__, images, kernels, models
 
 PRESETS = ("smoke", "demo", "full")
 SECTIONS = {
@@ -27,6 +27,9 @@ SECTIONS = {
     "02_flow_matching_v1": "v1",
     "03_multidirectional_scan": "multidir",
     "04_bidirectional_v2": "v2",
+    "05_diffae_phase1": "diffae_phase1",
+    "06_diffae_phase2": "diffae_phase2",
+    "07_local_mamba": "localmamba",
 }
 """Notebook (its file name without .ipynb) -> its section of presets.toml."""
 
@@ -173,13 +176,14 @@ def _of_same_type(key, value, current):
 
 
 def repository_root():
-    """This repository's folder if the working directory is in it, else the working directory.
+    """This repository's folder: the one the working directory is in, else the one this library was installed
+    from (as papermill finds it from anywhere), else the working directory.
 
     It is the nearest folder upwards with a pyproject.toml and the folders notebooks/ and nfhelpers/ beside
     it: any other project may have a pyproject.toml.
     """
     here = Path.cwd()
-    for folder in (here, *here.parents):
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
         beside = (folder / "notebooks").is_dir() and (folder / "nfhelpers").is_dir()
         if beside and (folder / "pyproject.toml").is_file():
             return folder
@@ -228,6 +232,24 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def field_datasets(data, seed):
+    """Training and validation dataset (`images.SparseFields`) of the table `data` of a section's settings.
+
+    data: source, size, observed, queries, train_images and validation_images of presets.toml. Training sees
+    other pixels in each epoch, validation (images of the test split) always those of `seed`.
+    """
+    splits = (("train", data["train_images"], None), ("test", data["validation_images"], seed))
+    return tuple(
+        images.SparseFields(
+            images.load_images(data["source"], split, data["size"], limit),
+            data["observed"],
+            data["queries"],
+            seed=split_seed,
+        )
+        for split, limit, split_seed in splits
+    )
+
+
 def training_folder(run, name):
     """Folder of a training of a notebook: <name>-<digest of settings>, so that other settings get another."""
     text = json.dumps(run.settings, sort_keys=True)
@@ -240,15 +262,14 @@ def title(run, text):
 
 
 def save_figure(run, figure, name):
-    """Write a matplotlib figure as <notebook>_<name>.png and return its path.
+    """Write a matplotlib figure as <notebook>_<name>.png and return it, for the last line of a cell to show.
 
     It goes to figures/, which is committed; under "smoke" to the run's own folder: CI overwrites nothing.
     """
     folder = run.runs if run.preset == "smoke" else run.figures
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run.notebook}_{name}.png"
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    return path
+    figure.savefig(folder / f"{run.notebook}_{name}.png", dpi=120, bbox_inches="tight")
+    return figure
 
 
 def checkpoint_or_train(folder, train):

@@ -39,7 +39,9 @@ from scipy.io import wavfile
 __all__ = [
     "SpectrogramMeta",
     "Spectrograms",
+    "generated_meta",
     "griffin_lim",
+    "load_clip",
     "load_spectrograms",
     "magnitude_of",
     "read_wav",
@@ -183,6 +185,37 @@ _LEGAL_SOURCES = (
     "pass 'chirps', 'fsdd', or an existing path: a folder of wav files, or a zip archive of the Free Spoken "
     "Digit Dataset"
 )
+
+
+def load_clip(file, size: int | tuple[int, int] = 64) -> tuple[Spectrograms, torch.Tensor]:
+    """One wav file as a spectrogram of this size, cut as those of `load_spectrograms`, and what it shows.
+
+    file: a path or a binary file object, as `read_wav` takes it; size: (H, W), or one number for both.
+    Returns (Spectrograms of one item, its samples (1, (W - 1) hop)). Raises ValueError as `read_wav`, and for
+    a size below 8.
+    """
+    height, width = _size(size)
+    samples, rate = read_wav(file)
+    n_fft, hop = frames_of(height, width, rate)
+    clip, start = _window(samples, (width - 1) * hop)
+    clip = torch.from_numpy(clip)[None]  # (1, S)
+    name = Path(_name(file)).name
+    return _spectrograms(
+        clip, rate, n_fft, hop, torch.tensor([start]), torch.zeros(1, dtype=torch.int64), (name,), (name,)
+    ), clip
+
+
+def generated_meta(
+    size: int | tuple[int, int], sample_rate: int, class_names: tuple[str, ...]
+) -> SpectrogramMeta:
+    """The meta of spectrograms that have no clips, as generated ones, where no real ones are at hand.
+
+    size, sample_rate (Hz) and class_names: of the clips that the model was trained on. Its reference is that
+    of a full-scale sine. Raises ValueError for a size below 8.
+    """
+    n_fft, hop = frames_of(*_size(size), sample_rate)
+    reference, start = torch.tensor([n_fft / 4]), torch.zeros(0, dtype=torch.int64)
+    return SpectrogramMeta(sample_rate, n_fft, hop, DYNAMIC_RANGE, reference, start, tuple(class_names), ())
 
 
 def frames_of(height: int, width: int, sample_rate: int) -> tuple[int, int]:

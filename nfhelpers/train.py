@@ -1,4 +1,4 @@
-"""The one training loop: flow matching of a field model, on Hugging Face Accelerate.
+"""The one training loop: flow matching of sparse fields or of grids, on Hugging Face Accelerate.
 
 All randomness is a function of (seed, epoch) or (seed, step), drawn for the whole batch and then sliced by
 process and by accumulation step. So a resumed run continues the same loss curve without any saved generator
@@ -7,19 +7,23 @@ excepted).
 
 What a run writes into `output_dir`:
 
-    state.safetensors   everything needed to resume: weights, their average, optimizer, step, settings
+    state.safetensors   everything needed to resume: weights, their average, optimizer, step, settings, and a
+                        SHA-256 of these; state.previous.safetensors: the one before, to go back to
     latest/             the model with the averaged weights, for `from_pretrained`
     best/               the same, of the lowest validation loss
     epoch_*/            the same, every `save_every` epochs
     log.csv             one row a step; validation rows hold val_loss and val_psnr
     fields/epoch_*.png  loss curve and full fields as they are reconstructed
     tb/                 the log again, for TensorBoard
+    run.lock            says which process runs here; free as soon as that has ended, however it ended
 
 Sources: seed 002 (Adam, 1e-4, cosine); Loshchilov & Hutter, "SGDR", ICLR 2017 (cosine schedule); Karras et
 al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024 (averaged weights).
 """
 
 import csv
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -27,10 +31,12 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
+import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,13 +56,20 @@ from nfhelpers import evaluate
 from nfhelpers.flow import check_field, flow_matching_loss, interpolate, target_velocity
 from nfhelpers.metrics import psnr
 from nfhelpers.models.diffae import check_latent
+from nfhelpers.models.local_mamba import LocalMamba2D, batch_keys, grid_flow_loss
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 ITEM_KEYS = ("input_coords", "input_values", "query_coords", "query_values")
+MAPPING_LEARNING_RATE = 1 / 3
+"""Learning rate of parameters marked `_mapping`, as a part of the others' (Crowson et al. 2024)."""
 LOG_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm", "queries", "val_loss", "val_psnr")
 
 # Streams of random numbers: the first word after the seed, so that no two of them coincide.
 _SHUFFLE, _STEP, _DROPOUT, _VALIDATION, _FIELDS = range(5)
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a process that SIGTERM stopped, as shells have it."""
 
 # Settings that a resumed run may change: they move files, memory or time, not the curve (beyond float error).
 _FREE_SETTINGS = {
@@ -67,6 +80,7 @@ _FREE_SETTINGS = {
     "compile",
     "gradient_checkpointing",
     "gradient_accumulation",
+    "halve_on_oom",
     "visualise_every",
     "save_every",
     "save_every_steps",
@@ -83,11 +97,12 @@ class TrainConfig:
     warmup_fraction (in [0, 1)) of all steps, then a cosine down to 0. weight_decay: AdamW's, on matrices
     only (not on biases, norms or parameters marked `_no_weight_decay`). clip_norm: largest global gradient
     norm, math.inf for none; ema_decay: of the averaged weights, in [0, 1). gradient_accumulation: slices of
-    a batch that pass through the model one after the other. precision: "fp32", "bf16" or "fp16" (GPU only);
-    gradient_checkpointing, compile: memory against time. vary_queries: each step keeps a random subset of
-    the query points, between min_query_fraction (in (0, 1]) and all of them, because a scan sees other
-    sequences when it is later asked for a full field. evaluate_every, visualise_every, save_every: in
-    epochs (the last epoch is always evaluated and drawn); save_every_steps: also save the resumable state
+    a batch that pass through the model one after the other; halve_on_oom: double them when memory runs out,
+    instead of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only);
+    gradient_checkpointing, compile: memory against time. vary_queries: of sparse fields, each step keeps a
+    random subset of the query points, between min_query_fraction (in (0, 1]) and all of them, because a scan
+    sees other sequences when it is later asked for a full field. evaluate_every, visualise_every, save_every:
+    in epochs (the last epoch is always evaluated and drawn); save_every_steps: also save the resumable state
     after this many steps, None for once an epoch. field_images: validation images of the full-field PSNR
     and picture. num_workers: of the data loader. cpu: train on the CPU even where a GPU is present;
     progress: progress bar and, in a notebook, live figure; title: of the run, above that figure.
@@ -104,6 +119,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     gradient_accumulation: int = 1
+    halve_on_oom: bool = False
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -155,7 +171,8 @@ class TrainResult:
 
     history: dict of lists. One entry a step: step (1 is the first), loss, learning_rate, gradient_norm; one
     entry an evaluation: val_step, val_loss, val_psnr (dB, of the one-step posterior mean on the full field
-    with the observed pixels kept, see `evaluate.reconstruct`; NaN if the validation dataset has no `images`).
+    with the observed pixels kept, see `evaluate.reconstruct`; NaN for grids, and where the validation dataset
+    has no `images`).
     best, latest: model folders, None where this run has not written them. steps: optimizer steps done, those
     of the runs that this one resumed included. interrupted: stopped by KeyboardInterrupt.
     """
@@ -190,27 +207,35 @@ def cosine_schedule(step, total_steps, warmup_steps):
 
 
 def fit(model, data, config, *, callback=None):
-    """Train a field model by flow matching; resume if `config.output_dir` holds the state of an earlier run.
+    """Train a model by flow matching; resume if `config.output_dir` holds the state of an earlier run.
 
-    model: nn.Module with the signature of the field models and `save_pretrained` (see nfhelpers.models);
-    parameters that do not require gradients stay as they are. A model may say at which times (`loss_times`)
-    the loss is taken and how it is weighed (`loss_weight`);
-    data: (train dataset, validation dataset), map-style, with the dict items of `images.SparseFields`, each a
-    function of its index alone, or of epoch and index where the dataset has `set_epoch`; a validation dataset
-    with `images` (N, H, W, 3) is also reconstructed in full. config: TrainConfig. callback(epoch, history,
-    fields), if given, is called on the main process after each epoch (1 is the first); fields is None unless
-    the epoch was evaluated or drawn, else a dict of sparse, reconstruction (one-step posterior mean, observed
-    pixels kept) and target, each (k, H, W, 3) in [0, 1] (None without images).
+    model: nn.Module with the signature of the field models and `save_pretrained` (see nfhelpers.models), or a
+    `LocalMamba2D`; parameters that do not require gradients stay as they are, those marked `_mapping` learn
+    at MAPPING_LEARNING_RATE. A field model may say at which times (`loss_times`) the loss is taken and how it
+    is weighed (`loss_weight`); data: (train dataset, validation dataset), map-style, with the dict items of
+    `images.SparseFields`, or for a `LocalMamba2D` those of `spectrograms.Spectrograms` (and captions, where
+    it takes them), each a function of its index alone, or of epoch and index where the dataset has
+    `set_epoch`; a validation dataset with `images` (N, H, W, 3) is also reconstructed in full. config:
+    TrainConfig. callback(epoch, history, fields), if given, is called on the main process after each epoch
+    (1 is the first); fields is None unless the epoch was evaluated or drawn, else a dict of sparse,
+    reconstruction (one-step posterior mean, observed pixels kept) and target, each (k, H, W, 3) in [0, 1]
+    (None without images).
 
     On return the model is on the training device, in eval mode, and holds the averaged (EMA) weights. An
     interrupt (Ctrl-C, a stopped cell) is not raised: the state and `latest` are written and the result says
-    interrupted. Incomplete last batches of an epoch are left out. Runs unchanged under `accelerate launch`
-    on many processes. Returns TrainResult.
+    interrupted. SIGTERM, which schedulers send, does the same and then ends the process: SystemExit(143).
+    Incomplete last batches of an epoch are left out. Runs unchanged under `accelerate launch` on many
+    processes, which then stop together, after the same step. Returns TrainResult.
 
-    Raises ValueError on data (checked batch by batch), model or settings that do not fit, on a state file
-    that is damaged or belongs to other settings or other data (told apart by count, shapes and the hash of
-    the first and last items); FloatingPointError on a loss or gradient that is not finite, naming step and
-    layer. In all these cases the saved state stays as it was.
+    A state file that is damaged is named in a warning, kept as state.damaged.safetensors, and the run goes on
+    from state.previous.safetensors.
+
+    Raises ValueError on data (checked batch by batch), model or settings that do not fit, on a folder in
+    which another process trains, on state files that are all damaged or belong to other settings or other
+    data (told apart by count, shapes and the hash of the first and last items); FloatingPointError on a loss
+    or gradient that is not finite, naming step and layer; MemoryError when memory runs out in a step; OSError
+    when files cannot be written, such as on a full disk; ChildProcessError when a data loader worker dies. In
+    all these cases the saved state stays as it was.
     """
     if not isinstance(config, TrainConfig):
         raise ValueError(
@@ -223,14 +248,24 @@ def fit(model, data, config, *, callback=None):
         )
     train_data, validation_data = data
     accelerator = _accelerator(config)
-    slice_size = _check_setup(model, train_data, validation_data, config, accelerator)
-    folder = Path(config.output_dir)
+    _check_setup(model, train_data, validation_data, config, accelerator)
+    task = _GridTask(model) if isinstance(model, LocalMamba2D) else _FieldTask()
     identity = {
         "config": {k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS},
         "model": _model_settings(model),
-        "data": {**_check_dataset(train_data, "train"), **_check_dataset(validation_data, "validation")},
+        "data": {
+            **_check_dataset(task, train_data, "train"),
+            **_check_dataset(task, validation_data, "validation"),
+        },
     }
-    saved = _load_state(folder / "state.safetensors", identity, accelerator)
+    with _locked(Path(config.output_dir), accelerator):
+        return _fit(model, task, train_data, validation_data, config, accelerator, identity, callback)
+
+
+def _fit(model, task, train_data, validation_data, config, accelerator, identity, callback):
+    """`fit`, in a folder that is this process's own."""
+    folder = Path(config.output_dir)
+    saved = _load_state(folder, identity, accelerator)
     steps_per_epoch = len(train_data) // config.batch_size
 
     model.to(accelerator.device)
@@ -240,7 +275,7 @@ def fit(model, data, config, *, callback=None):
     network = torch.compile(model) if config.compile else model
     # Accelerate wraps (autocast, DDP) what it prepares. It gets the objective, so that the model itself keeps
     # its own forward.
-    objective, prepared = accelerator.prepare(_Objective(network), optimizer)
+    objective, prepared = accelerator.prepare(_Objective(network, task), optimizer)
     ema = EMAModel(_trained(model).values(), decay=config.ema_decay)
     if saved is not None:
         _restore_average(model, ema, accelerator.scaler, *saved)
@@ -249,12 +284,13 @@ def fit(model, data, config, *, callback=None):
 
     log = _Log(folder, progress, write=accelerator.is_main_process)
     run = _Run(
+        task=task,
         model=model,
         train_data=train_data,
         validation_data=validation_data,
         config=config,
         accelerator=accelerator,
-        slice_size=slice_size,
+        slice_size=config.batch_size // (accelerator.num_processes * config.gradient_accumulation),
         steps_per_epoch=steps_per_epoch,
         folder=folder,
         identity=identity,
@@ -264,29 +300,50 @@ def fit(model, data, config, *, callback=None):
         ema=ema,
         progress=progress,
         log=log,
+        signals=[],
     )
     show = config.progress and accelerator.is_main_process
     live = _LiveFigure(show)
     bar = tqdm(total=config.epochs * steps_per_epoch, initial=progress.step, disable=not show, desc="train")
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-    interrupted = False
-    with torch.random.fork_rng(devices=cuda), _checkpointing(model, config.gradient_checkpointing), log, bar:
+    stopped = None
+    with (
+        _stop_signals(run),
+        torch.random.fork_rng(devices=cuda),
+        _checkpointing(model, config.gradient_checkpointing),
+        log,
+        bar,
+    ):
         try:
             while progress.epoch < config.epochs:
-                for slices in _epoch_batches(run):
-                    loss = _step(run, slices)
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                if not _train_epoch(run, bar):
+                    continue  # with smaller slices
                 field = _finish_epoch(run, live)
                 if callback is not None and accelerator.is_main_process:
                     callback(progress.epoch, log.history, field)
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as stop:
+            stopped = type(stop)
             _save(run)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            raise ChildProcessError(
+                f"step {progress.step + 1}: a data loader worker died ({error}), most likely for want of "
+                "memory, or of shared memory in a container; the saved state is untouched. Pass a smaller "
+                f"num_workers than {config.num_workers}, 0 for none, or give the container more (docker run "
+                "--shm-size), then run again to resume"
+            ) from error
     ema.copy_to(_trained(model).values())
     model.eval()
     best, latest = folder / "best", folder / "latest"
-    if not interrupted:
+    if stopped is _Terminated:
+        if accelerator.is_main_process:
+            print(
+                f"SIGTERM: stopped at step {progress.step}; the same call resumes from {folder}",
+                file=sys.stderr,
+            )
+        raise SystemExit(TERMINATED)
+    if stopped is None:
         if accelerator.is_main_process and not latest.is_dir():  # the run was finished, the folder deleted
             _save_model(model, latest)
         accelerator.wait_for_everyone()  # on return, the files are there for every process
@@ -296,7 +353,7 @@ def fit(model, data, config, *, callback=None):
         best=best if progress.best < math.inf and best.is_dir() else None,
         latest=latest if latest.is_dir() else None,
         steps=progress.step,
-        interrupted=interrupted,
+        interrupted=stopped is not None,
     )
 
 
@@ -367,6 +424,7 @@ def fit_latent_flow(
 class _Run:
     """What the parts of one call of `fit` share."""
 
+    task: "_FieldTask | _GridTask"
     model: nn.Module
     train_data: object
     validation_data: object
@@ -382,12 +440,34 @@ class _Run:
     ema: EMAModel
     progress: _Progress
     log: "_Log"
+    signals: list  # that asked several processes to stop
+
+
+def _train_epoch(run, bar):
+    """The steps that are left of this epoch; False if they ran out of memory and slices were halved."""
+    try:
+        for slices in _epoch_batches(run):
+            loss = _step(run, slices)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        return True
+    except MemoryError as error:
+        if not run.config.halve_on_oom or run.slice_size % 2:
+            raise
+        parts, run.slice_size = 2 * run.config.gradient_accumulation, run.slice_size // 2
+        run.config = replace(run.config, gradient_accumulation=parts)
+        tqdm.write(f"{error}. Going on with gradient_accumulation={parts}", file=sys.stderr)
+    torch.cuda.empty_cache()  # now that the error, which holds the tensors of the step, is gone
+    return False
 
 
 def _step(run, slices):
     """One optimizer step; returns the loss of the whole batch."""
     config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
-    loss = _accumulate(run, slices)
+    try:
+        loss = _accumulate(run, slices)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(_out_of_memory(run, error)) from error
     run.accelerator.unscale_gradients(run.prepared)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
@@ -400,11 +480,11 @@ def _step(run, slices):
     rate = config.learning_rate * cosine_schedule(
         progress.step, total_steps, round(config.warmup_fraction * total_steps)
     )
-    with _deferred_interrupt():
+    with _deferred_interrupt(), _writing(run):
         if math.isfinite(norm_value):
             clip_grads_with_norm_(parameters, config.clip_norm, norm)
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         run.prepared.step()
         if not run.prepared.step_was_skipped:
             run.ema.step(_trained(run.model).values())
@@ -415,11 +495,37 @@ def _step(run, slices):
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm_value,
-            queries=slices[0].noise.shape[1],
+            **run.task.details(slices[0].batch),
         )
     if config.save_every_steps and progress.step % config.save_every_steps == 0:
         _save(run)
+    _stop_together(run)
     return loss
+
+
+def _out_of_memory(run, error):
+    """What a step needed, what there is, and what helps."""
+    found = str(error).split(". If reserved")[0]  # torch's own advice follows
+    if run.accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.accelerator.device)
+        free, total = torch.cuda.mem_get_info(run.accelerator.device)
+        found += f" (held at most: {_size(peak)}; free now: {_size(free)} of {_size(total)})"
+    remedies = [
+        f"gradient_accumulation={2 * run.config.gradient_accumulation} (half as many samples at once)",
+        "gradient_checkpointing=True (less memory a layer, a third more time)",
+        "a smaller batch_size or precision='bf16' (another curve, so another output_dir)",
+    ]
+    if run.config.gradient_checkpointing or not hasattr(run.model, "gradient_checkpointing"):
+        del remedies[1]
+    return (
+        f"step {run.progress.step + 1}: out of memory with {run.slice_size} samples at once: {found}; the "
+        f"saved state is untouched. Pass {', or '.join(remedies)}, then run again to resume"
+    )
+
+
+def _size(count):
+    power, unit = next((p, u) for p, u in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if count >= 2**p or p == 10)
+    return f"{count / 2**power:.1f} {unit}"
 
 
 def _finish_epoch(run, live):
@@ -442,23 +548,26 @@ def _finish_epoch(run, live):
             field = _reconstruct(run)
     names = [f"epoch_{epoch:04d}"] if epoch % config.save_every == 0 else []
     with _deferred_interrupt():
-        progress.epoch = epoch
-        if evaluate:
-            val_psnr = math.nan
-            if field is not None:
-                val_psnr = float(psnr(field["reconstruction"], field["target"]).mean())
-            run.log.add(step=progress.step, epoch=epoch, val_loss=val_loss, val_psnr=val_psnr)
-            if val_loss < progress.best:
-                progress.best = val_loss
-                names.append("best")
-        if main and names:
-            with _averaged(run.ema, run.model):
-                for name in names:
-                    _save_model(run.model, run.folder / name)
-        if main and (evaluate or visualise):
-            picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
-            heading = f"{config.title}: epoch {epoch}, reconstruction: one-step posterior mean"
-            live.draw(run.log.history, field, heading, picture)
+        with _writing(run):
+            progress.epoch = epoch
+            if evaluate:
+                val_psnr = math.nan
+                if field is not None:
+                    val_psnr = float(psnr(field["reconstruction"], field["target"]).mean())
+                run.log.add(step=progress.step, epoch=epoch, val_loss=val_loss, val_psnr=val_psnr)
+                if val_loss < progress.best:
+                    progress.best = val_loss
+                    names.append("best")
+            if main and names:
+                with _averaged(run.ema, run.model):
+                    for name in names:
+                        _save_model(run.model, run.folder / name)
+            if main and (evaluate or visualise):
+                picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
+                heading = f"{config.title}: epoch {epoch}"
+                if field is not None:
+                    heading += ", reconstruction: one-step posterior mean"
+                live.draw(run.log.history, field, heading, picture)
         _save(run)
     return field
 
@@ -471,7 +580,7 @@ def _save(run):
     """
     if not run.accelerator.is_main_process:
         return
-    with _deferred_interrupt():
+    with _deferred_interrupt(), _writing(run):
         run.log.flush()
         with _averaged(run.ema, run.model):
             _save_model(run.model, run.folder / "latest")
@@ -510,7 +619,7 @@ def _accelerator(config):
 
 
 def _check_setup(model, train_data, validation_data, config, accelerator):
-    """Check what `fit` was given before anything is written; returns the samples per forward pass."""
+    """Check what `fit` was given before anything is written."""
     if not isinstance(model, nn.Module) or not hasattr(model, "save_pretrained"):
         raise ValueError(f"model is a {type(model).__name__}; pass a field model of nfhelpers.models")
     if config.gradient_checkpointing and not hasattr(model, "gradient_checkpointing"):
@@ -530,7 +639,11 @@ def _check_setup(model, train_data, validation_data, config, accelerator):
         )
     if len(validation_data) == 0:
         raise ValueError("the validation dataset is empty; pass at least one item")
-    return config.batch_size // parts
+    if config.halve_on_oom and accelerator.num_processes > 1:
+        raise ValueError(
+            f"halve_on_oom=True needs a single process, here are {accelerator.num_processes}, of which one "
+            f"may run out of memory alone; pass gradient_accumulation={2 * config.gradient_accumulation}"
+        )
 
 
 def _is_pair_of_datasets(data):
@@ -547,40 +660,33 @@ def _kinds(data):
     return f"{name} of {[type(part).__name__ for part in data]}" if isinstance(data, tuple | list) else name
 
 
-def _check_dataset(dataset, name):
+def _check_dataset(task, dataset, name):
     """Check the first and the last item; returns what a resumed run must find again: count, shapes, hash."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(0)
     digest = hashlib.sha256()
     for index in (0, len(dataset) - 1):
         item = dataset[index]
-        if not isinstance(item, dict) or not set(ITEM_KEYS) <= set(item):
+        if not isinstance(item, dict) or not set(task.keys) <= set(item):
             raise ValueError(
-                f"items of the {name} dataset lack some of {list(ITEM_KEYS)}; pass images.SparseFields"
+                f"items of the {name} dataset lack some of {list(task.keys)}; pass {task.dataset}"
             )
-        tensors = {key: torch.as_tensor(item[key]).cpu() for key in ITEM_KEYS}
+        tensors = {key: torch.as_tensor(item[key]).cpu() for key in task.keys}
         batch = {key: tensor[None] for key, tensor in tensors.items()}
-        _check_batch(batch, f"item {index} of the {name} dataset", finite=True)
+        _check_batch(task, batch, f"item {index} of the {name} dataset", finite=True)
         for tensor in tensors.values():
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
     return {name: len(dataset), f"{name}_shapes": shapes, f"{name}_sha256": digest.hexdigest()}
 
 
-def _check_batch(batch, where, *, finite=False):
-    """Shapes, dtypes and coordinates of a batch, on the CPU, where looking at them waits for no device.
+def _check_batch(task, batch, where, *, finite=False):
+    """Shapes, dtypes and ranges of a batch, on the CPU, where looking at them waits for no device.
 
     While training, values that are not finite pass: `_step` stops at these and names step and layer.
     """
-    values = batch["input_values"] if finite else batch["input_values"].nan_to_num()
     try:
-        check_field(batch["query_coords"], batch["input_coords"], values)
-        shape = (*batch["query_coords"].shape[:2], batch["input_values"].shape[-1])
-        if batch["query_values"].shape != shape:
-            raise ValueError(
-                f"query_values has shape {tuple(batch['query_values'].shape)}; pass {shape}, "
-                "one value a query point"
-            )
+        task.check(batch, finite)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -597,31 +703,109 @@ def _trained(model):
 
 
 def _parameter_groups(model, weight_decay):
-    decayed, others = [], []
+    """AdamW's groups; `lr_scale` is the factor on the learning rate of each."""
+    groups = {}
     for parameter in _trained(model).values():
         plain = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
-        (others if plain else decayed).append(parameter)
-    groups = ({"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+        decay = 0.0 if plain else weight_decay
+        scale = MAPPING_LEARNING_RATE if getattr(parameter, "_mapping", False) else 1.0
+        group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+        groups.setdefault((scale, plain), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (-key[0], key[1]))]
+
+
+# --------------------------------------------------------------- what is trained: sparse fields or grids
+
+
+class _FieldTask:
+    """Velocity fields over sparse pixels, the items of `images.SparseFields`."""
+
+    keys = ITEM_KEYS
+    data = "query_values"  # the key of what the flow leads to
+    dataset = "images.SparseFields"
+
+    def check(self, batch, finite):
+        values = batch["input_values"] if finite else batch["input_values"].nan_to_num()
+        check_field(batch["query_coords"], batch["input_coords"], values)
+        shape = (*batch["query_coords"].shape[:2], batch["input_values"].shape[-1])
+        if batch["query_values"].shape != shape:
+            raise ValueError(
+                f"query_values has shape {tuple(batch['query_values'].shape)}; pass {shape}, "
+                "one value a query point"
+            )
+
+    def thin(self, batches, config, generator):
+        """Keep the same random subset of the query points in all batches, in their order."""
+        if not config.vary_queries:
+            return
+        queries = batches[0]["query_values"].shape[1]
+        fewest = max(1, round(config.min_query_fraction * queries))
+        count = int(torch.randint(fewest, queries + 1, (), generator=generator))
+        keep = torch.randperm(queries, generator=generator)[:count].sort().values
+        keep = keep.to(batches[0]["query_values"].device)
+        for batch in batches:
+            for key in ("query_coords", "query_values"):
+                batch[key] = batch[key][:, keep]
+
+    def draw(self, config, generator):
+        """Draws of a step beside times and noise, each (batch_size, ...): none."""
+        return {}
+
+    def details(self, batch):
+        """Columns of the log that only this task has."""
+        return {"queries": batch["query_values"].shape[1]}
+
+    def loss(self, network, batch, t, noise, weight=None):
+        # A model may be trained at other times than those that were drawn.
+        t = network.loss_times(t) if hasattr(network, "loss_times") else t
+        return flow_matching_loss(network, batch, t=t, noise=noise, weight=weight)
+
+
+class _GridTask:
+    """`LocalMamba2D` on grids and their conditions, the items of `spectrograms.Spectrograms`."""
+
+    data = "spectrograms"
+    dataset = "spectrograms.Spectrograms"
+
+    def __init__(self, model):
+        self.model = model
+        self.keys = batch_keys(model.config)
+
+    def check(self, batch, finite):
+        grids, labels, captions = (
+            batch[key] if key in self.keys else None for key in ("spectrograms", "labels", "captions")
+        )
+        self.model.check_arguments(grids, torch.zeros(len(grids)), labels, captions)
+        for key in self.keys:
+            if finite and not bool(torch.isfinite(batch[key]).all()):
+                raise ValueError(f"{key} holds NaN or infinite values; pass finite ones")
+
+    def thin(self, batches, config, generator):
+        """Grids are trained whole."""
+
+    def draw(self, config, generator):
+        """Whose condition is dropped, for classifier-free guidance."""
+        return {"drop": torch.rand(config.batch_size, generator=generator) < self.model.config.cfg_dropout}
+
+    def details(self, batch):
+        return {}
+
+    def loss(self, network, batch, t, noise, drop=None):
+        return grid_flow_loss(network, batch, t=t, noise=noise, drop=drop)
 
 
 class _Objective(nn.Module):
     """The loss as a module, because autocast and DDP wrap modules."""
 
-    def __init__(self, network):
+    def __init__(self, network, task=None):
         super().__init__()
         self.network = network
+        self.task = task or _FieldTask()
 
-    def forward(self, batch, t, noise):
-        weight = getattr(self.network, "loss_weight", None)  # of models that have a scale of their own
-        return flow_matching_loss(
-            self.network, batch, t=_loss_times(self.network, t), noise=noise, weight=weight
-        )
-
-
-def _loss_times(network, t):
-    """The times drawn, or what a model that is trained at others makes of them."""
-    return network.loss_times(t) if hasattr(network, "loss_times") else t
+    def forward(self, batch, t, noise, **draws):
+        if hasattr(self.network, "loss_weight"):  # of models that have a scale of their own
+            draws["weight"] = self.network.loss_weight
+        return self.task.loss(self.network, batch, t, noise, **draws)
 
 
 # ------------------------------------------------------------------------- one batch, whoever draws it
@@ -666,7 +850,15 @@ def _loader(dataset, batches, config, accelerator):
         num_workers=config.num_workers,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # so that the loader takes nothing from the global one
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group: workers are still needed to the end of
+    the step, and a worker that dies is an error."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _to_device(batch, accelerator):
@@ -675,47 +867,39 @@ def _to_device(batch, accelerator):
 
 @dataclass(frozen=True)
 class _Slice:
-    """What passes through the model at once: dataset indices, batch, times (b,), noise (b, Nq, C)."""
+    """What passes through the model at once: dataset indices, batch, and draws: t (b,), noise, as the data
+    are, (b, ...), and those of the task."""
 
     indices: list
     batch: dict
-    t: torch.Tensor
-    noise: torch.Tensor
+    draws: dict
 
 
 def _step_slices(run, loader, step_indices):
-    """The slices of one optimizer step on this process, with the queries that this step keeps."""
+    """The slices of one optimizer step on this process, with what is drawn for this step."""
     batches = []
     for indices in step_indices:
         batch = next(loader)
-        _check_batch(batch, f"step {run.progress.step + 1}, items {indices} of the train dataset")
+        _check_batch(run.task, batch, f"step {run.progress.step + 1}, items {indices} of the train dataset")
         batches.append(_to_device(batch, run.accelerator))
-    keep, t, noise = _draw_step(batches[0]["query_values"], run.config, run.progress.step)
+    config, device = run.config, run.accelerator.device
+    generator = _generator(config.seed, _STEP, run.progress.step)
+    run.task.thin(batches, config, generator)
+    data, size = batches[0][run.task.data], config.batch_size
+    draws = {
+        "t": torch.rand(size, generator=generator, dtype=data.dtype),
+        "noise": torch.randn(size, *data.shape[1:], generator=generator, dtype=data.dtype),
+        **run.task.draw(config, generator),
+    }
     process = run.accelerator.process_index
-    t = t.reshape(_layout(run))[:, process]  # (parts, b)
-    noise = noise.reshape(*_layout(run), *noise.shape[1:])[:, process]  # (parts, b, n, C)
-    keep, t, noise = (x.to(run.accelerator.device) for x in (keep, t, noise))
-    slices = []
-    for part, batch in enumerate(batches):
-        for key in ("query_coords", "query_values"):
-            batch[key] = batch[key][:, keep]
-        slices.append(_Slice(step_indices[part], batch, t[part], noise[part]))
-    return slices
-
-
-def _draw_step(query_values, config, step):
-    """Query indices kept (n,), ascending; times (batch_size,); noise (batch_size, n, C)."""
-    _, queries, channels = query_values.shape
-    generator = _generator(config.seed, _STEP, step)
-    keep = torch.arange(queries)
-    if config.vary_queries:
-        fewest = max(1, round(config.min_query_fraction * queries))
-        count = int(torch.randint(fewest, queries + 1, (), generator=generator))
-        keep = torch.randperm(queries, generator=generator)[:count].sort().values
-    dtype = query_values.dtype
-    t = torch.rand(config.batch_size, generator=generator, dtype=dtype)
-    noise = torch.randn(config.batch_size, len(keep), channels, generator=generator, dtype=dtype)
-    return keep, t, noise
+    mine = {
+        name: x.reshape(*_layout(run), *x.shape[1:])[:, process].to(device)  # (parts, b, ...)
+        for name, x in draws.items()
+    }
+    return [
+        _Slice(indices, batch, {name: x[part] for name, x in mine.items()})
+        for part, (indices, batch) in enumerate(zip(step_indices, batches, strict=True))
+    ]
 
 
 def _seed_dropout(run, part):
@@ -731,7 +915,7 @@ def _accumulate(run, slices):
         _seed_dropout(run, part)
         last = part == len(slices) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.objective):
-            loss = run.objective(item.batch, item.t, item.noise) / len(slices)
+            loss = run.objective(item.batch, **item.draws) / len(slices)
             run.accelerator.backward(loss)
         total = total + loss.detach().float()
     return run.accelerator.reduce(total, "mean")
@@ -753,7 +937,7 @@ def _raise_non_finite(run, slices, loss, norm):
         with torch.no_grad(), run.accelerator.autocast():
             for part, item in enumerate(slices):
                 _seed_dropout(run, part)
-                flow_matching_loss(model, item.batch, t=_loss_times(model, item.t), noise=item.noise)
+                run.task.loss(model, item.batch, **item.draws)
     finally:
         for hook in hooks:
             hook.remove()
@@ -780,7 +964,7 @@ def _raise_non_finite(run, slices, loss, norm):
         f"{key} of dataset items {[i for i, bad in zip(item.indices, rows, strict=True) if bad]}"
         for item in slices
         for key, value in item.batch.items()
-        if any(rows := (~torch.isfinite(value)).flatten(1).any(1).tolist())
+        if any(rows := (~torch.isfinite(value)).reshape(len(value), -1).any(1).tolist())
     ]
     cause = f"the batch holds NaN or infinite {', '.join(dirty)}" if dirty else "the batch is finite"
     raise FloatingPointError(
@@ -808,7 +992,10 @@ def _averaged(ema, model):
 
 @torch.no_grad()
 def _validate(run):
-    """Flow-matching loss over the validation set, with the same times and noise for each item every time."""
+    """Flow-matching loss over the validation set, with the same times and noise for each item every time.
+
+    No condition is dropped: the model is in eval mode.
+    """
     model, dataset, config, accelerator = run.model, run.validation_data, run.config, run.accelerator
     mine = list(range(accelerator.process_index, len(dataset), accelerator.num_processes))
     batches = [mine[i : i + run.slice_size] for i in range(0, len(mine), run.slice_size)]
@@ -818,13 +1005,12 @@ def _validate(run):
     total = 0.0
     model.eval()
     for indices, batch in zip(batches, _loader(dataset, batches, config, accelerator), strict=True):
-        _check_batch(batch, f"items {indices} of the validation dataset")
-        shape = batch["query_values"].shape[1:]
+        _check_batch(run.task, batch, f"items {indices} of the validation dataset")
+        shape = batch[run.task.data].shape[1:]
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]
         noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
         with accelerator.autocast():
-            t = _loss_times(model, t)
-            loss = flow_matching_loss(model, _to_device(batch, accelerator), t=t, noise=noise)
+            loss = run.task.loss(model, _to_device(batch, accelerator), t, noise)
         total += loss.item() * len(indices)
     if accelerator.num_processes > 1:
         total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()
@@ -902,21 +1088,110 @@ class _LiveFigure:
 # -------------------------------------------------------------------------------------- files of a run
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: an interrupt after which the process is to end."""
+
+
 @contextmanager
-def _deferred_interrupt():
-    """Hold Ctrl-C back until the block is done, so that no step, file or swap of weights stays half done."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+def _locked(folder, accelerator):
+    """One run at a time in this folder: on the main process, a lock that the system frees with the process.
+
+    A POSIX record lock, which forked data loader workers do not inherit.
+    """
+    if not accelerator.is_main_process:
         yield
         return
-    received = []
-    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by {file.read() or 'another process'}; wait for its end, stop it, "
+                    "or pass another output_dir"
+                ) from error
+            warnings.warn(
+                f"{folder} cannot be locked ({error}); see to it that no other process trains there",
+                stacklevel=4,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _stop_signals(run):
+    """Inside, SIGTERM raises as Ctrl-C does; in one of several processes both are only noted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number, frame):
+        signal.signal(number, signal.SIG_IGN)  # `timeout` and some schedulers send it twice
+        raise _Terminated
+
+    def note(number, frame):
+        run.signals.append(number)
+
+    alone = run.accelerator.num_processes == 1
+    handlers = {signal.SIGTERM: terminate} if alone else dict.fromkeys(_STOPS, note)
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_together(run):
+    """Raise what one of several processes was asked for in all: none may leave the others waiting."""
+    if run.accelerator.num_processes == 1:
+        return
+    asked = [float(number in run.signals) for number in _STOPS]
+    asked = run.accelerator.reduce(torch.tensor(asked, device=run.accelerator.device), "sum").tolist()
+    for count, exception in zip(asked, (KeyboardInterrupt, _Terminated), strict=True):
+        if count:
+            raise exception
+
+
+@contextmanager
+def _deferred_interrupt():
+    """Hold Ctrl-C and SIGTERM back until the block is done, so that no step, file or swap of weights stays
+    half done."""
+    handlers = {number: signal.getsignal(number) for number in _STOPS}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    received = []
+    for number in handlers:
+        signal.signal(number, lambda *arguments: received.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if received:
-        handler(*received[0])
+        handlers[received[0][0]](*received[0])
+
+
+@contextmanager
+def _writing(run):
+    """Say of files that cannot be written inside what they need, and leave no unfinished one."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        for path in run.folder.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        needed = sum(tensor.nbytes for tensor in _state_tensors(run).values())
+        free = shutil.disk_usage(run.folder).free
+        raise OSError(
+            f"step {run.progress.step}: a file could not be written ({error}); the state takes "
+            f"{_size(needed)} and {_size(free)} are free in {run.folder}. What was saved before is "
+            "untouched: make room, then run again to resume from there"
+        ) from error
 
 
 def _named_tensors(model):
@@ -927,26 +1202,56 @@ def _named_tensors(model):
     return dict(once.values())
 
 
-def _save_state(run):
-    model, scaler, path = run.model, run.accelerator.scaler, run.folder / "state.safetensors"
-    tensors = {f"model.{name}": tensor for name, tensor in _named_tensors(model).items()}
-    for (name, parameter), average in zip(_trained(model).items(), run.ema.shadow_params, strict=True):
+def _state_tensors(run):
+    """What a run is resumed from, by name: model, average, moments of the optimizer."""
+    tensors = {f"model.{name}": tensor for name, tensor in _named_tensors(run.model).items()}
+    for (name, parameter), average in zip(_trained(run.model).items(), run.ema.shadow_params, strict=True):
         tensors[f"ema.{name}"] = average
         for key, value in run.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
-    details = {
-        **run.identity,
-        "progress": asdict(run.progress),
-        "ema_steps": run.ema.optimization_step,
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
+    return tensors
+
+
+def _save_state(run):
+    scaler, path = run.accelerator.scaler, run.folder / "state.safetensors"
+    details = json.dumps(
+        {
+            **run.identity,
+            "progress": asdict(run.progress),
+            "ema_steps": run.ema.optimization_step,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+    )
     temporary = path.with_name(f".{path.name}.tmp")
     # On the CPU these are views of living tensors, which safetensors reads before anything can change them.
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary, metadata={"nfhelpers": json.dumps(details)})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(run).items()}
+    save_file(tensors, temporary, metadata={"nfhelpers": details, "sha256": _digest(tensors, details)})
     _sync(temporary)
+    if path.exists():
+        _keep(path, path.with_name("state.previous.safetensors"))
     os.replace(temporary, path)
     _sync(path.parent)
+
+
+def _digest(tensors, details):
+    """SHA-256 of tensors, their names, dtypes and shapes, and of the text `details`."""
+    digest = hashlib.sha256(details.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _keep(path, name):
+    """Give the file a second name, at once and without a moment in which it has none."""
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # still there if both were names of the same file
 
 
 def _sync(path):
@@ -957,29 +1262,66 @@ def _sync(path):
         os.close(descriptor)
 
 
-def _load_state(path, identity, accelerator):
-    """(tensors, details) of an earlier run of the same settings, or None if there is none."""
-    tensors, details, step = {}, None, -1
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                details = json.loads(file.metadata()["nfhelpers"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            step, before = details["progress"]["step"], {part: details[part] for part in identity}
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+def _read_state(path):
+    """(tensors, details) of a state file; raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        details = json.loads(metadata["nfhelpers"])
+        _Progress(**details["progress"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    # Versions before 0.2 wrote none.
+    if metadata.get("sha256") not in (None, _digest(tensors, metadata["nfhelpers"])):
+        raise ValueError(f"{path} is damaged (it does not have the SHA-256 that was written into it)")
+    return tensors, details
+
+
+def _read_last_state(folder, warn):
+    """(tensors, details, file) of the last state that is whole; (.., None, ..) if there never was one."""
+    path, previous = folder / "state.safetensors", folder / "state.previous.safetensors"
+    if not path.exists():
+        return {}, None, path
+    try:
+        return *_read_state(path), path
+    except ValueError as error:
+        if not previous.exists():
             raise ValueError(
-                f"{path} is damaged ({error}); restore it from a copy, or delete it to start again"
+                f"{error} and there is no {previous.name}; restore it from a copy, or delete it to start "
+                "again"
             ) from error
+        damage = str(error)
+    try:
+        tensors, details = _read_state(previous)
+    except ValueError as error:
+        raise ValueError(
+            f"{damage}, and {error}; restore one from a copy, or delete both to start again"
+        ) from error
+    if warn:
+        warnings.warn(
+            f"{damage}; it is kept as state.damaged.safetensors, and the run goes on from {previous.name}, "
+            f"step {details['progress']['step']}",
+            stacklevel=5,
+        )
+    return tensors, details, previous
+
+
+def _load_state(folder, identity, accelerator):
+    """(tensors, details) of an earlier run of the same settings, or None if there is none."""
+    tensors, details, path = _read_last_state(folder, accelerator.is_main_process)
+    step = -1 if details is None else details["progress"]["step"]
     if accelerator.num_processes > 1:
         steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
         if len(set(steps)) > 1:
             raise ValueError(
-                f"the processes see different states of {path.parent} (steps {steps}); "
+                f"the processes see different states of {folder} (steps {steps}); "
                 "pass an output_dir that all nodes share"
             )
     if details is None:
         return None
     identity = json.loads(json.dumps(identity))
+    before = {part: details.get(part, {}) for part in identity}
     for part, current in identity.items():
         changed = [
             f"{key}={before[part].get(key)!r} there, {current.get(key)!r} here"
@@ -991,6 +1333,10 @@ def _load_state(path, identity, accelerator):
                 f"{path} is of a run with other settings ({part}: {'; '.join(changed)}), on which its loss "
                 "curve depends (on epochs by the schedule); pass the same to resume, or another output_dir"
             )
+    state = folder / "state.safetensors"
+    if path != state and accelerator.is_main_process:
+        _keep(state, folder / "state.damaged.safetensors")
+        _keep(path, state)
     return tensors, details
 
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from nfhelpers import models
+
 
 @pytest.fixture(scope="module")
 def bench(repository):
@@ -76,3 +78,23 @@ def test_the_command_runs_from_end_to_end(repository, tmp_path):
     assert {row["row"] for row in rows} == {"loop", "chunked", "chunked tied"}
     assert all(0 < row["forward"] for row in rows)
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_localmamba_benchmark_prints_both_tables(repository, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("lm", repository / "benchmarks" / "localmamba.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = tmp_path / "cost.json"
+    module.main(f"cost --preset smoke --sizes 16 --repeats 0 --device cpu --out {out}".split())
+    assert "GFLOP forward" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert [row["mixer"] for row in document["rows"]] == ["ssm", "attention"]
+    assert document["command"].startswith("python benchmarks/localmamba.py cost --preset smoke")
+
+    torch.manual_seed(0)
+    config = models.LocalMamba2DConfig(dims=(8, 16), depths=(1, 1), mapping_width=8, num_classes=4)
+    models.LocalMamba2D(config).save_pretrained(tmp_path / "model")
+    options = "--data chirps --size 8 --guidance 1 --method euler --steps 1 --device cpu".split()
+    module.main(["generated", str(tmp_path / "model"), *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["source", "guidance", "count", "accuracy"] and len(lines) == 5

@@ -1,4 +1,7 @@
-"""Widgets in a real JupyterLab and browser: a slider is moved by keyboard, and the picture changes."""
+"""Widgets in a real JupyterLab and browser: a reader's moves, and pictures and numbers that follow them.
+
+Screenshots of the notebooks' panels, before and after, are left in runs/browser/<notebook>/.
+"""
 
 import os
 import shutil
@@ -9,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -31,25 +35,34 @@ PANEL = ".jp-OutputArea-child:has([role=slider])"
 # An exception of a cell, or one that a widget shows in place of its picture. JupyterLab renders a traceback
 # as it renders a line on stderr, but only a traceback has the name of its exception in red.
 ERROR = '[data-mime-type="application/vnd.jupyter.stderr"]:has(.ansi-red-fg), .nf-error'
+BUSY = ".nf-busy"
+BUTTON = "button.jupyter-button:enabled:not(.widget-upload)"
 NOT_RUN, RUNNING = "[ ]:", "[*]:"  # prompts of code cells
 
-TINY = """\
+IMPORTS = """\
+import time
 import ipywidgets, numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
+from nfhelpers import images, models, train, widgets
+from nfhelpers.run import field_datasets, load_settings
 
-def draw(decay):
+def bars(height):
     figure = Figure(figsize=(3, 2))
-    figure.subplots().plot(np.exp(-decay * np.arange(20)))
-    display(figure)
-
-ipywidgets.interact(draw, decay=ipywidgets.FloatSlider(0.5, min=0, max=2, continuous_update=False));
+    figure.subplots().bar([0, 1], [1, height])
+    return figure
+"""
+PANEL_OF = "widgets.panel({}, dict(height=ipywidgets.IntSlider(0, 0, 50, description='height')){})"
+TINY_V1 = """\
+def tiny():
+    return models.MambaDiffusion(models.MambaDiffusionConfig(
+        d_model=16, num_layers=1, d_state=2, num_fourier_features=8, num_heads=2))
 """
 
 
 @pytest.fixture(scope="module")
-def page():
-    """A page of the installed chromium. Skips without one, unless NF_REQUIRE_BROWSER is set."""
+def browser():
+    """The installed chromium. Skips without one, unless NF_REQUIRE_BROWSER is set."""
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         missing = f"none of {', '.join(BROWSERS)} is installed"
@@ -59,8 +72,19 @@ def page():
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
-        yield browser.new_page(viewport={"width": 1400, "height": 1000})
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page whose `complaints` are the errors of its console."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.complaints = []
+    page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    yield page
+    page.close()
 
 
 @contextmanager
@@ -120,13 +144,17 @@ def jupyterlab(folder):
             server.kill()
 
 
-def run_all_cells(page, address, notebook, timeout):
-    """Open a notebook, run all cells, wait (seconds) until the last has ended; fails on an error output."""
+def start_all_cells(page, address, notebook):
+    """Open a notebook and run all cells."""
     page.goto(f"{address}/lab/tree/{notebook}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.get_by_text("| Idle").wait_for(timeout=60_000)  # the status bar: the kernel is connected
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def wait_until_run(page, notebook, timeout):
+    """Wait (seconds) until the last cell has ended; fails on an error output."""
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     deadline = time.monotonic() + timeout
     states = {NOT_RUN}
@@ -139,26 +167,47 @@ def run_all_cells(page, address, notebook, timeout):
             pytest.fail(f"{notebook} shows an error:\n{page.locator(ERROR).first.inner_text()}")
 
 
-def move_sliders(page, panels=PANEL, slider="[role=slider]", image="img", timeout=30):
-    """In each panel move the first slider one step by keyboard and wait (seconds) until a picture changes."""
-    page.locator(panels).first.wait_for(timeout=30_000)
-    for number, panel in enumerate(page.locator(panels).all(), start=1):
-        handle, pictures = panel.locator(slider).first, panel.locator(image)
-        before = pictures.evaluate_all("all => all.map(x => x.src)")
-        assert before, f"panel {number} has no picture"
-        value = handle.get_attribute("aria-valuenow")
-        handle.scroll_into_view_if_needed()
-        handle.focus()
-        handle.press("ArrowLeft" if value == handle.get_attribute("aria-valuemax") else "ArrowRight")
-        assert handle.get_attribute("aria-valuenow") != value, f"the slider of panel {number} did not move"
-        deadline = time.monotonic() + timeout
+def press(page, panel, picture):
+    """In a panel move the first slider one step by keyboard, and press its button if it has one."""
+    handle = panel.locator("[role=slider]").first
+    value = handle.get_attribute("aria-valuenow")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    handle.press("ArrowLeft" if value == handle.get_attribute("aria-valuemax") else "ArrowRight")
+    assert handle.get_attribute("aria-valuenow") != value, "the slider did not move"
+    button = panel.locator(BUTTON)
+    if button.count():
+        assert picture.get_attribute("src") == picture.get_attribute("src")
+        page.get_by_text("settings changed").first.wait_for()
+        button.click()
+
+
+def move_sliders(page, folder=None, timeout=30):
+    """In each panel change a setting and wait (seconds) until picture and number change; seconds each took.
+
+    Writes panel_1_before.png, panel_1_after.png ... into `folder`.
+    """
+    page.locator(PANEL).first.wait_for(timeout=30_000)
+    taken = []
+    for number, panel in enumerate(page.locator(PANEL).all(), start=1):
+        picture = panel.locator("img")
+        before = picture.get_attribute("src"), panel.inner_text()
+        if folder:
+            panel.screenshot(path=folder / f"panel_{number}_before.png")
+        begin = time.monotonic()
+        press(page, panel, picture)
         while True:
-            after = pictures.evaluate_all("all => all.map(x => x.src)")
-            if len(after) == len(before) and after != before:
+            after = picture.get_attribute("src"), panel.inner_text()
+            if all(x != y for x, y in zip(after, before, strict=True)) and not panel.locator(BUSY).count():
                 break
             assert not page.locator(ERROR).count(), page.locator(ERROR).first.inner_text()
-            assert time.monotonic() < deadline, f"the slider of panel {number} moved, its picture did not"
-            page.wait_for_timeout(100)
+            assert time.monotonic() - begin < timeout, f"panel {number} was changed, its picture was not"
+            page.wait_for_timeout(20)
+        taken.append(time.monotonic() - begin)
+        page.wait_for_function("picture => picture.complete", arg=picture.element_handle())
+        if folder:
+            panel.screenshot(path=folder / f"panel_{number}_after.png")
+    return taken
 
 
 def write_notebook(path, *sources):
@@ -167,12 +216,19 @@ def write_notebook(path, *sources):
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
-def test_slider_redraws_the_picture(page, tmp_path):
-    write_notebook(tmp_path / "tiny.ipynb", TINY)
-    with jupyterlab(tmp_path) as address:
-        run_all_cells(page, address, "tiny.ipynb", timeout=60)
-        move_sliders(page)
-        assert not page.locator(ERROR).count()
+def run_all_cells(page, address, notebook, timeout):
+    start_all_cells(page, address, notebook)
+    wait_until_run(page, notebook, timeout)
+
+
+@contextmanager
+def opened(page, folder, *sources, timeout=60):
+    """A notebook of these cells, run in JupyterLab; ends with a look at the errors of its page."""
+    write_notebook(folder / "tiny.ipynb", *sources)
+    with jupyterlab(folder) as address:
+        run_all_cells(page, address, "tiny.ipynb", timeout=timeout)
+        yield
+        assert page.complaints == []
 
 
 @pytest.mark.parametrize(
@@ -181,19 +237,81 @@ def test_slider_redraws_the_picture(page, tmp_path):
 )
 def test_a_failed_cell_fails_at_once(page, tmp_path, source, message):
     log = "import sys; print('only a warning', file=sys.stderr)"
-    write_notebook(tmp_path / "bad.ipynb", log, source, "print('never')")
-    with jupyterlab(tmp_path) as address:
-        with pytest.raises(pytest.fail.Exception, match="bad.ipynb shows an error") as failed:
-            run_all_cells(page, address, "bad.ipynb", timeout=60)
+    with pytest.raises(pytest.fail.Exception, match="tiny.ipynb shows an error") as failed:
+        with opened(page, tmp_path, log, source, "print('never')"):
+            pass
     # The first output that counts as an error is the exception, not the warning above it.
     assert message in str(failed.value) and "only a warning" not in str(failed.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["01_ssm_basics", "02_flow_matching_v1", "03_multidirectional_scan", "04_bidirectional_v2"]
-)
-def test_notebook_widgets(page, tmp_path, repository, name):
-    path = repository / "notebooks" / f"{name}.ipynb"
+def test_a_slow_panel_says_so_and_skips_what_it_cannot_keep_up_with(page, tmp_path):
+    draw = """\
+drawn = []
+
+def draw(height):
+    drawn.append(height)
+    time.sleep(0.3 if len(drawn) > 1 else 0)
+    return bars(height), f"height {height}, {len(drawn)} drawings" """
+    with opened(page, tmp_path, IMPORTS + draw, PANEL_OF.format("draw", "")):
+        handle = page.locator(PANEL).locator("[role=slider]")
+        handle.focus()
+        for _ in range(20):
+            handle.press("ArrowRight")
+        page.locator(BUSY).wait_for(timeout=5000)
+        page.get_by_text("height 20,").wait_for(timeout=5000)
+        page.wait_for_timeout(1000)
+        text = page.locator(PANEL).locator("code").inner_text()
+    # The first value is drawn while the others are made; of those the last is, and one may slip in between.
+    assert text in [f"height 20, {count} drawings" for count in (2, 3, 4)], text
+
+
+def test_a_panel_shows_its_error_in_place_of_the_picture_and_recovers(page, tmp_path):
+    draw = "def draw(height):\n    assert height != 1, f'no {height}'\n    return bars(height)\n"
+    with opened(page, tmp_path, IMPORTS + draw, PANEL_OF.format("draw", "")):
+        panel = page.locator(PANEL)
+        handle, picture = panel.locator("[role=slider]"), panel.locator("img")
+        assert picture.is_visible()
+        handle.press("ArrowRight")
+        page.get_by_text("AssertionError: no 1").wait_for(timeout=5000)
+        assert not picture.is_visible()
+        handle.press("ArrowRight")
+        picture.wait_for(state="visible", timeout=5000)
+        assert not page.locator(ERROR).count()
+
+
+def test_the_stop_button_stops_a_running_training_and_leaves_a_checkpoint(page, tmp_path):
+    settings = """\
+data = {**load_settings("v1", "smoke")["data"], "size": 16, "train_images": 8, "validation_images": 2}
+config = train.TrainConfig("stopped", epochs=100_000, batch_size=8, cpu=True, visualise_every=100_000)
+datasets, model = field_datasets(data, 0), tiny()
+"""
+    fit = """\
+with widgets.training_monitor(config.epochs) as callback:
+    result = train.fit(model, datasets, config, callback=callback)
+saved = models.load_model(result.latest)
+print("interrupted" if result.interrupted else "finished", type(saved).__name__, result.steps > 0)
+"""
+    write_notebook(tmp_path / "tiny.ipynb", IMPORTS + TINY_V1 + settings, fit)
+    with jupyterlab(tmp_path) as address:
+        start_all_cells(page, address, "tiny.ipynb")
+        page.get_by_text("epoch 3 of 100000, loss").or_(page.get_by_text("epoch 4 of 100000")).first.wait_for(
+            timeout=60_000
+        )
+        page.get_by_role("button", name="stop training").click()
+        page.get_by_text("interrupted MambaDiffusion True").wait_for(timeout=20_000)
+        assert page.get_by_role("button", name="stopped").is_disabled()
+        wait_until_run(page, "tiny.ipynb", 20)
+        assert page.complaints == []
+    assert (tmp_path / "stopped" / "state.safetensors").is_file()
+
+
+def notebooks_with_widgets():
+    folder = Path(__file__).resolve().parents[1] / "notebooks"
+    return [path for path in sorted(folder.glob("*.ipynb")) if "_panel(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", notebooks_with_widgets(), ids=lambda path: path.stem)
+def test_notebook_widgets(page, tmp_path, repository, path):
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:  # a copy without outputs: whatever shows was made by this run
         if cell.cell_type == "code":
@@ -203,7 +321,12 @@ def test_notebook_widgets(page, tmp_path, repository, name):
     shutil.copy(repository / "pyproject.toml", tmp_path)
     (tmp_path / "nfhelpers").mkdir()  # run.repository_root looks for it
     (tmp_path / "checkpoints").symlink_to(repository / "checkpoints")
+    screenshots = repository / "runs" / "browser" / path.stem
+    screenshots.mkdir(parents=True, exist_ok=True)
     with jupyterlab(tmp_path) as address:
         run_all_cells(page, address, f"notebooks/{path.name}", timeout=180)
-        move_sliders(page)
+        taken = move_sliders(page, screenshots)
         assert not page.locator(ERROR).count()
+        assert page.complaints == []
+    print(f"{path.stem}: seconds of the panels:", [round(seconds, 2) for seconds in taken])
+    assert len(taken) == sum("_panel(" in cell.source for cell in notebook.cells if cell.cell_type == "code")

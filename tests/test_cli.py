@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nfhelpers import __main__ as cli
-from nfhelpers import kernels, models, run, train
+from nfhelpers import evaluate, kernels, models, run, spectrograms, train
 
 TINY_MODEL = ["d_model=16", "num_layers=1", "d_state=2", "num_fourier_features=4", "num_heads=2"]
 TINY = [
@@ -78,6 +78,24 @@ def test_doctor_fails_when_a_backend_is_wrong(capsys, monkeypatch, error):
     (line,) = [line for line in captured.out.splitlines() if "WRONG" in line]
     assert "chunked" in line
     assert "do not use chunked" in captured.err
+
+
+def test_doctor_goes_through_the_checklist_of_localmamba(capsys, monkeypatch):
+    assert cli.main(["doctor", "--model", "localmamba"]) == 0
+    out = capsys.readouterr().out
+    assert "selective scan" in out and "localmamba, preset smoke, on cpu" in out
+    lines = [line.split() for line in out.split("localmamba, preset smoke")[1].splitlines()[1:]]
+    assert [line[0] for line in lines] == ["ok"] * 4
+    assert lines[0] == ["ok", "scan", "kernel", kernels.choose_backend("cpu")]
+    assert "2 x 64 x 64" in out and "of attention's" in out
+
+    def fail(model, batch, **options):
+        raise ValueError("shapes differ")
+
+    monkeypatch.setattr(evaluate, "grid_flow_loss", fail)
+    assert cli.main(["doctor", "--model", "localmamba"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAILED") == 3 and "forward and backward      ValueError: shapes differ" in out
 
 
 # ---------------------------------------------------------------- train
@@ -161,6 +179,40 @@ def test_train_passes_settings_on(tmp_path, monkeypatch):
     assert (len(train_data), len(validation_data)) == (8, 2)
     assert train_data.images.shape[1:] == (8, 8, 3)
     assert (train_data.seed, validation_data.seed) == (None, config.seed)
+
+
+GRIDS = [
+    *("--set", "model.dims=[8, 16]", "--set", "data.size=16", "--set", "data.train_images=8"),
+    *("--set", "train.epochs=1", "--preset", "smoke", "--device", "cpu"),
+]
+
+
+def test_localmamba_is_trained_on_spectrograms(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(["train", "localmamba", *GRIDS, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "data      chirps, 8 spectrograms, 8 to validate" in out
+    assert "trained at step 1, validation loss 0." in out and "PSNR" not in out
+    assert models.load_model(output / "best").config.num_classes == 4
+
+
+def test_localmamba_takes_its_classes_from_the_data(tmp_path, monkeypatch):
+    samples = torch.linspace(-0.5, 0.5, 2000)
+    for name in ("left", "right"):
+        for take in range(8):
+            path = tmp_path / "sounds" / name / f"{take}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            spectrograms.write_wav(path, samples.roll(take), 8000)
+    seen = []
+    monkeypatch.setattr(train, "fit", lambda model, data, config: seen.append((model, data)) or sys.exit())
+    arguments = ["train", "localmamba", *GRIDS, "--data", str(tmp_path / "sounds")]
+    for more, classes in (([], 2), (["--set", "model.num_classes=5"], 5)):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *more])
+        model, (train_data, _) = seen.pop()
+        assert model.config.num_classes == classes
+        assert train_data.meta.class_names == ("left", "right")
+        assert train_data[0]["spectrograms"].shape == (1, 16, 16)
 
 
 def test_v2_starts_from_the_parts_it_shares_with_v1(checkpoint, tmp_path, capsys, monkeypatch):
@@ -261,6 +313,10 @@ def test_evaluate_errors_are_one_line(checkpoint, tmp_path, capsys):
     assert "holds no config.json" in error_of(capsys, "evaluate", tmp_path)
     assert "'no-source'" in error_of(capsys, "evaluate", checkpoint, "--data", "no-source", "--device", "cpu")
     assert "observed=1.5" in error_of(capsys, "evaluate", checkpoint, "--observed", "1.5", "--device", "cpu")
+    grids = models.LocalMamba2D(models.LocalMamba2DConfig(dims=(8,), depths=(1,), mapping_width=8))
+    grids.save_pretrained(tmp_path / "grids")
+    error = error_of(capsys, "evaluate", checkpoint, tmp_path / "grids", "--device", "cpu")
+    assert "grids is a LocalMamba2D, not a model of sparse fields" in error
     (checkpoint / "model.safetensors").write_bytes(b"truncated")
     error_of(capsys, "evaluate", checkpoint, "--device", "cpu")
 

@@ -26,14 +26,15 @@ from nfhelpers.models import (
     MultiDirectionalMambaDiffusion,
     encode_dataset,
     fit_latent_statistics,
+    fit_linear_code,
     load_model,
     second_phase,
 )
-from nfhelpers.models.diffae import point_areas
+from nfhelpers.models.diffae import SPECTRUM_NOISE, cosines, fit_spectrum, point_areas, spectrum_power
 
 SMALL = dict(
-    latent_dim=6, d_model=16, num_encoder_layers=1, num_decoder_layers=1, d_state=4, num_fourier_features=8,
-    fourier_scale=2.0, dropout=0.0,
+    latent_dim=6, d_model=16, num_cosines=4, spectrum_width=8, num_encoder_layers=1, num_decoder_layers=1,
+    d_state=4, num_fourier_features=8, fourier_scale=2.0, dropout=0.0,
 )  # fmt: skip
 phases = pytest.mark.parametrize("phase", [1, 2])
 
@@ -175,14 +176,80 @@ def test_a_gated_mean_is_a_linear_functional_of_the_field():
     layer = tiny().encoder.product
     with torch.no_grad():
         layer.value_proj.bias.zero_()
-    features, (a, b) = torch.randn(1, 5, 16), torch.randn(2, 1, 5, 3)
+    features, (a, b) = torch.randn(1, 5, 16), torch.randn(2, 1, 5, 6)
     both = layer(features, 2 * a - 3 * b).mean(1)
     torch.testing.assert_close(both, 2 * layer(features, a).mean(1) - 3 * layer(features, b).mean(1))
     swapped = layer(features, a[:, [1, 0, 2, 3, 4]]).mean(1)
     assert not torch.allclose(swapped, layer(features, a).mean(1), atol=1e-3)
 
 
-def test_an_untrained_decoder_is_bilinear_and_an_untrained_flow_linear():
+def test_cosines_are_orthonormal_over_the_pixels_of_a_grid():
+    basis = cosines(grid_coords(6, 5)[None].double(), 5)[0]  # (30, 25)
+    torch.testing.assert_close(basis.T @ basis / 30, torch.eye(25).double(), rtol=0, atol=1e-6)
+    x, y = grid_coords(6, 5).double().T
+    expected = 2 * torch.cos(math.pi * 3 * y) * torch.cos(math.pi * x)
+    torch.testing.assert_close(basis[:, 3 * 5 + 1], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [9, 40])  # fewer and more than the 16 amplitudes
+def test_a_spectrum_is_the_posterior_mean_of_a_gaussian_field(inputs):
+    generator = torch.Generator().manual_seed(0)
+    coords = torch.rand(2, inputs, 2, generator=generator)
+    values = torch.randn(2, inputs, 3, generator=generator)
+    found = fit_spectrum(coords, values, 4)
+    basis, power = cosines(coords.double(), 4), spectrum_power(4).double()
+    covariance = (basis * power) @ basis.mT + SPECTRUM_NOISE * torch.eye(inputs)
+    expected = (basis * power).mT @ torch.linalg.solve(covariance, values.double())
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_spectrum_of_all_pixels_is_the_cosine_transform():
+    amplitudes = torch.randn(1, 16, 3, dtype=torch.float64) * spectrum_power(4).sqrt()[:, None]
+    grid = grid_coords(16, 16)[None].double()
+    found = fit_spectrum(grid, cosines(grid, 4) @ amplitudes, 4)
+    torch.testing.assert_close(found, amplitudes, rtol=1e-2, atol=1e-4)
+
+
+def test_an_untrained_autoencoder_is_a_projection():
+    """It keeps the amplitudes with the most power: decoding and encoding again changes nothing."""
+    model, grid = tiny(trained=False, latent_dim=20), grid_coords(16, 16)[None]
+    latent = torch.randn(1, 20)
+    torch.testing.assert_close(model.encode(grid, model.decode(grid, latent)), latent, rtol=2e-2, atol=2e-3)
+    grey = torch.full((1, 256, 3), 0.4)
+    torch.testing.assert_close(model.decode(grid, model.encode(grid, grey)), grey, rtol=1e-3, atol=1e-3)
+
+
+def test_with_the_linear_code_of_a_training_set_it_is_pca():
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 4, 3)).astype(np.uint8)
+    held_out = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+    model = tiny(trained=False)  # 4 cosines a side say all of 4 x 4 pixels
+    fit_linear_code(model, images, batch_size=128)
+    grid = grid_coords(4, 4).expand(5, -1, -1)
+    values = torch.from_numpy(held_out.reshape(5, 16, 3)).float() / 127.5 - 1
+    latent = model.encode(grid, values)
+    made = model.decode(grid, latent) / 2 + 0.5
+    pca = PCA(6).fit(images.reshape(300, -1) / 255)
+    expected = pca.inverse_transform(pca.transform(held_out.reshape(5, -1) / 255)).reshape(5, 16, 3)
+    torch.testing.assert_close(made.double(), torch.from_numpy(expected), rtol=0, atol=0.02)
+    train_latents = encode_dataset(model, SparseFields(images, observed=1, queries=1, seed=0))
+    torch.testing.assert_close(train_latents.mean(0), torch.zeros(6), rtol=0, atol=0.01)
+    torch.testing.assert_close(train_latents.std(0), torch.ones(6), rtol=0.05, atol=0)
+    assert torch.equal(second_phase(model).decode(grid, latent), model.decode(grid, latent))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((300, 4, 4, 3)), "images are float64"),
+        (np.zeros((6, 4, 4, 3), np.uint8), "6 images and 48 amplitudes do not span latent_dim=6"),
+    ],
+)
+def test_a_linear_code_needs_enough_images(images, message):
+    with pytest.raises(ValueError, match=message):
+        fit_linear_code(tiny(), images)
+
+
+def test_an_untrained_decoder_is_linear_and_so_is_an_untrained_flow():
     model, arguments = tiny(2, trained=False), field()
     coords = arguments["query_coords"]
     zero = model.decode(coords, torch.zeros(2, 6))
@@ -191,7 +258,7 @@ def test_an_untrained_decoder_is_bilinear_and_an_untrained_flow_linear():
     torch.testing.assert_close(model.decode(coords, 2 * a - b) - zero, 2 * at_a - at_b, rtol=1e-4, atol=1e-6)
     start = model.decode(coords, model.encode(*points(arguments)))
     t, x = arguments["t"][:, None, None], arguments["noisy_values"]
-    torch.testing.assert_close(model(**arguments), start + skip_weight(t, 0.2) * (x - t * start))
+    torch.testing.assert_close(model(**arguments), start + skip_weight(t, 0.15) * (x - t * start))
 
 
 @phases
@@ -309,9 +376,9 @@ def test_loss_of_phase_2_is_the_squared_error_of_the_network():
     model.refiner.register_forward_hook(lambda module, inputs, output: calls.append((inputs, output)))
     model(**{name: batch[name] for name in ("noisy_values", "query_coords", "t", *train.ITEM_KEYS[:2])})
     (inputs, output), time = calls[0], t[:, None, None]
-    decoded, variance = inputs[0][..., 3:], (1 - time) ** 2 + (0.2 * time) ** 2
+    decoded, variance = inputs[0][..., 3:], (1 - time) ** 2 + (0.15 * time) ** 2
     rest = batch["query_values"] - decoded  # d: the network is to say ((1 - t) d - t s^2 noise) / (s sqrt(V))
-    wanted = ((1 - time) * rest - time * 0.2**2 * noise) / (0.2 * variance.sqrt())
+    wanted = ((1 - time) * rest - time * 0.15**2 * noise) / (0.15 * variance.sqrt())
     torch.testing.assert_close(loss, F.mse_loss(output, wanted), rtol=1e-3, atol=1e-5)
 
 
@@ -542,7 +609,7 @@ def test_inversion_of_a_gaussian_flow_is_the_closed_form():
     decoded = model.decode(coords, latent)
     values = decoded + 0.2 * torch.randn(2, 9, 3)
     noise = samplers.encode_stochastic(model, coords, values, latent, steps=50)
-    torch.testing.assert_close(noise, (values - decoded) / 0.2, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(noise, (values - decoded) / 0.15, atol=2e-2, rtol=2e-2)
     back = samplers.decode_stochastic(model, coords, latent, noise, steps=50)
     torch.testing.assert_close(back, values, atol=5e-3, rtol=0)
 
@@ -692,10 +759,11 @@ def test_both_phases_train_from_the_command_line(tmp_path, monkeypatch, capsys):
     common = ["--preset", "smoke", "--device", "cpu", *data]
     assert cli.main(["train", "diffae_phase2", *common]) == 2
     assert "train diffae_phase1" in capsys.readouterr().err
-    model = ["--set", "model.d_model=16", "--set", "model.latent_dim=8"]
+    model = ["--set", "model.d_model=16", "--set", "model.latent_dim=6"]
     assert cli.main(["train", "diffae_phase1", *common, *model]) == 0
     first = load_model("runs/diffae_phase1/smoke/best")
-    assert first.config.latent_dim == 8 and first.latent_std.isfinite().all()
+    assert first.config.latent_dim == 6 and first.latent_std.isfinite().all()
+    assert first.linear_code.mean.any()
     assert cli.main(["train", "diffae_phase2", *common, "--set", "model.residual_std=0.3"]) == 0
     second = load_model("runs/diffae_phase2/smoke/latest")
     assert (second.config.phase, second.config.residual_std) == (2, 0.3)

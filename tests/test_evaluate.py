@@ -1,23 +1,32 @@
 """Evaluation against closed forms and stub models: baselines, reconstruction, paired tables, costs."""
 
 import json
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nfhelpers import evaluate, flow, images, metrics
+from nfhelpers import evaluate, flow, images, metrics, run
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models import (
     FIELD_MODELS,
     LocalImplicitField,
     LocalImplicitFieldConfig,
+    LocalMamba2D,
+    LocalMamba2DConfig,
     MambaDiffusion,
+    MambaDiffusionAutoencoder,
+    MambaDiffusionAutoencoderConfig,
     MambaDiffusionConfig,
+    fit_latent_statistics,
+    second_phase,
     ssm,
 )
+from nfhelpers.spectrograms import Spectrograms, load_spectrograms
 
 
 def ramp(coords):
@@ -980,6 +989,28 @@ def test_equal_size_meets_the_number(name):
         evaluate.equal_size(model_class, config, 100)
 
 
+def test_best_seconds_warms_up_and_keeps_to_its_budget():
+    waits, made = iter([0.05, 0.004, 0.002, 0.004, 0.05]), []
+
+    def call():
+        made.append(next(waits))
+        time.sleep(made[-1])
+
+    assert 0.002 <= evaluate.best_seconds(call, torch.device("cpu"), repeats=3) < 0.004
+    assert made == [0.05, 0.004, 0.002, 0.004], "one call to warm up, three that count"
+    evaluate.best_seconds(lambda: made.append(time.sleep(0.01)), torch.device("cpu"), repeats=9, budget=0.015)
+    assert len(made) == 4 + 3, "the budget is spent after two calls that count"
+
+
+def test_peak_bytes_are_those_of_what_is_alive():
+    def call():
+        block = torch.empty(1 << 16).add_(1)  # 256 KiB
+        del block
+        return torch.empty(1 << 16).sum()
+
+    assert evaluate.peak_bytes(call, torch.device("cpu")) == pytest.approx(4 << 16, rel=0.01)
+
+
 def test_query_cost_counts_bytes_of_a_known_model():
     class Doubles(nn.Module):
         def forward(self, noisy_values, query_coords, t, input_coords, input_values):
@@ -1010,3 +1041,551 @@ def test_cost_leaves_the_model_and_the_scan_alone():
     for name, tensor in model.state_dict().items():  # shared tensors too
         torch.testing.assert_close(tensor, before[name])
     assert torch.isfinite(flow.flow_matching_loss(model, fields))
+
+
+# ---------------------------------------------------------------- autoencoders
+
+
+class MeanColour(nn.Module):
+    """An autoencoder known in closed form: the latent is the mean colour, the decoding that colour."""
+
+    def __init__(self, std=(1.0, 1.0, 1.0)):
+        super().__init__()
+        self.config = SimpleNamespace(phase=1, latent_dim=3)
+        self.std = torch.tensor(std)
+
+    def encode(self, coords, values):
+        return values.mean(1)
+
+    def decode(self, coords, latent):
+        return latent[:, None].expand(-1, coords.shape[1], -1)
+
+    def normalise(self, latent):
+        return latent / self.std
+
+    def denormalise(self, latent):
+        return latent * self.std
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    """A small `MambaDiffusionAutoencoder` of phase 2 whose flow has moved away from zero."""
+    torch.manual_seed(0)
+    config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
+    first = MambaDiffusionAutoencoder(config)
+    fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
+    model = second_phase(first).eval()
+    with torch.no_grad():
+        for parameter in model.refiner.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def colours(count, seed=0, size=16):
+    """Images of one colour each, (count, size, size, 3) floats."""
+    values = np.random.default_rng(seed).uniform(0.2, 0.8, (count, 1, 1, 3)).astype(np.float32)
+    return np.broadcast_to(values, (count, size, size, 3))
+
+
+@pytest.mark.parametrize("at_once", [1, 600, 10**6])
+def test_latents_of_images_and_back(at_once, monkeypatch):
+    monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", at_once)
+    model, pictures = MeanColour(), colours(5)
+    for observed in (0.2, 1.0):
+        latents = evaluate.encode_images(model, pictures, observed)
+        assert latents.shape == (5, 3)
+        np.testing.assert_allclose(evaluate.decode_latents(model, latents, 16), pictures, atol=1e-6)
+    larger = evaluate.decode_latents(model, latents, 24)
+    np.testing.assert_allclose(larger[:, 7, 20], pictures[:, 0, 0], atol=1e-6)
+    fields = evaluate.observe_images(smooth_images(3), 0.3, seed=4)
+    torch.testing.assert_close(evaluate.encode_images(model, fields), fields["input_values"].mean(1))
+    with pytest.raises(ValueError, match="size=0"):
+        evaluate.decode_latents(model, latents, 0)
+
+
+def test_first_phase_is_the_decoding_and_shares_its_weights(autoencoder):
+    first = evaluate.first_phase(autoencoder)
+    assert first.config.phase == 1 and evaluate.first_phase(first) is first
+    latents = evaluate.encode_images(autoencoder, smooth_images(2), 0.2, seed=3)
+    decoded = evaluate.decode_latents(autoencoder, latents, 24)
+    assert np.array_equal(decoded, evaluate.decode_latents(first, latents, 24))
+    one_step = evaluate.reconstruct(first, smooth_images(2), 0.2, size=24, seed=3)["fields"]
+    np.testing.assert_allclose(one_step, decoded, atol=1e-5)
+    pointers = {p.data_ptr() for p in autoencoder.state_dict().values()}
+    assert all(p.data_ptr() in pointers for p in first.state_dict().values())
+
+
+def test_compare_autoencoders_is_paired_with_pca_of_the_same_pixels():
+    # Of images of one colour, three principal components are the mean colour: what the model encodes.
+    pattern = np.where(np.indices((16, 16)).sum(0) % 2, 0.1, -0.1)[..., None].astype(np.float32)
+    pictures = colours(4, seed=1) + pattern
+    rows, made = evaluate.compare_autoencoders(MeanColour(), pictures, colours(20), observed=0.25, seed=2)
+    names = [f"{n} of 3, {s}" for s in ("all pixels", "25% of the pixels") for n in ("PCA", "autoencoder")]
+    assert [row["method"] for row in rows] == names == list(made)
+    assert [row["kind"] for row in rows] == ["classical", "mean"] * 2
+    assert rows[0]["psnr"] == pytest.approx(20, abs=1e-4)
+    assert rows[1]["versus_first"] == pytest.approx(0, abs=1e-4)
+    seen = evaluate.observe_images(pictures, 0.25, 2)["input_values"].mean(1).numpy()
+    np.testing.assert_allclose(made[names[3]][:, 0, 0], (seen + 1) / 2, atol=1e-6)
+    assert rows[3]["versus_first"] == pytest.approx(rows[3]["psnr"] - rows[2]["psnr"])
+    with pytest.raises(ValueError, match="dims=3"):
+        evaluate.compare_autoencoders(MeanColour(), pictures, colours(3))
+
+
+def test_field_pictures_are_those_of_side_by_side():
+    torch.manual_seed(0)
+    model = LocalImplicitField(LocalImplicitFieldConfig(d_model=16, num_heads=2, neighbours=4, num_layers=1))
+    options = {"scales": (16, 32), "images": 2, "observed_size": 16, "seed": 5}
+    pictures, mask = evaluate.field_pictures({"a": model}, "photos", **options)
+    _, wanted = evaluate.side_by_side({"a": model}, "photos", sample_scales=(), **options)
+    for key, field in pictures.items():
+        np.testing.assert_array_equal(field, wanted[key])
+    assert set(pictures) == {(s, n) for s in (16, 32) for n in ("a", "target")}
+    truth = images.load_images("photos", "test", 16, limit=2)
+    np.testing.assert_array_equal(mask, evaluate.observe_images(truth, 0.2, 5)["mask"])
+
+
+def shifted(shift, inside=0.0):
+    """Fields of two sizes and their mask; the large one is the small one's pixels twice, plus a shift."""
+    low = smooth_images(3) * 0.5 + 0.1
+    mask = np.zeros((3, 16, 16), bool)
+    mask[:, 2, 3] = True
+    low[mask] += inside
+    return {(16, "m"): low, (32, "m"): low.repeat(2, 1).repeat(2, 2) + np.float32(shift)}, mask
+
+
+def test_consistency_of_scales_in_closed_form():
+    pictures, mask = shifted(0.1)
+    pictures[32, "m"][:, 4:6, 6:8] += 0.05  # where a pixel was observed, no matter
+    pictures |= {(16, "target"): pictures[16, "m"] + np.float32(0.01), (32, "target"): None}
+    small, large = evaluate.scale_scores(pictures, mask, ["m"])
+    assert small["psnr"] == pytest.approx(40, abs=1e-3) and small["consistency"] is None
+    assert large["consistency"] == pytest.approx(20, abs=1e-4) and large["psnr"] is None
+    pictures[32, "target"] = np.stack([evaluate.resize_field(f, 32, 32) for f in pictures[16, "m"]]) + 0.1
+    large = evaluate.scale_scores(pictures, mask, ["m"])[1]
+    assert large["versus_bicubic"] == pytest.approx(large["psnr"] - 20, abs=1e-2)
+    assert "20.00 ± 0.00" in evaluate.format_scales([small, large])
+
+    better, _ = shifted(0.01)
+    both = {(s, "n"): field for (s, _), field in better.items()} | pictures
+    (gain, error) = evaluate.consistency_difference(both, mask, "n", "m")[32]
+    assert gain == pytest.approx(20, abs=1e-2) and error < 1e-2
+    with pytest.raises(ValueError, match="24 px is not 16 whole cells"):
+        wrong = {(side, "m"): np.zeros((1, side, side, 3)) for side in (16, 24)}
+        evaluate.scale_scores(wrong | {(16, "target"): None, (24, "target"): None}, mask[:1], ["m"])
+
+
+def test_sampling_scores_stand_beside_the_decoding(autoencoder):
+    options = {"scales": [16, 32], "images": 2, "observed_size": 16, "seed": 1}
+    rows, pictures = evaluate.sampling_scores(autoencoder, "photos", steps=2, draws=3, **options)
+    assert [row["scale"] for row in rows] == [16] * 4 + [32] * 3
+    assert [row["kind"] for row in rows] == ["mean", "mean", "sample", "mean", "mean", "mean", "sample"]
+    truth = evaluate.observe_images(images.load_images("photos", "test", 16, limit=2), 0.2, 1)
+    decoded = evaluate.decode_latents(autoencoder, evaluate.encode_images(autoencoder, truth), 32)
+    np.testing.assert_allclose(pictures[32, "decoding"], decoded, atol=1e-5)
+    assert rows[0]["versus_first"] == 0
+    assert rows[2]["versus_first"] == pytest.approx(rows[2]["psnr"] - rows[0]["psnr"])
+    sharp = metrics.sharpness(pictures[32, "sample (heun, 2 steps)"], pictures[32, "target"])
+    assert rows[-1]["sharpness"] == pytest.approx(sharp.mean()) and "sharpness" in evaluate.format_table(rows)
+    with pytest.raises(ValueError, match="of phase 1 and draws no samples"):
+        evaluate.sampling_scores(evaluate.first_phase(autoencoder), **options)
+
+
+# ---------------------------------------------------------------- latents: classes, distributions, ways
+
+
+def test_labelled_photographs_of_train_and_test_share_no_pixel(monkeypatch):
+    halves = np.zeros((200, 400, 3), np.uint8)
+    halves[:, 200:] = 255
+    monkeypatch.setattr(evaluate.data, "coffee", lambda: halves)
+    for split, value in (("train", 0), ("test", 255)):
+        pictures, labels, names = evaluate.labelled_images("photos", split, 8, 12)
+        assert pictures.shape == (12, 8, 8, 3) and pictures.dtype == np.uint8
+        assert list(labels) == [*range(6), *range(6)] and names[4] == "coffee"
+        assert (pictures[labels == 4] == value).all()
+        again = evaluate.labelled_images("photos", split, 8, 6)[0]
+        np.testing.assert_array_equal(again, pictures[:6])
+    with pytest.raises(ValueError, match="source='moon' has no classes"):
+        evaluate.labelled_images("moon", "train")
+    with pytest.raises(ValueError, match="split='dev'"):
+        evaluate.labelled_images("photos", "dev")
+
+
+def test_labels_of_cifar10_are_those_of_its_records(tmp_path, monkeypatch):
+    monkeypatch.setenv("NF_DATA", str(tmp_path))
+    assert evaluate.cifar10_folder() is None
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, labels in (("data_batch_1", [3, 5]), ("data_batch_2", [9]), ("test_batch", [0])):
+        records = rng.integers(0, 256, (len(labels), 3073), dtype=np.uint8)
+        records[:, 0] = labels
+        records.tofile(folder / f"{name}.bin")
+    assert evaluate.cifar10_folder() == folder
+    pictures, labels, names = evaluate.labelled_images("cifar10", "train", limit=10)
+    assert list(labels) == [3, 5, 9] and names[3] == "cat" and len(pictures) == 3
+    np.testing.assert_array_equal(pictures, images.load_images("cifar10", "train"))
+    assert list(evaluate.labelled_images("cifar10", "train", limit=2)[1]) == [3, 5]
+
+
+def test_probe_and_the_directions_of_its_classes():
+    rng = np.random.default_rng(0)
+    centres = 4 * np.eye(3, 5)
+    labels = np.arange(150) % 3
+    latents = (centres[labels] + rng.normal(size=(150, 5))) * [1, 10, 0.1, 1, 1]
+    probe = evaluate.fit_probe(latents, labels)
+    assert probe.score(latents, labels) > 0.9
+    directions = evaluate.class_directions(probe).numpy()
+    np.testing.assert_allclose(np.linalg.norm(directions / latents.std(0), axis=1), 1, rtol=1e-5)
+    score = probe.decision_function
+    for label in range(3):  # no other direction of this length raises the score as much
+        rise = (score(latents[:1] + directions[label]) - score(latents[:1]))[0, label]
+        others = rng.normal(size=(200, 5))
+        others *= latents.std(0) / np.linalg.norm(others, axis=1, keepdims=True)
+        assert rise > (score(latents[:1] + others) - score(latents[:1]))[:, label].max()
+    with pytest.raises(ValueError, match="labels have shape"):
+        evaluate.fit_probe(latents, labels[:-1])
+
+
+def test_strengths_and_principal_directions_of_a_known_decoder():
+    model = MeanColour(std=(0.5, 0.1, 0.1))
+    strengths = evaluate.channel_strengths(model)
+    np.testing.assert_allclose(strengths, np.array([0.5, 0.1, 0.1]) / 2 / 3**0.5, rtol=1e-5)
+    latents = torch.zeros(40, 3)
+    latents[:, 0] = torch.linspace(-0.3, 0.3, 40)
+    latents[:, 1] = torch.linspace(-0.3, 0.3, 40).square()
+    directions, shares = evaluate.principal_directions(model, latents, 2)
+    np.testing.assert_allclose(directions[0].abs(), [latents[:, 0].std(correction=0), 0, 0], atol=1e-5)
+    np.testing.assert_allclose(directions[1].abs(), [0, latents[:, 1].std(correction=0), 0], atol=1e-5)
+    assert shares.sum() == pytest.approx(1) and shares[0] > shares[1] > 0
+    with pytest.raises(ValueError, match="count=4"):
+        evaluate.principal_directions(model, latents, 4)
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(500, 4)) @ rng.normal(size=(4, 4))
+    assert evaluate.frechet_distance(a, a[::-1]) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_distance(a, a + np.array([1, 0, 2, 0])) == pytest.approx(5)
+    spread = np.trace(np.cov(a, rowvar=False))
+    assert evaluate.frechet_distance(a, 3 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(4 * spread)
+    with pytest.raises(ValueError, match=r"features have shapes \(500, 4\) and \(500, 3\)"):
+        evaluate.frechet_distance(a, a[:, :3])
+
+
+def test_image_distance_is_a_part_of_the_variance():
+    pictures = smooth_images(40)
+    assert evaluate.image_distance(pictures, pictures, 8) == pytest.approx(0, abs=1e-6)
+    mean = np.broadcast_to(pictures.mean(0), pictures.shape)
+    assert evaluate.image_distance(mean, pictures, 8) == pytest.approx(1, rel=1e-3)
+    with pytest.raises(ValueError, match="at most 39 dims"):
+        evaluate.image_distance(pictures, pictures, 40)
+
+
+def test_gradients_of_a_ramp():
+    ramp_x = np.broadcast_to(np.arange(32, dtype=np.float32)[:, None] / 64, (1, 32, 32, 3))
+    features = evaluate.gradient_features(ramp_x).reshape(3, 2, 4, 4)  # scale, axis, cells
+    assert (features[:, 0] == 0).all()  # along columns nothing changes
+    for scale in range(3):
+        step, width = 2**scale / 64, 8 / 2**scale
+        np.testing.assert_allclose(features[scale, 1, :, :3], step, rtol=1e-5)
+        np.testing.assert_allclose(features[scale, 1, :, 3], step * (width - 1) / width, rtol=1e-5)
+    with pytest.raises(ValueError, match="a multiple of 16"):
+        evaluate.gradient_features(np.zeros((1, 24, 24, 3)))
+
+
+def test_contrast_of_a_fainter_picture():
+    one, two = smooth_images(2, 32)
+    ends = np.stack([one, two])
+    assert evaluate.contrast(one, np.stack([one, one])) == pytest.approx(1)
+    assert evaluate.contrast(0.5 * one, np.stack([one, one])) == pytest.approx(0.5)
+    weak, strong = (np.abs(np.diff(x, axis=0)).mean() + np.abs(np.diff(x, axis=1)).mean() for x in ends)
+    assert evaluate.contrast(one, ends) == pytest.approx(2 * weak / (weak + strong), rel=1e-5)
+
+
+def test_ways_through_a_linear_decoder_are_blends():
+    pictures = colours(2, size=16)
+    paths = evaluate.interpolation_paths(MeanColour(), pictures, alphas=(0.0, 0.5, 1.0))
+    assert list(paths) == ["latent", "RGB"] and paths["RGB"].shape == (3, 16, 16, 3)
+    np.testing.assert_allclose(paths["latent"], paths["RGB"], atol=1e-6)
+    np.testing.assert_allclose(paths["RGB"][1], pictures.mean(0), atol=1e-6)
+    with pytest.raises(ValueError, match="pass two"):
+        evaluate.interpolation_paths(MeanColour(), colours(3))
+
+
+def test_ways_through_noise_end_in_the_pictures(autoencoder):
+    pictures = images.load_images("photos", "test", 16, limit=2)
+    codes = evaluate.image_codes(autoencoder, pictures, steps=20)
+    assert codes[0].shape == (2, autoencoder.config.latent_dim) and codes[1].shape == (2, 256, 3)
+    assert evaluate.image_codes(evaluate.first_phase(autoencoder), pictures)[1] is None
+    paths = evaluate.interpolation_paths(autoencoder, pictures, alphas=(0.0, 1.0), steps=20, codes=codes)
+    assert list(paths) == list(evaluate.WAYS)
+    assert (metrics.psnr(paths["latent + noise"], pictures / 255.0) > 35).all()
+    decoded = evaluate.decode_latents(autoencoder, codes[0], 16)
+    np.testing.assert_allclose(paths["latent"], decoded, atol=1e-5)
+    assert (metrics.psnr(decoded, pictures / 255.0) < 30).all()
+
+
+def test_interpolation_scores_know_a_detour():
+    one, two = smooth_images(2, 32)
+    straight = np.stack([one, (one + two) / 2, two])
+    checks = np.where(np.indices((32, 32)).sum(0) % 2, 0.05, -0.05)[..., None].astype(np.float32)
+    detour = np.stack([one, (one + two) / 2 + checks, two])
+    rows = evaluate.interpolation_scores(MeanColour(), [{"latent": detour, "RGB": straight}] * 2)
+    assert [row["way"] for row in rows] == ["latent"] * 3 + ["RGB"] * 3
+    assert [row["space"] for row in rows] == ["pixels", "latent", "gradients"] * 2
+    direct = np.sqrt(np.square(two - one).mean())
+    found = evaluate.find_row(rows, way="latent", space="pixels")
+    assert found["bend"] == pytest.approx(0.1 / direct, rel=1e-5)
+    assert found["ratio"] > 1 and found["pairs"] == 2
+    blend = evaluate.find_row(rows, way="RGB", space="pixels")
+    assert blend["ratio"] == pytest.approx(1) and blend["bend"] == pytest.approx(0, abs=1e-6)
+    assert evaluate.find_row(rows, way="RGB", space="latent")["ratio"] == pytest.approx(1, abs=1e-4)
+    assert blend["contrast"] == pytest.approx(evaluate.contrast(straight[1], straight[[0, 2]]))
+    assert "second difference" in evaluate.format_interpolation(rows)
+
+    verdicts = evaluate.interpolation_verdicts(rows)
+    met = {v["criterion"]: v["met"] for v in verdicts}
+    assert met["latent way smoother than RGB in pixels"] is False
+    assert met["no double exposure halfway"]  # checks are contrast
+    with pytest.raises(ValueError, match="pairs is empty"):
+        evaluate.interpolation_scores(MeanColour(), [])
+
+
+def test_multiscale_verdicts_compare_means_with_means():
+    pictures = {}
+    for scale in (32, 64, 96):
+        target = pictures[scale, "target"] = 0.5 * smooth_images(2, scale)
+        pictures[scale, "ae"] = target + np.float32(0.1)
+        pictures[scale, "v1"] = target + np.float32({32: 0.1, 64: 0.2, 96: 0.11}[scale])
+    verdicts = evaluate.multiscale_verdicts(pictures, "ae", "v1")
+    psnr = {v["criterion"]: v for v in verdicts if v["criterion"].startswith("PSNR")}
+    # 0, 6.02 and 0.83 dB; wanted are -0.5, 2 and 3
+    assert [v["met"] for v in psnr.values()] == [True, True, False]
+    assert "+6.02 ± 0.00 dB (20.00 dB)" in psnr["PSNR at 64: +2 to +4 dB to v1"]["measured"]
+    assert len(verdicts) == 5 and all(v["experiment"] == 1 for v in verdicts)
+    pictures[96, "target"] = None
+    assert len(evaluate.multiscale_verdicts(pictures, "ae", "v1")) == 3
+    table = evaluate.format_verdicts(verdicts)
+    assert "success criterion" in table and "not met" in table.splitlines()[-2]
+    with pytest.raises(ValueError, match="verdicts is empty"):
+        evaluate.format_verdicts([])
+
+
+def test_sampling_verdicts_say_what_a_sample_is():
+    keys = ("method", "kind", "versus_first", "sharpness", "speckle")
+    table = (
+        ("decoding", "mean", 0.0, 0.7, 0.01),
+        ("sample (heun, 2 steps)", "sample", -2.5, 1.0, 0.02),
+        ("mean of 4 samples", "mean", 0.2, 0.8, None),
+    )
+    common = {"scale": 32, "versus_first_se": 0.1, "psnr": 20.0}
+    rows = [{**common, **dict(zip(keys, line, strict=True))} for line in table]
+    verdicts = evaluate.sampling_verdicts(rows)
+    met = {v["criterion"]: v["met"] for v in verdicts}
+    assert met == {
+        "PSNR at 32: sample above decoding": False,
+        "PSNR at 32: mean of 4 samples above decoding": True,
+        "sharper at 32": True,
+        "still smooth at 32": False,
+    }
+    assert "-2.50 ± 0.10 dB (20.00 dB)" in verdicts[0]["measured"]
+
+
+# ---------------------------------------------------------------- generated spectrograms
+
+GRIDS = LocalMamba2DConfig(dims=(8, 16), depths=(1, 1), d_state=2, mapping_width=8, num_classes=4, head_dim=4)
+
+
+@pytest.fixture(scope="module")
+def chirps():
+    """(train, test, classifier) of chirps, 16 x 16."""
+    train, test = (load_spectrograms("chirps", split, 16, 256) for split in ("train", "test"))
+    return train, test, evaluate.fit_classifier(train, epochs=12)
+
+
+def test_classifier_tells_unseen_chirps_apart_and_repeats_itself(chirps):
+    train, test, classifier = chirps
+    right = classifier(test.spectrograms).argmax(1) == test.labels
+    assert right.double().mean() > 0.9 and not classifier.training
+    assert classifier[0](test.spectrograms[:2]).shape == (2, 64)
+    before = torch.get_rng_state()
+    first, second = (evaluate.fit_classifier(train, epochs=1, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first(test.spectrograms[:4]), second(test.spectrograms[:4]))
+    with pytest.raises(ValueError, match="pass at least 2"):
+        evaluate.fit_classifier(train, batch_size=1)
+
+
+def test_training_spectrograms_are_shifted_in_time_and_level():
+    torch.manual_seed(0)
+    grids = torch.full((200, 1, 2, 16), 0.5)
+    grids[..., 8] = 0.75  # a click
+    moved = evaluate._shifted(grids)
+    level = moved[:, 0, 0].median(1).values - 0.5
+    assert 0.1 < level.max() <= 0.15 and -0.15 <= level.min() < -0.1
+    place = moved[:, 0, 0].argmax(1)
+    assert set(place.tolist()) == {6, 7, 8, 9, 10}  # by up to an eighth of 16
+    assert torch.equal(moved[:, :, 0], moved[:, :, 1])
+    assert (moved[place == 10, 0, 0, :2] < -0.8).all() and (moved[place == 10, 0, 0, 2:] > 0.3).all()
+
+
+def test_generated_scores_of_real_clips_copies_and_noise(chirps):
+    train, test, classifier = chirps
+    scores = {
+        "test": evaluate.generated_scores(test.spectrograms, test.labels, classifier, train, test),
+        "copies": evaluate.generated_scores(train.spectrograms, train.labels, classifier, train, test),
+        "wrong": evaluate.generated_scores(test.spectrograms, (test.labels + 1) % 4, classifier, train, test),
+        "noise": evaluate.generated_scores(
+            torch.randn(test.spectrograms.shape).clamp(-1, 1), test.labels, classifier, train, test
+        ),
+    }
+    assert scores["test"]["frechet"] == pytest.approx(0, abs=1e-3) and scores["test"]["copies"] == 0
+    assert scores["copies"]["copies"] == 1 and scores["copies"]["nearest"] < 1e-3 < scores["test"]["nearest"]
+    assert 0 < scores["copies"]["frechet"] < 0.1 * scores["noise"]["frechet"]
+    assert scores["test"]["accuracy"] > 0.9 and scores["wrong"]["accuracy"] < 0.1
+    assert scores["noise"]["nearest"] > scores["test"]["nearest"] and scores["noise"]["copies"] == 0
+    mixed = torch.cat([train.spectrograms[:3], test.spectrograms[:9]])
+    mixed = evaluate.generated_scores(mixed, torch.zeros(12, dtype=torch.int64), classifier, train, test)
+    assert mixed["copies"] == pytest.approx(3 / 12) and mixed["count"] == 12
+    with pytest.raises(ValueError, match=r"pass \(N, 1, 16, 16\)"):
+        evaluate.generated_scores(test.spectrograms[..., :8], test.labels, classifier, train, test)
+
+
+def test_nearest_is_the_root_mean_square_distance(chirps):
+    train, test, classifier = chirps
+    shifted = train.spectrograms[:5] + 0.05
+    scores = evaluate.generated_scores(shifted, train.labels[:5], classifier, train, test)
+    assert scores["nearest"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_generated_spectrograms_are_scored_by_guidance(chirps, monkeypatch):
+    train, test, classifier = chirps
+    calls = []
+
+    def oracle(model, count, height, width, *, labels, guidance, generator, **options):
+        """At guidance 1 the test clips in their order, else silence."""
+        calls.append((count, guidance, options, torch.rand((), generator=generator).item()))
+        start = sum(c[0] for c in calls[:-1] if c[1] == guidance)
+        assert torch.equal(labels, test.labels[start : start + count])
+        grids = test.spectrograms[start : start + count]
+        return grids if guidance == 1 else torch.full_like(grids, -1.0)
+
+    monkeypatch.setattr(evaluate, "sample_grids", oracle)
+    rows = evaluate.evaluate_generated(
+        None, classifier, train, test, guidances=(1.0, 2.5), steps=3, max_batch=100
+    )
+    assert [(row["source"], row["guidance"]) for row in rows] == [
+        ("test clips", None), ("training clips", None), ("generated", 1.0), ("generated", 2.5)
+    ]  # fmt: skip
+    assert [count for count, *_ in calls] == [100, 100, 56] * 2
+    assert calls[0][3] == calls[3][3] and calls[0][2] == {"method": "heun", "steps": 3}  # the same noise
+    test_row, training, made, silence = rows
+    assert {**made, "source": 0, "guidance": 0} == {**test_row, "source": 0, "guidance": 0}
+    assert training["copies"] == 1 and silence["accuracy"] == pytest.approx(0.25)
+    assert silence["frechet"] > 10 * training["frechet"]
+    lines = evaluate.format_generated(rows).splitlines()
+    assert len(lines) == 6 and lines[2].split()[:3] == ["test", "clips", "-"] and " 25.0 ± " in lines[5]
+    with pytest.raises(ValueError, match="guidances is empty"):
+        evaluate.evaluate_generated(None, classifier, train, test, guidances=())
+
+
+def test_generated_spectrograms_of_a_model(chirps):
+    train, test, classifier = chirps
+    torch.manual_seed(0)
+    model = LocalMamba2D(GRIDS).eval()
+    few = Spectrograms(test.spectrograms[:6], test.labels[:6], test.meta)
+    rows = evaluate.evaluate_generated(
+        model, classifier, train, few, guidances=(0.0, 2.0), steps=1, method="euler"
+    )
+    assert [row["count"] for row in rows] == [6, 6, 6, 6] and np.isfinite(rows[-1]["frechet"])
+
+
+# ---------------------------------------------------------------- scans against attention
+
+
+def test_mixer_costs_count_flops_that_grow_with_tokens_and_their_square():
+    rows = evaluate.mixer_costs(GRIDS, (16, 32, 64), batch_size=2, repeats=0)
+    assert [(row["size"], row["mixer"]) for row in rows] == [
+        (size, mixer) for size in (16, 32, 64) for mixer in ("ssm", "attention")
+    ]
+    assert all(row["seconds"] is None and row["memory"] is None for row in rows)
+    scans, attention = ([row for row in rows if row["mixer"] == mixer] for mixer in ("ssm", "attention"))
+    # Everything in the scans' model but the conditioning is linear in the tokens.
+    assert scans[2]["flops_forward"] == pytest.approx(4 * scans[1]["flops_forward"], rel=0.01)
+    # In the twin, beside that, two products of L x L x D in each of 2 blocks of the fine stage and 1 of the
+    # coarse one, of 2 grids.
+    products = [8 * (2 * tokens**2 * 8 + (tokens // 4) ** 2 * 16) for tokens in (64, 256, 1024)]
+    linear = [row["flops_forward"] - product for row, product in zip(attention, products, strict=True)]
+    assert linear[2] == pytest.approx(4 * linear[1], rel=0.01)
+    # 3 directions, state 2, inner widths 16 and 32, 9 N + 2 each (`model_cost`).
+    assert scans[0]["flops_scan"] == 2 * 3 * (2 * 64 * 16 + 16 * 32) * (9 * 2 + 2)
+    assert attention[0]["flops_scan"] == 0
+    parameters = sum(p.numel() for p in LocalMamba2D(GRIDS).parameters())
+    assert {row["parameters"] for row in scans} == {parameters}
+
+
+def test_mixer_costs_are_measured_and_printed():
+    captions = replace(GRIDS, num_classes=0, caption_dim=3, channels=2)
+    before = torch.get_rng_state()
+    rows = evaluate.mixer_costs(captions, (16,), repeats=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(row["seconds"] > 0 and row["memory"] > 16 * 16 * 2 * 4 for row in rows)
+    table = evaluate.format_mixer_costs(rows).splitlines()
+    ratio = rows[0]["flops_forward"] / rows[1]["flops_forward"]
+    assert table[-1].split()[:4] == ["16", "x", "16", "ratio"] and f"{ratio:.2f}" in table[-1]
+    for wrong, message in (({"sizes": ()}, "sizes is empty"), ({"repeats": -1}, "repeats=-1")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.mixer_costs(GRIDS, **wrong)
+
+
+# ---------------------------------------------------------------- seed 000's validation checklist
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (GRIDS, "a dropped condition is zero"),
+        (replace(GRIDS, caption_dim=3, channels=2, mixer="attention"), "a dropped condition is zero"),
+        (replace(GRIDS, num_classes=0), "takes no condition"),
+    ],
+)
+def test_checklist_of_a_sound_model_holds(config, found):
+    before = torch.get_rng_state()
+    rows = evaluate.local_mamba_checklist(config, size=16)
+    assert [(row["item"], row["ok"]) for row in rows] == [
+        ("forward and backward", True), ("classifier-free guidance", True), ("cost", True)
+    ], rows  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), before)
+    parameters = len(list(LocalMamba2D(config).parameters()))
+    assert rows[0]["found"].startswith("2 x 16 x 16, loss ") and f"{parameters} gradients" in rows[0]["found"]
+    assert found in rows[1]["found"] and "of attention's" in rows[2]["found"]
+
+
+def test_checklist_names_what_does_not_hold(monkeypatch):
+    whole = LocalMamba2D._condition
+
+    def ignores_drop(self, t, labels, captions, drop):
+        return whole(self, t, labels, captions, None)
+
+    monkeypatch.setattr(LocalMamba2D, "_condition", ignores_drop)
+    step, guidance, cost = evaluate.local_mamba_checklist(GRIDS, size=16)
+    assert step["ok"] and cost["ok"] and not guidance["ok"]
+    assert "dropped [True, True]" in guidance["found"]
+
+    def ignores_labels(self, t, labels, captions, drop):
+        return whole(self, t, labels, captions, torch.ones(len(t), dtype=torch.bool, device=t.device))
+
+    monkeypatch.setattr(LocalMamba2D, "_condition", ignores_labels)
+    step, guidance, _ = evaluate.local_mamba_checklist(GRIDS, size=16)
+    assert not step["ok"] and "zero or not finite: class_embedding.weight" in step["found"]
+    assert "kept [False, False]" in guidance["found"]
+
+    def fails(self, *arguments):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(LocalMamba2D, "forward", fails)
+    rows = evaluate.local_mamba_checklist(GRIDS, size=16)
+    assert [row["ok"] for row in rows] == [False] * 3
+    assert all(row["found"] == "RuntimeError: no kernel image" for row in rows)

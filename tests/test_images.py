@@ -276,6 +276,17 @@ def test_sequence_protocol():
         dataset[3]
 
 
+def test_of_all_pixels_observed_some_are_the_queries():
+    images = np.random.default_rng(0).integers(0, 256, (1, 4, 6, 3), dtype=np.uint8)
+    whole = SparseFields(images, observed=1, queries=1, seed=0)[0]
+    assert torch.equal(whole["input_coords"], grid_coords(4, 6))
+    assert torch.equal(whole["query_coords"], whole["input_coords"])
+    assert torch.equal(whole["query_values"], whole["input_values"])
+    half = SparseFields(images, observed=1, queries=0.5, seed=0)[0]
+    assert half["query_values"].shape == (12, 3) and half["input_values"].shape == (24, 3)
+    assert len(half["query_coords"].unique(dim=0)) == 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -449,10 +449,10 @@ def test_calls_leave_nothing_behind():
 def test_weight_decay_reaches_every_projection_and_nothing_else(mixer, skip):
     model = tiny_model(mixer=mixer, skip=skip, num_classes=3, caption_dim=5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, others = (
-        {names[id(parameter)] for parameter in group["params"]}
-        for group in train._parameter_groups(model, 0.1)
-    )
+    decayed, others = set(), set()
+    for group in train._parameter_groups(model, 0.1):
+        named = {names[id(parameter)] for parameter in group["params"]}
+        (decayed if group["weight_decay"] else others).update(named)
     projections = set()
     for name, part in model.named_modules():
         if isinstance(part, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Embedding):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -126,6 +127,36 @@ def test_training_figure_at_any_stage(steps):
     if steps == 100:
         np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [18.0, 20.0])
         assert len(pictures(figure)) == 9
+
+
+def test_curves_differ_in_colour_and_style():
+    x = np.arange(1, 5)
+    lines = {"a": (x, x), "b": (x, 2 * x), "_quiet": (x, 3 * x, {"color": "black", "linewidth": 3})}
+    panels = {"left": {"lines": lines, "xlabel": "n", "yscale": "log"}, "right": {"lines": {"c": (x, x)}}}
+    figure = plots.curves(panels, "Heading")
+    left, right = figure.axes
+    assert [line.get_linestyle() for line in left.lines[:2]] == ["-", "--"]
+    assert left.lines[0].get_color() != left.lines[1].get_color()
+    assert left.lines[2].get_color() == "black" and left.lines[2].get_linewidth() == 3
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b"]
+    assert (left.get_yscale(), left.get_xlabel(), right.get_title()) == ("log", "n", "right")
+    marked = plots.curves(panels, markers=True)
+    assert [line.get_marker() for line in marked.axes[0].lines[:2]] == ["o", "s"]
+    with pytest.raises(ValueError, match="panels is empty"):
+        plots.curves({})
+
+
+def test_token_rows_and_steps_show_what_they_are_given():
+    ids = np.array([[0, -1, 2, 1], [-1, 2, 2, 0]])
+    shown = plots.token_rows(ids, shaded=(1, 2)).axes[0].images[0].get_array()
+    assert shown.mask.tolist() == (ids < 0).tolist()
+    delta = np.array([[1e-3, 1e-1], [1e-2, 1e-1], [1e-1, 1e-1]])  # (L, D)
+    kinds = {"noise": np.array([True, False, True]), "data": np.array([False, True, False])}
+    figure = plots.step_figure(delta, kinds, order=[1, 0])
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), [[-1, -1, -1], [-3, -2, -1]])
+    noise, data = figure.axes[1].lines[1:]
+    np.testing.assert_allclose(noise.get_ydata(), delta[[0, 2]].mean(axis=1))
+    assert data.get_xdata().tolist() == [1]
 
 
 def test_cost_curve_fits_the_exponent():
@@ -358,3 +389,94 @@ def test_resolution_row_shows_a_detail_and_what_is_missing():
     assert len(missing.axes) == 4
     with pytest.raises(ValueError, match="fields is empty"):
         plots.resolution_row(FIELDS[0], {"target": None})
+
+
+def test_strips_take_pictures_of_any_size():
+    rows = {"a": [FIELDS[0], None, FIELDS[1][:6, :6]], "b": FIELDS}
+    figure = check(plots.strips(rows, ["x", "y", "z"], title="t [demo]"))
+    shown = pictures(figure)
+    assert len(figure.axes) == 6 and len(shown) == 5
+    np.testing.assert_array_equal(shown[1], FIELDS[1][:6, :6])
+    assert [ax.get_title() for ax in figure.axes] == ["x", "", "z", "", "", ""]
+    assert [figure.axes[i].get_ylabel() for i in (0, 3, 4)] == ["a", "b", ""]
+    for wrong in ({}, {"a": FIELDS, "b": FIELDS[:2]}):
+        with pytest.raises(ValueError, match="pass one length"):
+            plots.strips(wrong)
+    with pytest.raises(ValueError, match="pass one length"):
+        plots.strips({"a": FIELDS}, ["x"])
+
+
+def test_latent_map_frames_pictures_by_class():
+    points = np.array([[0.0, 1.0], [2.0, -1.0], [1.0, 0.0]])
+    figure = check(plots.latent_map(points, FIELDS, [0, 1, 1], ["cat", "dog"]))
+    ax = figure.axes[0]
+    boxes = ax.artists
+    assert [tuple(box.xy) for box in boxes] == [tuple(p) for p in points]
+    frames = [to_hex(box.patch.get_facecolor()).upper() for box in boxes]
+    assert frames == [plots.COLOURS[i] for i in (0, 1, 1)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cat", "dog"]
+    assert ax.get_xlim()[0] < 0 and ax.get_xlim()[1] > 2
+    assert check(plots.latent_map(points, FIELDS)).axes[0].get_legend() is None
+    with pytest.raises(ValueError, match=r"points are \(2, 2\) for 3 images"):
+        plots.latent_map(points[:2], FIELDS)
+
+
+def test_estimate_scatter_states_the_error():
+    true = np.linspace(-1, 1, 20)
+    figure = check(plots.estimate_scatter({"off": (true, true + 0.25), "exact": (true, true)}))
+    assert [ax.get_title() for ax in figure.axes] == ["off: error 0.25", "exact: error 0"]
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), true + 0.25)
+    with pytest.raises(ValueError, match="pairs is empty"):
+        plots.estimate_scatter({})
+
+
+def test_scale_curves_leave_out_what_is_undefined():
+    nothing = {"consistency": None, "consistency_se": None, "versus_bicubic": None, "versus_bicubic_se": None}
+    numbers = {"consistency": 30.0, "consistency_se": 1.0, "versus_bicubic": -0.2, "versus_bicubic_se": 0.1}
+    rows = [
+        {"model": name, "scale": scale, "psnr": psnr, "psnr_se": None, **rest}
+        for scale, psnr, rest in ((32, 24.0, nothing), (64, 22.0, numbers))
+        for name in ("v1", "ae")
+    ]
+    figure = check(plots.scale_curves(rows))
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [24, 22])
+    np.testing.assert_array_equal(figure.axes[2].lines[0].get_xdata(), [64])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["v1", "ae"]
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.scale_curves([])
+
+
+def test_inversion_curve_marks_the_goal():
+    psnr = np.array([[20.0, 22.0], [40.0, 50.0]])
+    ax = check(plots.inversion_curve([5, 50], torch.from_numpy(psnr), 35)).axes[0]
+    np.testing.assert_array_equal(ax.lines[2].get_ydata(), [21, 45])
+    assert ax.lines[3].get_ydata()[0] == 35
+    with pytest.raises(ValueError, match="pass"):
+        plots.inversion_curve([5], psnr)
+
+
+def test_loss_curves_run_over_steps_and_seconds():
+    figure = check(plots.loss_curves({"latents": (np.full(50, 0.5), 10.0), "pixels": ([1.0, 0.5], 4.0)}))
+    steps, seconds = figure.axes
+    np.testing.assert_array_equal(steps.lines[0].get_xdata(), np.arange(20, 51))
+    assert seconds.lines[0].get_xdata()[-1] == 10 and seconds.lines[1].get_xdata()[-1] == 4
+    np.testing.assert_allclose(steps.lines[0].get_ydata(), 0.5)
+    np.testing.assert_allclose(steps.lines[1].get_ydata(), 0.75)  # fewer steps than the window
+    with pytest.raises(ValueError, match="curves is empty"):
+        plots.loss_curves({})
+
+
+def test_smoothness_bars_group_ways_by_space():
+    values = {"bend": 0.1, "bend_se": None, "contrast": 0.8, "contrast_se": 0.1, "ratio_se": 0.1}
+    rows = [
+        {"way": way, "space": space, "ratio": ratio, **values}
+        for way, ratio in (("latent", 1.5), ("RGB", 1.0))
+        for space in ("pixels", "gradients")
+    ]
+    figure = check(plots.smoothness_bars(rows))
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [1.5, 1.5, 1.0, 1.0]
+    assert len(figure.axes[2].patches) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["latent", "RGB"]
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.smoothness_bars([])

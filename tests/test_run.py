@@ -202,7 +202,7 @@ def test_only_smoke_forgets_earlier_runs(project):
         assert not runs[0].exists()
 
 
-def test_the_root_is_this_repository_and_no_other_project(project, monkeypatch):
+def test_the_root_is_this_repository_and_no_other_project(project, monkeypatch, repository):
     assert run.repository_root() == project
     inner = project / "notebooks" / "mine"
     inner.mkdir()
@@ -210,11 +210,13 @@ def test_the_root_is_this_repository_and_no_other_project(project, monkeypatch):
     monkeypatch.chdir(inner)
     assert run.repository_root() == project
     (project / "nfhelpers").rmdir()
-    assert run.repository_root() == inner
+    assert run.repository_root() == repository
 
 
-def test_root_without_a_project_is_the_working_directory(tmp_path, monkeypatch):
+def test_root_from_elsewhere_is_the_one_the_library_was_installed_from(tmp_path, monkeypatch, repository):
     monkeypatch.chdir(tmp_path)
+    assert run.repository_root() == repository
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "site-packages" / "nfhelpers" / "run.py"))
     assert run.repository_root() == tmp_path
 
 
@@ -224,10 +226,10 @@ def test_root_without_a_project_is_the_working_directory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", ["demo", "smoke"])
 def test_figures_go_where_ci_overwrites_nothing(project, preset):
     started = run.start(NOTEBOOK, preset)
-    path = run.save_figure(started, Figure(figsize=(1, 1)), "loss")
+    figure = Figure(figsize=(1, 1))
+    assert run.save_figure(started, figure, "loss") is figure
     folder = project / "figures" if preset == "demo" else started.runs
-    assert path == folder / f"{NOTEBOOK}_loss.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
+    assert (folder / f"{NOTEBOOK}_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_title_names_the_preset(project):
@@ -263,6 +265,19 @@ def test_devices_are_described():
     assert run.describe_device("cpu") == "cpu (1 thread)"
     assert run.default_precision("cpu") == "fp32"
     assert Path(run.files("nfhelpers") / "presets.toml").is_file()
+
+
+def test_field_datasets_are_of_the_settings(presets):
+    data = {**presets["v1"]["smoke"]["data"], "size": 16, "train_images": 5, "validation_images": 3}
+    train_data, validation_data = run.field_datasets(data, seed=7)
+    assert (len(train_data), len(validation_data)) == (5, 3)
+    pictures = images.load_images("photos", "test", 16, limit=3)
+    wanted = images.SparseFields(pictures, data["observed"], data["queries"], seed=7)[2]
+    found = validation_data[2]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    before = train_data[0]["input_coords"]
+    train_data.set_epoch(1)  # other pixels in each epoch, of training only
+    assert not torch.equal(train_data[0]["input_coords"], before)
 
 
 def test_other_settings_train_in_another_folder(tmp_path):

@@ -9,12 +9,16 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nfhelpers import evaluate, images, metrics, widgets
+from nfhelpers import evaluate, images, metrics, run, widgets
 from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
     MambaDiffusion,
+    MambaDiffusionAutoencoder,
+    MambaDiffusionAutoencoderConfig,
     MambaDiffusionConfig,
+    fit_latent_statistics,
+    second_phase,
 )
 
 
@@ -36,7 +40,7 @@ def control(box, description):
 
 def parts(box):
     """The HTML line and the picture of a panel."""
-    return box.children[-2], box.children[-1]
+    return box.children[-3], box.children[-2]
 
 
 def line(height):
@@ -198,3 +202,66 @@ def test_resolution_figure_agrees_with_the_library(model):
     ):
         with pytest.raises(ValueError, match=message):
             widgets.resolution_figure(model, "photos", **{"image": 0, "size": 16, **change})
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
+    first = MambaDiffusionAutoencoder(config)
+    fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
+    return second_phase(first).eval()
+
+
+def test_traversal_panel_moves_the_latent(autoencoder):
+    latents = evaluate.encode_images(autoencoder, images.load_images("photos", "test", 16, limit=4))
+    directions, _ = evaluate.principal_directions(autoencoder, latents, 2)
+    box = widgets.traversal_panel(autoencoder, latents, directions, 16, "Along [smoke]")
+    text, image = parts(box)
+    assert "RMS difference 0.000" in text.value
+    seen = {image.value}
+    for name, value in (("direction 1", 2.0), ("direction 2", -1.5), ("image", 3)):
+        control(box, name).value = value
+        seen.add(image.value)
+    assert len(seen) == 4
+    moved = latents[3] + 2 * directions[0] - 1.5 * directions[1]
+    before, after = evaluate.decode_latents(autoencoder, torch.stack([latents[3], moved]), 16)
+    difference = np.sqrt(np.square(after - before).mean())
+    assert difference > 0.01 and f"RMS difference {difference:.3f}" in text.value
+    with pytest.raises(ValueError, match="image=4"):
+        widgets.traversal_figure(autoencoder, latents, directions, 4, (0, 0))
+    with pytest.raises(ValueError, match="not one for each of 2 directions"):
+        widgets.traversal_figure(autoencoder, latents, directions, 0, (1.0,))
+
+
+def test_interpolation_panel_agrees_with_the_library_and_keeps_codes(autoencoder, monkeypatch):
+    asked = []
+    real = evaluate.image_codes
+
+    def counting(model, ends, steps):
+        asked.append(len(ends))
+        return real(model, ends, steps)
+
+    monkeypatch.setattr(evaluate, "image_codes", counting)
+    ends = images.load_images("photos", "test", 16, limit=3)
+    box = widgets.interpolation_panel(autoencoder, ends, steps=2)
+    text, image = parts(box)
+    seen = {image.value}
+    for name, value in (("alpha", 0.75), ("second image", 2), ("first image", 1)):
+        control(box, name).value = value
+        seen.add(image.value)
+    assert len(seen) == 4 and asked == [1, 1, 1], "codes are found once an image"
+    paths = evaluate.interpolation_paths(autoencoder, ends[1:], alphas=(0.75,), steps=2)
+    wanted = [f"{way} {evaluate.contrast(frames[0], ends[1:] / 255):.2f}" for way, frames in paths.items()]
+    assert ", ".join(wanted) in text.value and len(wanted) == 3
+
+
+def test_interpolation_figure_of_phase_one_has_no_way_through_noise(autoencoder):
+    first, ends = evaluate.first_phase(autoencoder), images.load_images("photos", "test", 16, limit=2)
+    figure, text = widgets.interpolation_figure(first, ends, alpha=0.0)
+    assert [ax.get_ylabel() for ax in figure.axes[::3]] == ["latent", "RGB"]
+    middle = np.asarray(figure.axes[4].images[0].get_array())
+    np.testing.assert_allclose(middle, ends[0] / 255, atol=1e-6)  # RGB blending begins in the first image
+    for name, value in (("first", 2), ("second", -1), ("alpha", 1.5)):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            widgets.interpolation_figure(first, ends, **{name: value})

@@ -13,6 +13,7 @@ from nfhelpers.models.diffae import (
     MinimalLatentMambaConfig,
     encode_dataset,
     fit_latent_statistics,
+    fit_linear_code,
     second_phase,
 )
 from nfhelpers.models.local_mamba import LocalMamba2D, LocalMamba2DConfig
@@ -55,6 +56,7 @@ __all__ = [
     "MultiDirectionalMambaDiffusionConfig",
     "encode_dataset",
     "fit_latent_statistics",
+    "fit_linear_code",
     "initialise_from_v1",
     "load_model",
     "second_phase",

@@ -8,17 +8,20 @@ Glossary
     d  model width (d_model)
     f  random Fourier frequencies
     k  directions of a scan
+    m  cosines along x, and along y (num_cosines)
     c  channels of the latent vector (latent_dim)
 
 Sources: seed 004; Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable
 Representation", CVPR 2022.
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
+from nfhelpers.images import grid_coords, to_model
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import (
@@ -51,6 +55,23 @@ SMALLEST_STD = 1e-6
 
 AREA_CELLS = 24
 """Side of the grid by which `point_areas` measures."""
+
+SPECTRUM_DECAY = 1.3
+"""Images have the power (1 + f^2)^-1.3 at f half-cycles a side (measured on CIFAR-10), as nature's do about
+(Field 1987)."""
+
+SPECTRUM_NOISE = 1e-3
+"""Power of what the cosines cannot say, at each point, beside that of the mean colour."""
+
+SPECTRUM_VARIANCE = 0.2
+"""Power of the mean colour, of values in [-1, 1] (measured on CIFAR-10)."""
+
+OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
+"""Rows: lightness and two differences of colour, orthonormal; close to the principal axes of colours."""
+
+OPPONENT_POWER = (1.0, 0.06, 0.015)
+"""Power of these three beside each other (measured on CIFAR-10)."""
 
 # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -94,7 +115,83 @@ def point_areas(coords: torch.Tensor) -> torch.Tensor:
     return share.mean(1)  # (B, I)
 
 
+def cosines(coords: torch.Tensor, count: int) -> torch.Tensor:
+    """Cosines of points (B, L, 2) -> (B, L, count^2): the basis of the discrete cosine transform.
+
+    The products of sqrt(2) cos(pi f x) and sqrt(2) cos(pi g y), f and g below `count`, g the slower (1 in
+    place of sqrt(2) cos 0). Over the pixel centres of a grid they are orthonormal.
+    """
+    frequencies = math.pi * torch.arange(count, device=coords.device, dtype=coords.dtype)  # (M,)
+    waves = (coords[..., None] * frequencies).cos()  # (B, L, 2, M)
+    waves = waves * torch.where(frequencies == 0, 1, 2**0.5)
+    along_x, along_y = waves.unbind(dim=-2)  # (B, L, M) each
+    return (along_y[..., :, None] * along_x[..., None, :]).flatten(-2)  # (B, L, M^2)
+
+
+def spectrum_power(count: int) -> torch.Tensor:
+    """Power of each of the `cosines` in images, beside that of the mean -> (count^2,)."""
+    f = torch.arange(count, dtype=torch.float32)
+    return (1 + f[:, None] ** 2 + f**2).pow(-SPECTRUM_DECAY).flatten()  # (M^2,)
+
+
+def fit_spectrum(coords: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+    """Amplitudes of the `cosines` of a field known at points (B, I, 2), values (B, I, 3) -> (B, count^2, 3).
+
+    Ridge regression, which is the posterior mean of a Gaussian field with the spectrum of images:
+
+        a = argmin |values - cosines a|^2 / SPECTRUM_NOISE + sum of a_j^2 / power_j
+
+    Of all pixels of a grid it is close to the discrete cosine transform, of few points to the smoothest field
+    through them. The system, solved in float64, has the smaller of I and count^2 unknowns. Source: Wahba,
+    "Spline Models for Observational Data", 1990.
+    """
+    coords, values = coords.double(), values.double()
+    root = spectrum_power(count).to(coords).sqrt()  # (M^2,)
+    weighted = cosines(coords, count) * root  # (B, I, M^2)
+    primal = weighted.shape[1] > weighted.shape[2]
+    gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
+    gram.diagonal(dim1=1, dim2=2).add_(SPECTRUM_NOISE)
+    factor = torch.linalg.cholesky(gram)
+    if primal:
+        amplitudes = torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
+    else:
+        amplitudes = weighted.mT @ torch.cholesky_solve(values, factor)  # (B, M^2, 3)
+    return root[:, None] * amplitudes
+
+
 # ----------------------------------------------------------------------------------------------------- layers
+
+
+class LinearCode(nn.Module):
+    """A linear code of spectra, and its inverse on what the code keeps; not trained.
+
+        code = components (spectrum - mean) / scale          spectrum = mean + (scale code) components
+
+    The components are orthonormal. To begin with they are single cosines of single opponent colours, those
+    with the most power in images, which are close to the principal components (Ahmed et al. 1974);
+    `fit_linear_code` puts the principal components of a training set in their place. Codes are of about unit
+    variance.
+    """
+
+    def __init__(self, count: int, channels: int):
+        super().__init__()
+        power = spectrum_power(count)[:, None] * torch.tensor(OPPONENT_POWER)  # (M^2, 3)
+        first = power.flatten().argsort(descending=True, stable=True)[:channels]  # (C,)
+        components = torch.zeros(channels, count**2, 3)
+        components[torch.arange(len(first)), first // 3] = OPPONENT[first % 3]
+        self.register_buffer("components", components.flatten(1))  # (C, 3 M^2)
+        self.register_buffer("mean", torch.zeros(3 * count**2))  # (3 M^2,)
+        scale = torch.ones(channels)
+        scale[: len(first)] = (SPECTRUM_VARIANCE * power.flatten()[first]).sqrt()
+        self.register_buffer("scale", scale)  # (C,)
+
+    def encode(self, spectrum: torch.Tensor) -> torch.Tensor:
+        """Spectrum (B, M^2, 3) -> code (B, C)."""
+        return (spectrum.flatten(1) - self.mean) @ self.components.T / self.scale
+
+    def decode(self, code: torch.Tensor) -> torch.Tensor:
+        """Code (B, C) -> spectrum (B, M^2, 3)."""
+        return (self.mean + (self.scale * code) @ self.components).unflatten(1, (-1, 3))
 
 
 class GatedEmbedding(nn.Module):
@@ -128,72 +225,110 @@ class FiLM(nn.Module):
 
 
 class FieldEncoder(nn.Module):
-    """Observed points -> latent: scans in several directions, then the mean over the points (seed 004).
+    """What networks add to the linear code of observed points; zero to begin with (seed 004).
 
-    The mean is of products with functions of the place (`GatedEmbedding`), before the scans and after them,
-    and points count for the area around them (`point_areas`).
+    An MLP sees the spectrum of the field. Scans in several directions see the values and what the linear code
+    misses of them; the seed's mean over the points is one of products with functions of the place
+    (`GatedEmbedding`), in which points count for the area around them (`point_areas`).
     """
 
     def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
         super().__init__()
-        d, features = config.d_model, 2 * config.num_fourier_features
-        self.orders = config.orders
+        d, features, amplitudes = config.d_model, 2 * config.num_fourier_features, 3 * config.num_cosines**2
+        self.orders, self.bidirectional = config.orders, config.bidirectional
+        self.register_buffer(
+            "spectrum_scale",
+            spectrum_power(config.num_cosines).mul(SPECTRUM_VARIANCE).sqrt(),
+            persistent=False,
+        )
+        self.spectrum_mlp = mlp(amplitudes, config.spectrum_width, config.latent_dim, config.dropout)
         self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.embedding = PointEmbedding(features, d)
-        self.product = GatedEmbedding(features, 3, d)
-        self.blocks = directional_blocks(config, bidirectional=False, num_layers=config.num_encoder_layers)
+        self.embedding = PointEmbedding(features, d, num_values=6)
+        self.product = GatedEmbedding(features, 6, d)
+        self.blocks = directional_blocks(
+            config, bidirectional=config.bidirectional, num_layers=config.num_encoder_layers
+        )
         self.token_norm = nn.RMSNorm(d)
         self.pooled = GatedEmbedding(features, d, config.latent_dim)
         self.pooled_norm = nn.RMSNorm(config.latent_dim)
         self.latent_proj = nn.Linear(config.latent_dim, config.latent_dim)
+        for layer in (self.spectrum_mlp[-1], self.latent_proj):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, coords: torch.Tensor, values: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        """Points (B, I, 2) and values (B, I, 3) -> latent (B, C); `recompute`: as in `run_layers`."""
-        order = point_order(coords, "row")  # (B, I): sums are then the same however the points are listed
-        coords, values = gather_tokens(coords, order), gather_tokens(values, order)
+    def forward(
+        self,
+        coords: torch.Tensor,
+        values: torch.Tensor,
+        spectrum: torch.Tensor,
+        linear: torch.Tensor,
+        recompute: bool = False,
+    ) -> torch.Tensor:
+        """What is added to the code of points (B, I, 2), sorted by rows -> (B, C).
+
+        values (B, I, 3), spectrum (B, M^2, 3), linear (B, I, 3), the decoding of the linear code at the
+        points; `recompute`: as in `run_layers`.
+        """
         dtype = self.latent_proj.weight.dtype
+        amplitudes = (spectrum / self.spectrum_scale[:, None]).flatten(1)  # (B, 3 M^2)
+        added = self.spectrum_mlp(amplitudes.to(dtype))  # (B, C)
+        seen = torch.cat([values, values - linear], dim=-1)  # (B, I, 6)
         features = self.fourier(coords).to(dtype)  # (B, I, 2F)
-        tokens = (self.embedding(features, values) + self.product(features, values)).to(dtype)  # (B, I, D)
-        orders = joint_orders(coords, self.orders, bidirectional=False)  # (B, K, I)
+        tokens = (self.embedding(features, seen) + self.product(features, seen)).to(dtype)  # (B, I, D)
+        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, I)
         tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, I, D)
         products = self.pooled(features, self.token_norm(tokens)).to(dtype)  # (B, I, C)
         pooled = (point_areas(coords).to(dtype)[..., None] * products).sum(1)  # (B, C)
-        return self.latent_proj(self.pooled_norm(pooled)).to(dtype)  # (B, C)
+        return added + self.latent_proj(self.pooled_norm(pooled))  # (B, C)
 
 
 class LatentDecoder(nn.Module):
-    """Latent -> values at any points: the sum of a bilinear map and of what scans over the points make.
+    """What networks add to the linear decoding of a latent at any points; zero to begin with (seed 004).
 
-    The bilinear map, ``sum_k a_k(latent) basis_k(p)`` for each channel, is the form of a linear decoder such
-    as PCA's. The tokens that are scanned are functions of the place, scaled and shifted by the latent.
+    An MLP adds to the spectrum. Then scans over the points add to the values: their tokens are functions of
+    the place and of the value decoded there, scaled and shifted by the latent.
     """
 
     def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
         super().__init__()
-        d, features = config.d_model, 2 * config.num_fourier_features
-        self.orders = config.orders
+        d, features, amplitudes = config.d_model, 2 * config.num_fourier_features, 3 * config.num_cosines**2
+        self.orders, self.bidirectional = config.orders, config.bidirectional
+        self.num_cosines = config.num_cosines
+        self.register_buffer(
+            "spectrum_scale",
+            spectrum_power(config.num_cosines).mul(SPECTRUM_VARIANCE).sqrt(),
+            persistent=False,
+        )
+        self.spectrum_mlp = mlp(config.latent_dim, config.spectrum_width, amplitudes, config.dropout)
         self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.basis = mlp(features, d, d)
-        self.coefficients = nn.Linear(config.latent_dim, 3 * d)
-        self.coord_proj = nn.Linear(features, d)
+        self.embedding = PointEmbedding(features, d)
         self.film = FiLM(config.latent_dim, d)
-        self.blocks = directional_blocks(config, bidirectional=False, num_layers=config.num_decoder_layers)
+        self.blocks = directional_blocks(
+            config, bidirectional=config.bidirectional, num_layers=config.num_decoder_layers
+        )
         self.head = residual_decoder(d, config.dropout)
+        nn.init.zeros_(self.spectrum_mlp[-1].weight)
+        nn.init.zeros_(self.spectrum_mlp[-1].bias)
 
-    def forward(self, coords: torch.Tensor, latent: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        """Points (B, Q, 2) and latent (B, C) -> values (B, Q, 3); `recompute`: as in `run_layers`."""
+    def forward(
+        self, coords: torch.Tensor, latent: torch.Tensor, spectrum: torch.Tensor, recompute: bool = False
+    ) -> torch.Tensor:
+        """Points (B, Q, 2), latent (B, C) and its linear decoding (B, M^2, 3) -> values (B, Q, 3).
+
+        `recompute`: as in `run_layers`.
+        """
         order = point_order(coords, "row")  # (B, Q)
         coords = gather_tokens(coords, order)
-        dtype = self.coord_proj.weight.dtype
+        dtype = self.film.proj.weight.dtype
+        added = self.spectrum_mlp(latent).unflatten(-1, (-1, 3))  # (B, M^2, 3)
+        spectrum = spectrum + self.spectrum_scale[:, None] * added.to(dtype)  # (B, M^2, 3)
+        smooth = cosines(coords, self.num_cosines).to(dtype) @ spectrum  # (B, Q, 3)
         features = self.fourier(coords).to(dtype)  # (B, Q, 2F)
-        basis = self.basis(features)  # (B, Q, D)
-        coefficients = self.coefficients(latent).unflatten(-1, (-1, 3))  # (B, D, 3)
-        bilinear = basis @ coefficients / basis.shape[-1] ** 0.5  # (B, Q, 3)
-        tokens = self.film(self.coord_proj(features), latent).to(dtype)  # (B, Q, D)
-        orders = joint_orders(coords, self.orders, bidirectional=False)  # (B, K, Q)
+        tokens = self.film(self.embedding(features, smooth), latent).to(dtype)  # (B, Q, D)
+        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, Q)
         tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, Q, D)
-        values = bilinear.to(dtype) + self.head(tokens)  # (B, Q, 3)
-        return gather_tokens(values.to(dtype), inverse_order(order))  # (B, Q, 3)
+        values = smooth.to(dtype) + self.head(tokens).to(dtype)  # (B, Q, 3)
+        return gather_tokens(values, inverse_order(order))  # (B, Q, 3)
 
 
 class VelocityRefiner(nn.Module):
@@ -205,13 +340,15 @@ class VelocityRefiner(nn.Module):
     def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
         super().__init__()
         d, features = config.d_model, 2 * config.num_fourier_features
-        self.orders = config.orders
+        self.orders, self.bidirectional = config.orders, config.bidirectional
         self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
         self.embedding = PointEmbedding(features, d, num_values=6)
         self.time = TimeEmbedding(d)
         self.latent_proj = nn.Linear(config.latent_dim, d)
         self.film = FiLM(d, d)
-        self.blocks = directional_blocks(config, bidirectional=False, num_layers=config.num_decoder_layers)
+        self.blocks = directional_blocks(
+            config, bidirectional=config.bidirectional, num_layers=config.num_decoder_layers
+        )
         self.head = residual_decoder(d, config.dropout)
 
     def forward(
@@ -229,7 +366,7 @@ class VelocityRefiner(nn.Module):
         tokens = self.embedding(self.fourier(coords).to(dtype), seen)  # (B, Q, D)
         condition = self.latent_proj(latent) + self.time(t)  # (B, D)
         tokens = self.film(tokens, F.silu(condition)).to(dtype)  # (B, Q, D)
-        orders = joint_orders(coords, self.orders, bidirectional=False)  # (B, K, Q)
+        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, Q)
         tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, Q, D)
         return gather_tokens(self.head(tokens), inverse_order(order))  # (B, Q, 3)
 
@@ -257,14 +394,15 @@ class LatentBlock(nn.Module):
 class MambaDiffusionAutoencoderConfig(ModelConfig):
     """Settings of `MambaDiffusionAutoencoder`; the defaults are seed 004's.
 
-    But `fourier_scale`, 10 there: the latent is made of means over the image, and of functions that turn ten
-    times across it these have next to nothing but the mean colour (measured: 15.8 dB, where 2 gives 18.5).
+    But `fourier_scale`, 10 there: what the networks add to the latent is a mean over the image, and of
+    functions that turn ten times across it this has next to nothing but the mean colour.
 
     `phase` is 1, encoder and deterministic decoder, or 2, these two frozen and a velocity network on top
     (`second_phase` makes the one from the other). `latent_dim` is the length of the latent vector, 64 to 1024
     being sensible. `residual_std` is the standard deviation of the data around the deterministic decoding, on
-    the scale of values in [-1, 1]. `num_decoder_layers` are those of the decoder and again of the velocity
-    network. The others are as in `MultiDirectionalMambaDiffusionConfig`.
+    the scale of values in [-1, 1]. `num_cosines` a side are the spectrum of which the latent is a code,
+    `spectrum_width` the width of the MLPs between the two. `num_decoder_layers` are those of the decoder and
+    again of the velocity network. The others are as in `MultiDirectionalMambaDiffusionConfig`.
     """
 
     phase: int = 1
@@ -274,14 +412,17 @@ class MambaDiffusionAutoencoderConfig(ModelConfig):
     num_decoder_layers: int = 6
     d_state: int = 16
     expand: int = 2
+    num_cosines: int = 24
+    spectrum_width: int = 1024
     num_fourier_features: int = 256
     fourier_scale: float = 3.0
     mlp_ratio: float = 2.0
     dropout: float = 0.1
     orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
+    bidirectional: bool = True
     shared_weights: bool = True
     tied_decay: bool = True
-    residual_std: float = 0.2
+    residual_std: float = 0.15
     model_type: ClassVar[str] = "diffae"
 
     def __post_init__(self):
@@ -291,10 +432,11 @@ class MambaDiffusionAutoencoderConfig(ModelConfig):
             raise ValueError(
                 f"phase={self.phase!r} is unknown; pass 1 (autoencoder) or 2 (with flow matching)"
             )
-        for name in ("shared_weights", "tied_decay"):
+        for name in ("bidirectional", "shared_weights", "tied_decay"):
             self.check_flag(name)
         self.check_positive("latent_dim", "d_model", "num_encoder_layers", "num_decoder_layers", "d_state")
-        self.check_positive("expand", "num_fourier_features", "fourier_scale", "mlp_ratio", "residual_std")
+        self.check_positive("expand", "num_cosines", "spectrum_width")
+        self.check_positive("num_fourier_features", "fourier_scale", "mlp_ratio", "residual_std")
         self.check_dropout()
         if self.d_model % 2:
             raise ValueError(f"d_model={self.d_model} is odd; pass an even width such as 512")
@@ -380,6 +522,7 @@ class MambaDiffusionAutoencoder(FieldModel):
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
         super().__init__()
         self.config = config
+        self.linear_code = LinearCode(config.num_cosines, config.latent_dim)
         self.encoder = FieldEncoder(config)
         self.decoder = LatentDecoder(config)
         self.refiner = VelocityRefiner(config) if config.phase == 2 else None
@@ -411,7 +554,13 @@ class MambaDiffusionAutoencoder(FieldModel):
                 f"values have shape {tuple(values.shape)} and dtype {values.dtype} for coords of "
                 f"{tuple(coords.shape)}; pass ({coords.shape[0]}, {coords.shape[1]}, 3), torch.float32"
             )
-        return self.encoder(coords, values, self.recompute)  # (B, C)
+        order = point_order(coords, "row")  # (B, I): sums are then the same however the points are listed
+        coords, values = gather_tokens(coords, order), gather_tokens(values, order)
+        dtype = self.latent_mean.dtype
+        spectrum = fit_spectrum(coords, values, self.config.num_cosines).to(dtype)  # (B, M^2, 3)
+        code = self.linear_code.encode(spectrum)  # (B, C)
+        linear = cosines(coords, self.config.num_cosines).to(dtype) @ self.linear_code.decode(code)
+        return code + self.encoder(coords, values, spectrum, linear, self.recompute).to(dtype)  # (B, C)
 
     def decode(
         self,
@@ -430,7 +579,8 @@ class MambaDiffusionAutoencoder(FieldModel):
         """
         check_points("coords", coords)
         check_latent(latent, self.config.latent_dim, len(coords))
-        start = self.decoder(coords, latent, self.recompute)  # (B, Q, 3), m
+        spectrum = self.linear_code.decode(latent)  # (B, M^2, 3)
+        start = self.decoder(coords, latent, spectrum, self.recompute)  # (B, Q, 3), m
         if noisy_values is None:
             return start
         if noisy_values.shape != start.shape or not noisy_values.is_floating_point():
@@ -559,8 +709,42 @@ class LatentVelocityNetwork(FieldModel):
 # --------------------------------------------------------------------------------- from phase to phase
 
 
+@torch.no_grad()
+def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, batch_size: int = 256) -> None:
+    """Set the model's linear code to the principal components of the spectra of images, its training set.
+
+    images: (N, H, W, 3) uint8, all of whose pixels are used. The untrained autoencoder given all pixels then
+    is PCA, up to what `num_cosines` cannot say. Raises ValueError for other images, and for fewer than
+    latent_dim + 1 of them or of amplitudes.
+    """
+    images = np.asarray(images)
+    code, count, channels = model.linear_code, model.config.num_cosines, model.config.latent_dim
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images are {images.dtype} {images.shape}; pass uint8 (N, H, W, 3)")
+    if min(len(images), len(code.mean)) <= channels:
+        raise ValueError(
+            f"{len(images)} images and {len(code.mean)} amplitudes do not span latent_dim={channels} "
+            "components; pass more images, or a smaller latent_dim or larger num_cosines"
+        )
+    device = code.mean.device
+    basis = cosines(grid_coords(*images.shape[1:3])[None].to(device), count)[0]  # (P, M^2)
+    total = torch.zeros(len(code.mean), dtype=torch.float64, device=device)  # (3 M^2,)
+    products = torch.zeros(len(total), len(total), dtype=torch.float64, device=device)
+    for start in range(0, len(images), batch_size):
+        values = torch.from_numpy(to_model(images[start : start + batch_size])).to(device)  # (b, H, W, 3)
+        spectra = basis.T @ values.flatten(1, 2) / len(basis)  # (b, M^2, 3): the cosines are orthonormal
+        spectra = spectra.flatten(1).double()  # (b, 3 M^2)
+        total += spectra.sum(0)
+        products += spectra.T @ spectra
+    mean = total / len(images)
+    powers, axes = torch.linalg.eigh(products / len(images) - torch.outer(mean, mean))  # ascending
+    code.mean.copy_(mean)
+    code.components.copy_(axes[:, -channels:].flip(1).T)
+    code.scale.copy_(powers[-channels:].flip(0).clamp_min(SMALLEST_STD**2).sqrt())
+
+
 def second_phase(
-    first: MambaDiffusionAutoencoder | str | Path, *, residual_std: float = 0.2
+    first: MambaDiffusionAutoencoder | str | Path, *, residual_std: float = 0.15
 ) -> MambaDiffusionAutoencoder:
     """A model of phase 2 on a trained one of phase 1: its weights and latent statistics, frozen.
 

@@ -552,7 +552,7 @@ class LocalMamba2D(FieldModel):
             ValueError: shapes or dtypes that do not fit, a condition that is missing or that the model does
                 not take and, on the CPU, t outside [0, 1] or a label outside the classes.
         """
-        self._check(x, t, labels, captions, drop)
+        self.check_arguments(x, t, labels, captions, drop)
         height, width = x.shape[2:]
         multiple = 2 ** len(self.config.dims)
         pixels = x.permute(0, 2, 3, 1).to(self.out_proj.weight.dtype)  # (B, H, W, C)
@@ -606,7 +606,15 @@ class LocalMamba2D(FieldModel):
             known = [part.masked_fill(drop[:, None], 0) for part in known]
         return self.mapping(torch.cat([time, *known], dim=-1))
 
-    def _check(self, x, t, labels, captions, drop):
+    def check_arguments(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        captions: torch.Tensor | None = None,
+        drop: torch.Tensor | None = None,
+    ) -> None:
+        """Raise ValueError unless `forward` takes these arguments."""
         channels, classes, width = self.config.channels, self.config.num_classes, self.config.caption_dim
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(
@@ -651,6 +659,12 @@ class LocalMamba2D(FieldModel):
                 )
 
 
+def batch_keys(config: LocalMamba2DConfig) -> tuple[str, ...]:
+    """What a batch must hold for a model of this config: spectrograms and the conditions it takes."""
+    taken = (("labels", config.num_classes), ("captions", config.caption_dim))
+    return "spectrograms", *(name for name, size in taken if size)
+
+
 def grid_flow_loss(
     model: LocalMamba2D,
     batch: dict[str, torch.Tensor],
@@ -669,13 +683,12 @@ def grid_flow_loss(
     ValueError on a missing key, and as `LocalMamba2D.forward`. Source of the dropping: Ho and Salimans,
     "Classifier-Free Diffusion Guidance", 2022.
     """
-    config = model.config
-    needed = {"spectrograms"} | ({"labels"} if config.num_classes else set())
-    needed |= {"captions"} if config.caption_dim else set()
-    if needed - set(batch):
+    keys = batch_keys(model.config)
+    missing = set(keys) - set(batch)
+    if missing:
         raise ValueError(
-            f"the batch lacks {sorted(needed - set(batch))}; pass a dict of spectrograms (B, C, H, W), and "
-            "of labels (B,) or captions (B, E) where the model takes them"
+            f"the batch lacks {sorted(missing)}; pass a dict of spectrograms (B, C, H, W), and of labels "
+            "(B,) or captions (B, E) where the model takes them"
         )
     data = batch["spectrograms"]
     size, device = data.shape[0], data.device if generator is None else generator.device
@@ -685,8 +698,8 @@ def grid_flow_loss(
     if noise is None:
         noise = torch.randn(data.shape, dtype=data.dtype, **options).to(data.device)
     if drop is None and model.training:
-        drop = (torch.rand(size, **options) < config.cfg_dropout).to(data.device)
-    labels, captions = (batch[name] if name in needed else None for name in ("labels", "captions"))
+        drop = (torch.rand(size, **options) < model.config.cfg_dropout).to(data.device)
+    labels, captions = (batch[name] if name in keys else None for name in ("labels", "captions"))
     velocity = model(interpolate(noise, data, t), t, labels, captions, drop)  # (B, C, H, W)
     return F.mse_loss(velocity, target_velocity(noise, data))
 
