@@ -856,6 +856,41 @@ def compare_means(models, images, *, observed=0.2, seed=0, device=None):
     return rows
 
 
+def format_means(rows):
+    """Rows of `compare_means` as an aligned text table; ValueError for none."""
+    if not rows:
+        raise ValueError("rows is empty; pass the result of compare_means")
+    head = [ONE_STEP_MEAN, "parameters", "PSNR (dB)", "SSIM", f"PSNR - {rows[0]['model']}"]
+    lines = [
+        [
+            row["model"],
+            f"{row['parameters']:,}",
+            _plus_minus(row["psnr"], row["psnr_se"], 2, False),
+            f"{row['ssim']:.3f}",
+            _plus_minus(row["versus_first"], row["versus_first_se"], 2, True),
+        ]
+        for row in rows
+    ]
+    return align(head, lines, left=1)
+
+
+def format_samplers(rows):
+    """Rows of `compare_samplers` as an aligned text table, of samples or of means: not of both in one.
+
+    Raises ValueError for no rows and for rows of two kinds.
+    """
+    if len({row["kind"] for row in rows}) != 1:
+        raise ValueError(
+            "rows are none or of two kinds; pass those of kind 'sample', or those of kind 'mean'"
+        )
+    scores = ("psnr", "ssim", "speckle", "sharpness")
+    lines = [
+        [row["method"], str(row["evaluations"]), *(_plus_minus(row[key], None, 3, False) for key in scores)]
+        for row in rows
+    ]
+    return align(["method", "evaluations", "PSNR (dB)", "SSIM", *scores[2:]], lines, left=1)
+
+
 COMPARED = {
     "psnr": ("PSNR (dB)", 1, 2),
     "ssim": ("SSIM", 1, 4),

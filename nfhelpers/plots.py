@@ -1113,7 +1113,8 @@ def spectrogram_grid(spectrograms, labels=None, meta=None, columns=5, title=None
         extent = (0, (width - 1) * meta.hop / meta.sample_rate, 0, meta.sample_rate / 2000)
         values = (values - 1) / 2 * meta.dynamic_range  # dB below the loudest entry
     low, high = (-1, 1) if meta is None else (-meta.dynamic_range, 0)
-    figure, axes = _grid(-(-len(values) // columns), columns, title, width=TILE * 0.95, height=TILE * 0.95)
+    side = TILE * (0.95 if columns > 3 else 1.5)
+    figure, axes = _grid(-(-len(values) // columns), columns, title, width=side, height=side)
     for index, ax in enumerate(axes.flat):
         if index >= len(values):
             ax.set_axis_off()

@@ -352,12 +352,7 @@ def test_accumulation_equals_a_whole_batch(reference, tmp_path):
 
 @pytest.mark.parametrize(("name", "options"), [("reference", []), ("grid_reference", ["grids"])])
 def test_two_processes_equal_one(name, options, request, tmp_path):
-    # `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu is torchrun.
-    launch = (
-        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    )
-    port = ["--main_process_port", "0", "--dynamo_backend", "no"]
-    process = worker(tmp_path, *options, command=[sys.executable, *launch.split(), *port])
+    process = worker(tmp_path, *options, launch=TWO_PROCESSES)
     assert process.wait(timeout=120) == 0
     assert {path.name for path in tmp_path.glob("process*")} == {"process0of2", "process1of2"}
     assert_same_run(tmp_path, request.getfixturevalue(name)[0], 1e-5, 1e-3 if "grids" in options else None)
@@ -401,11 +396,23 @@ def test_workers_give_the_same_run(reference, tmp_path):
 # ------------------------------------------------------------------------------------ stop and resume
 
 
-def worker(folder, *options, command=(sys.executable,)):
-    """This file as a script, training the reference's run into `folder`."""
+def start_python(*arguments):
+    """Another Python with this library, one thread and no GPU."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([*command, __file__, str(folder), *options], env=environment)
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment)
+
+
+# `accelerate launch --cpu` starts several processes through MPI only; --multi_gpu is torchrun.
+TWO_PROCESSES = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--main_process_port 0 --dynamo_backend no"
+).split()
+
+
+def worker(folder, *options, launch=()):
+    """This file as a script, training the reference's run into `folder`."""
+    return start_python(*launch, __file__, folder, *options)
 
 
 def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
