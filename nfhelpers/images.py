@@ -8,7 +8,9 @@ Sources of `load_images`:
 - `"photos"`: windows of photographs that the scikit-image and scikit-learn packages install; no download.
 - `"cifar10"`: the official binary archive (Krizhevsky, 2009), downloaded once into a cache folder.
 - a folder that holds CIFAR-10 `.bin` batches of any length.
-- a folder of images, or an `.npz` file.
+- a folder of images, or of `.tar` shards of images, or an `.npz` file.
+
+`StreamedImages` reads folders and shards item by item, where they do not fit in memory.
 """
 
 import functools
@@ -16,6 +18,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import math
 import numbers
 import operator
 import os
@@ -37,10 +40,12 @@ from tqdm.auto import tqdm
 
 __all__ = [
     "SparseFields",
+    "StreamedImages",
     "area_resize",
     "grid_coords",
     "load_images",
     "observe",
+    "open_images",
     "to_image",
     "to_model",
 ]
@@ -90,6 +95,8 @@ _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Modes whose conversion to 8-bit RGB keeps the intensities; 16-bit, integer and float ones would be clipped.
 _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _TEST_FRACTION = 0.1
+STREAM_BYTES = 2**31
+"""Bytes of decoded images from which `open_images` reads a folder item by item."""
 
 
 def load_images(
@@ -114,6 +121,9 @@ def load_images(
             - a folder of images (png, jpg, jpeg, webp, bmp; subfolders too). Subfolders `train` and `test`
               are the splits where either is present; otherwise the tenth of the files whose names have the
               smallest hashes is test. Order: by that hash. Each image is cropped to its central square.
+            - a folder of `.tar` shards, as WebDataset has them: not compressed; members that end like images,
+              others (`.cls`, `.json`) are passed over. Split, order and crop as in a folder of images, with
+              `shard.tar/member` as the name. The index of a shard is kept in $NF_DATA or the user's cache.
             - an `.npz` file: arrays `train` and `test`, or `images`, or the only 4-D array, uint8
               `(N, H, W, 3)`; or `bytes` (uint8, encoded image files back to back) with `offsets` (N + 1
               integers). Without `train` and `test` arrays, a tenth is test and the order is a fixed
@@ -144,8 +154,118 @@ def load_images(
         if any(path.glob("*.bin")):
             _check_size(str(path), size, 32)
             return _load_bin(path, split, size, limit)
-        return _load_folder(path, split, size, limit)
+        return StreamedImages(path, split, size, limit)[:]
     raise ValueError(f"source={str(source)!r} is unknown; {_legal_sources()}")
+
+
+def open_images(
+    source: str | os.PathLike, split: str = "train", size: int = 32, limit: int | None = None
+) -> "np.ndarray | StreamedImages":
+    """The images of `load_images`, read item by item where they are shards or above STREAM_BYTES decoded.
+
+    Arguments and errors are those of `load_images`; errors of single images come when these are read.
+    """
+    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
+    named = source in ("photos", "cifar10") or path is None
+    if named or not path.is_dir() or any(path.glob("*.bin")):
+        return load_images(source, split, size, limit)
+    streamed = StreamedImages(path, split, size, limit)
+    fits = math.prod(streamed.shape) < STREAM_BYTES and not streamed.sharded
+    return streamed[:] if fits else streamed
+
+
+class StreamedImages(Sequence):
+    """The images of a folder, or of the `.tar` shards in a folder, read when they are asked for.
+
+    A sequence of uint8 `(size, size, 3)` with the `shape` `(N, size, size, 3)`; a slice is an array. It holds
+    file names and offsets only, so `SparseFields` of it can be read by any number of data loader workers, in
+    any order: the shuffled epochs of `train.fit` and its exact resume are those of images in memory. The
+    images, their order and split are those of `load_images`. `sharded` says whether they lie in shards.
+
+    Arguments and errors are those of `load_images` for such a folder, but that an image which is damaged or
+    smaller than `size` is an error (ValueError) when it is read.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, split: str = "train", size: int = 32, limit: int | None = None
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; pass one of {', '.join(map(repr, SPLITS))}")
+        self.size = _positive_int("size", size, 32)
+        limit = None if limit is None else _positive_int("limit", limit, 64)
+        folder = Path(folder).expanduser()
+        divided = any((folder / name).is_dir() for name in SPLITS)
+        base = folder / split if divided else folder
+        shards = sorted(base.rglob("*.tar"))
+        self.sharded = bool(shards)
+        if shards:
+            self._files, names, places = shards, *_index_shards(shards, base)
+        else:
+            files = [file for file in base.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES]
+            self._files = [file for file in files if file.is_file()]
+            names = [file.relative_to(base).as_posix() for file in self._files]
+            places = np.array([(number, 0, -1) for number in range(len(names))])  # whole files
+        if not names:
+            raise ValueError(
+                f"{base} holds no image; put files ending in {', '.join(_IMAGE_SUFFIXES)} there, or .tar "
+                "shards of such files"
+            )
+        order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+        order = (order if divided else _split(order, split, folder))[:limit]
+        self._places = places[order]  # (N, 3) file, first byte, length
+        self.shape = (len(order), self.size, self.size, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice) -> np.ndarray:
+        if isinstance(index, slice):
+            return np.stack([self[i] for i in range(*index.indices(len(self)))])
+        number, start, length = self._places[operator.index(index)].tolist()
+        file = self._files[number]
+        with open(file, "rb") as opened:
+            opened.seek(start)
+            data = opened.read(length)
+        name = f"{file}, the member at byte {start}," if self.sharded else file
+        return _shrunk(name, data, self.size)
+
+
+def _index_shards(shards, base):
+    """The images in .tar files: their names, and (N, 3) shard, first byte, length."""
+    names, places = [], []
+    for number, shard in enumerate(shards):
+        members, spans = _index_shard(shard)
+        names += [f"{shard.relative_to(base).as_posix()}/{member}" for member in members]
+        places.append(np.column_stack([np.full(len(members), number), spans]))
+    return names, np.concatenate(places)
+
+
+def _index_shard(shard):
+    """The images in one .tar file: their names, and (N, 2) first byte, length; from a cache the next time."""
+    stat = shard.stat()
+    key = hashlib.sha256(f"{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    cached = _data_folder() / "shards" / f"{key}.npz"
+    if cached.exists():
+        with np.load(cached, allow_pickle=False) as arrays:
+            return arrays["names"].tolist(), arrays["spans"]
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            members = [
+                member
+                for member in tqdm(tar, desc=f"index of {shard.name}", unit="file", disable=None)
+                if member.isfile() and member.name.lower().endswith(_IMAGE_SUFFIXES)
+            ]
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{shard} cannot be read as a .tar file ({error}): truncated or compressed; pass a plain one"
+        ) from error
+    names = [member.name for member in members]
+    spans = np.array([(member.offset_data, member.size) for member in members], np.int64).reshape(-1, 2)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cached.parent, suffix=".npz", delete=False) as scratch:
+        np.savez(scratch, names=np.array(names, np.str_), spans=spans)
+    os.replace(scratch.name, cached)  # several processes may write the same
+    return names, spans
 
 
 def load_image(source, size: int = 32, crop: float = 0.5) -> np.ndarray:
@@ -281,7 +401,7 @@ class SparseFields(Dataset):
     persistent workers.
 
     Args:
-        images: uint8 `(N, H, W, 3)`, array or tensor.
+        images: uint8 `(N, H, W, 3)`, array or tensor, or `StreamedImages`.
         observed, queries: fractions in (0, 1], together at most 1 or `observed` 1.
         seed: integer >= 0 for fixed draws, None for draws by epoch.
 
@@ -290,14 +410,17 @@ class SparseFields(Dataset):
 
     def __init__(
         self,
-        images: np.ndarray | torch.Tensor,
+        images: np.ndarray | torch.Tensor | StreamedImages,
         observed: float = 0.2,
         queries: float = 0.2,
         seed: int | None = None,
     ):
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
-            raise ValueError(f"images are {images.dtype} {images.shape}; pass uint8 (N, H, W, 3) with N >= 1")
+        if not isinstance(images, StreamedImages):
+            images = np.asarray(images)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
+                raise ValueError(
+                    f"images are {images.dtype} {images.shape}; pass uint8 (N, H, W, 3) with N >= 1"
+                )
         observed, queries = _fraction("observed", observed), _fraction("queries", queries)
         if observed != 1 and observed + queries > 1 + 1e-9:
             raise ValueError(
@@ -466,8 +589,13 @@ def _resize_all(images, size):
     return np.ascontiguousarray(np.concatenate(pieces))
 
 
+def _data_folder():
+    """Where downloads and indices are kept."""
+    return Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
+
+
 def _cifar10_folder():
-    root = Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
+    root = _data_folder()
     folder = root / _CIFAR10_FOLDER
     if any(folder.glob("*.bin")):
         return folder
@@ -564,18 +692,6 @@ def _extract(archive, folder):
         os.replace(extracted, folder)
 
 
-def _load_folder(folder, split, size, limit):
-    divided = any((folder / name).is_dir() for name in SPLITS)
-    base = folder / split if divided else folder
-    files = [file for file in base.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file()]
-    files.sort(key=lambda file: hashlib.sha256(file.relative_to(base).as_posix().encode()).digest())
-    if not files:
-        raise ValueError(f"{base} holds no image; put files ending in {', '.join(_IMAGE_SUFFIXES)} there")
-    if not divided:
-        files = [files[i] for i in _split(range(len(files)), split, folder)]
-    return _squares(((file, file) for file in files[:limit]), size)
-
-
 def _split(order, split, name):
     """The part of `order` (positions) that is the split: its first tenth, at least one, is test."""
     if len(order) < 2:
@@ -635,12 +751,14 @@ def _permutation(count):
 
 def _squares(named, size):
     """Decode pairs (name, file or bytes), crop to the central square and shrink: uint8 (N, size, size, 3)."""
-    squares = []
-    for name, data in named:
-        image = _decode(name, data)
-        _check_size(str(name), size, min(image.shape[:2]))
-        squares.append(area_resize(_square(image), size))
-    return np.stack(squares)
+    return np.stack([_shrunk(name, data, size) for name, data in named])
+
+
+def _shrunk(name, data, size):
+    """One of `_squares`."""
+    image = _decode(name, data)
+    _check_size(str(name), size, min(image.shape[:2]))
+    return area_resize(_square(image), size)
 
 
 def _square(images, crop=0.5):
@@ -692,8 +810,8 @@ def _area_mean(table, size):
 
 def _legal_sources():
     return (
-        "pass 'photos', 'cifar10', or an existing path: a folder of images, a folder of CIFAR-10 .bin "
-        "batches, or an .npz file"
+        "pass 'photos', 'cifar10', or an existing path: a folder of images, of .tar shards or of CIFAR-10 "
+        ".bin batches, or an .npz file"
     )
 
 

@@ -337,7 +337,7 @@ def training_figure(history, fields=None, title=None):
     panels = 1 if len(val_psnr) and np.isnan(_array(val_psnr)).all() else 2
 
     height = 1.45 * len(shown)
-    figure = Figure(figsize=(4.5 * panels, 2.9 + height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.5 if panels == 1 else 9, 2.9 + height), dpi=DPI, layout="constrained")
     parts = figure.subfigures(2, 1, height_ratios=[2.9, height]) if shown else [figure.subfigures(1, 1)]
     left, *right = parts[0].subplots(1, panels, squeeze=False)[0]
     left.plot(step, loss, color=COLOURS[5], linewidth=0.8, alpha=0.6, label="training")
@@ -1113,16 +1113,20 @@ def spectrogram_grid(spectrograms, labels=None, meta=None, columns=5, title=None
         extent = (0, (width - 1) * meta.hop / meta.sample_rate, 0, meta.sample_rate / 2000)
         values = (values - 1) / 2 * meta.dynamic_range  # dB below the loudest entry
     low, high = (-1, 1) if meta is None else (-meta.dynamic_range, 0)
-    side = TILE * (0.95 if columns > 3 else 1.5)
+    side = TILE * (0.85 if columns > 3 else 1.1)
+    # Hard pixels of one colour a decibel make files of half the size: a notebook holds many of them.
+    colours = colormaps["magma"].resampled(61)
+    style = {"origin": "lower", "extent": extent, "aspect": "auto", "interpolation": "nearest"}
+    style |= {"cmap": colours, "vmin": low, "vmax": high}
     figure, axes = _grid(-(-len(values) // columns), columns, title, width=side, height=side)
     for index, ax in enumerate(axes.flat):
         if index >= len(values):
             ax.set_axis_off()
             continue
-        shown = ax.imshow(
-            values[index, 0], origin="lower", extent=extent, aspect="auto", cmap="magma", vmin=low, vmax=high
+        shown = ax.imshow(values[index, 0], **style)
+        ax.tick_params(
+            labelsize=7, labelleft=index % columns == 0, labelbottom=index + columns >= len(values)
         )
-        ax.tick_params(labelsize=7, labelleft=index % columns == 0)
         if labels[index] is not None:
             ax.set_title(labels[index], fontsize=9)
     bar = figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.85)
@@ -1161,7 +1165,7 @@ def mixer_bars(rows, title=None):
         _curve_axes(ax, "", "", label)
         ax.set_axisbelow(True)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(mixers), fontsize=8)
     return figure
 
 

@@ -677,7 +677,7 @@ def directions_panel(config, *, sizes=(32, 64, 96), title=None, **options):
     """Directions and side of the grid over `directions_figure`; options: batch_size, repeats, device."""
     controls = {
         "directions": ipywidgets.SelectMultiple(
-            options=sorted({*DIRECTIONS, *config.scan_directions}, key=lambda kind: (kind[:2], len(kind))),
+            options=tuple(dict.fromkeys((*DIRECTIONS, *config.scan_directions))),
             value=config.scan_directions,
             rows=8,
             description="directions",

@@ -10,6 +10,7 @@ trained. Not so under full, where training takes hours: a run that was stopped g
 
     python notebooks/run_all.py                       # all of them
     python notebooks/run_all.py 01_ssm_basics.ipynb --timeout 1200
+    python notebooks/run_all.py 01_solutions.ipynb    # solutions run only when they are named
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main(arguments=None):
 
     preset = resolve_preset()
     timeout = options.timeout or (None if preset == "full" else CELL_TIMEOUT)
-    paths = [FOLDER / Path(name).name for name in options.notebooks] or sorted(FOLDER.glob("*.ipynb"))
+    paths = [locate(name) for name in options.notebooks] or sorted(FOLDER.glob("*.ipynb"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
         print(
@@ -80,6 +81,12 @@ def main(arguments=None):
             print(f"{path.name} ok in {seconds:.0f} s -> {target.relative_to(FOLDER.parent)}", flush=True)
     print(f"{len(paths) - len(failed)} of {len(paths)} notebooks ended well")
     return 1 if failed else 0
+
+
+def locate(name):
+    """The notebook of this file name, whatever folder is written before it; solutions have their own."""
+    name = Path(name).name
+    return FOLDER / "solutions" / name if name.endswith("_solutions.ipynb") else FOLDER / name
 
 
 def forget(notebook, preset):

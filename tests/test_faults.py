@@ -1,4 +1,5 @@
-"""What may befall a long run: signals, kills, full disks, damaged files, no memory, dead workers, many processes.
+"""What may befall a long run: signals, kills, full disks, damaged files, no memory, dead workers; and many
+processes.
 
 After each of them the run goes on to the curve of a run that nothing befell.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import (  # noqa: F401  fixtures
@@ -24,6 +26,7 @@ from test_train import (  # noqa: F401  fixtures
     assert_same_run,
     blank_figures,
     fields,
+    gradients,
     reference,
     rows,
     settings,
@@ -34,7 +37,7 @@ from test_train import (  # noqa: F401  fixtures
 )
 
 from nfhelpers import train
-from nfhelpers.images import SparseFields
+from nfhelpers.images import SparseFields, StreamedImages, load_images
 from nfhelpers.train import fit
 
 
@@ -72,10 +75,11 @@ def test_run_killed_at_a_random_step_resumes_to_the_same_curve(options, referenc
     assert_same_run(tmp_path, reference[0], 1e-6)
 
 
-@pytest.mark.parametrize("call", np.random.default_rng().choice(60, 5, replace=False).tolist())
-def test_kill_at_any_moment_of_writing_loses_no_state(call, reference, tmp_path, monkeypatch):  # noqa: F811
-    """Every rename, link and flush to disk of the first 15 steps is a moment to die at."""
-    left = [call]
+@pytest.mark.parametrize("repeat", range(5))
+def test_kill_at_any_moment_of_writing_loses_no_state(repeat, reference, tmp_path, monkeypatch):  # noqa: F811
+    """Every rename, link and flush to disk is a moment to die at; about 60 are in the first 15 steps."""
+    left = [int(np.random.default_rng().integers(60))]
+    print(f"killed at call {left[0]}")
 
     def mortal(function):
         def wrapped(*arguments):
@@ -301,6 +305,33 @@ def test_state_of_a_version_without_hash_is_resumed(stopped, reference):  # noqa
     save_file(load_file(path), path, metadata={"nfhelpers": details})
     assert fit(tiny(), fields(), settings(stopped)).steps == 24
     assert_same_run(stopped, reference[0])
+
+
+# -------------------------------------------------------------------------------------- streamed data
+
+
+def test_streamed_data_are_resumed_in_the_same_order(tmp_path):
+    """Images read from files by workers, interrupted in the middle of an epoch: the run in memory."""
+    for index, image in enumerate(gradients(20, 0)):
+        folder = tmp_path / "images"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    streamed = SparseFields(StreamedImages(folder, "train", 8), queries=0.5)
+    whole = SparseFields(load_images(folder, "train", 8), queries=0.5)
+    _, validation = fields()
+
+    def leave(module, inputs):
+        if len(module.seen) == 7:
+            raise Killed
+
+    config = settings(tmp_path / "streamed", epochs=3, num_workers=2)
+    model = tiny()
+    model.register_forward_pre_hook(leave)
+    with pytest.raises(Killed):
+        fit(model, (streamed, validation), config)
+    assert fit(tiny(), (streamed, validation), config).steps == 12
+    fit(tiny(), (whole, validation), settings(tmp_path / "whole", epochs=3))
+    assert_same_run(tmp_path / "streamed", tmp_path / "whole")
 
 
 # -------------------------------------------------------------------------------------------- memory

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader
 from nfhelpers import images as module
 from nfhelpers.images import (
     SparseFields,
+    StreamedImages,
     area_resize,
     grid_coords,
     load_images,
     observe,
+    open_images,
     to_image,
     to_model,
 )
@@ -697,3 +699,138 @@ def test_bad_npz_files_are_named(tmp_path):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_images(**arguments)
+
+
+# Data that do not fit in memory
+
+
+def write_shards(folder, pictures, shards=2):
+    """Pictures as {key}.png with {key}.cls, dealt out to .tar files; returns the pictures by member name."""
+    folder.mkdir()
+    members = {}
+    for number in range(shards):
+        with tarfile.open(folder / f"part-{number}.tar", "w") as tar:
+            for key, picture in enumerate(pictures[number::shards]):
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, "png")
+                for suffix, content in ((".cls", b"3"), (".png", buffer.getvalue())):
+                    info = tarfile.TarInfo(f"{key:04d}{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                members[f"part-{number}.tar/{key:04d}.png"] = picture
+    return members
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    """(folder of shards, pictures by name), with the cache of indices in a folder of its own."""
+    monkeypatch.setenv("NF_DATA", str(tmp_path / "cache"))
+    return tmp_path / "shards", write_shards(tmp_path / "shards", random_images(23, 9, 8))
+
+
+def test_shards_are_ordered_and_split_as_a_folder_of_images(shards):
+    folder, members = shards
+    names = sorted(members, key=lambda name: hashlib.sha256(name.encode()).digest())
+    test, train = (StreamedImages(folder, split, 8) for split in ("test", "train"))
+    assert (len(test), train.shape, train.sharded) == (2, (21, 8, 8, 3), True)
+    for streamed, wanted in ((test, names[:2]), (train, names[2:])):
+        for image, name in zip(streamed, wanted, strict=True):
+            np.testing.assert_array_equal(image, members[name][:8])
+        np.testing.assert_array_equal(streamed[-1], streamed[len(streamed) - 1])
+    np.testing.assert_array_equal(load_images(folder, "train", 4, limit=5), area_resize(train[:5], 4))
+    with pytest.raises(IndexError):
+        train[21]
+
+
+def test_index_of_a_shard_is_built_once_for_its_content(shards, monkeypatch):
+    folder, _ = shards
+    first = StreamedImages(folder, "train", 8)[:]
+    opened = []
+    original = tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *given: opened.append(given) or original(*given))
+    np.testing.assert_array_equal(StreamedImages(folder, "train", 8)[:], first)
+    assert not opened
+    (folder / "part-0.tar").unlink()
+    write_shards(folder / "new", random_images(30, 8, 8, seed=1), 1)
+    (folder / "new" / "part-0.tar").rename(folder / "part-0.tar")  # another content under the same name
+    again = StreamedImages(folder, "train", 8)
+    assert [mode for _, mode in opened] == ["w", "r:"] and len(again) == 37
+
+
+def test_streamed_folder_is_that_in_memory(tmp_path):
+    for index, image in enumerate(random_images(20, 12, 8)):
+        save(tmp_path, f"class-{index % 2}/{index}.png", image)
+    streamed = StreamedImages(tmp_path, "train", 4, limit=7)
+    assert streamed.shape == (7, 4, 4, 3) and not streamed.sharded
+    np.testing.assert_array_equal(streamed[:], load_images(tmp_path, "train", 4)[:7])
+
+
+def test_streamed_fields_are_those_in_memory_whatever_workers_read_them(shards):
+    folder, _ = shards
+    streamed, whole = (SparseFields(f(folder, "train", 8)) for f in (StreamedImages, load_images))
+    for dataset in (streamed, whole):
+        dataset.set_epoch(3)
+    batches = zip(DataLoader(streamed, 4, num_workers=2), DataLoader(whole, 4, num_workers=0), strict=True)
+    for ours, theirs in batches:
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_images_are_streamed_where_they_are_shards_or_many(shards, tmp_path, monkeypatch):
+    assert isinstance(open_images(shards[0], "train", 8), StreamedImages)
+    for index, image in enumerate(random_images(20, 8, 8)):
+        save(tmp_path, f"few/{index}.png", image)
+    assert isinstance(open_images(tmp_path / "few", "train", 8), np.ndarray)
+    monkeypatch.setattr(module, "STREAM_BYTES", 18 * 8 * 8 * 3)
+    assert isinstance(open_images(tmp_path / "few", "train", 8), StreamedImages)
+    assert isinstance(open_images(tmp_path / "few", "train", 8, limit=17), np.ndarray)
+    np.testing.assert_array_equal(open_images("photos", "test", 8, 3), load_images("photos", "test", 8, 3))
+    with pytest.raises(ValueError, match="is unknown; pass 'photos'"):
+        open_images(tmp_path / "none")
+
+
+def test_damaged_shards_and_members_are_named(shards, tmp_path):
+    folder, _ = shards
+    shard = folder / "part-1.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:700])
+    with pytest.raises(ValueError, match=r"part-1\.tar cannot be read as a \.tar file.*plain one"):
+        StreamedImages(folder, "train", 8)
+    shard.write_bytes(content.replace(b"\x89PNG", b"\x89PNX", 1))
+    streamed = [*StreamedImages(folder, "test", 8)._places, *StreamedImages(folder, "train", 8)._places]
+    assert len(streamed) == 23
+    with pytest.raises(ValueError, match=r"part-1\.tar, the member at byte \d+, cannot be read as an image"):
+        load_images(folder, "train", 8), load_images(folder, "test", 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no image; .*or \.tar shards"):
+        StreamedImages(tmp_path / "empty")
+
+
+# One image
+
+
+def test_load_image_takes_a_file_its_bytes_or_an_array(tmp_path):
+    wide = random_images(1, 12, 20)[0]
+    path = tmp_path / "wide.png"
+    Image.fromarray(wide).save(path)
+    for crop, left in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        wanted = module.area_resize(wide[:, left : left + 12], 6)
+        for source in (path, str(path), path.read_bytes(), wide):
+            np.testing.assert_array_equal(module.load_image(source, 6, crop), wanted)
+    tall = wide.transpose(1, 0, 2)
+    np.testing.assert_array_equal(module.load_image(tall, 12, 1.0), tall[8:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((b"no image",), "the image cannot be read as an image"),
+        (("/no/such/file.png",), "/no/such/file.png cannot be read as an image"),
+        ((np.zeros((8, 8, 3)),), "source is float64"),
+        ((np.zeros((8, 9, 3), np.uint8), 9), "size=9 is above the 8 pixels"),
+        ((np.zeros((8, 9, 3), np.uint8), 0), "size=0"),
+        ((np.zeros((8, 9, 3), np.uint8), 8, 1.5), "crop=1.5 is outside"),
+    ],
+)
+def test_load_image_refuses_what_it_cannot_use(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        module.load_image(*arguments)

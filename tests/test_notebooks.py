@@ -1,24 +1,42 @@
 """Notebooks as they are committed (nbmake runs them), and the runner of `make notebooks`."""
 
 import ast
+import inspect
+import os
 import re
+import statistics
+import subprocess
+import sys
 
 import nbformat
 import pytest
 import run_all
+from nbconvert import HTMLExporter
 
-from nfhelpers import run
+from nfhelpers import run, widgets
 
 NOTEBOOKS = sorted(run_all.FOLDER.glob("*.ipynb"))
-LONGEST_CELL = 40
-"""Lines a code cell may have: a screenful."""
+SOLUTIONS = sorted((run_all.FOLDER / "solutions").glob("*.ipynb"))
+LONGEST_CELL, MEDIAN_CELL = 60, 10
+"""Lines that a code cell may have, and that half of them may have."""
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+with_solutions = pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda path: path.stem)
 
 
 def code_cells(path):
     cells = nbformat.read(path, as_version=4).cells
     return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def parsed(cell):
+    return ast.parse(cell.source.replace("%matplotlib inline", ""))
+
+
+def called(tree):
+    """Names of the functions that are called, without the modules they are of."""
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {getattr(function, "attr", getattr(function, "id", None)) for function in calls}
 
 
 def prose(path):
@@ -28,6 +46,10 @@ def prose(path):
 
 def test_every_notebook_has_presets():
     assert {path.stem for path in NOTEBOOKS} == set(run.SECTIONS)
+
+
+def test_every_notebook_has_solutions():
+    assert [path.stem for path in SOLUTIONS] == [f"{path.stem[:2]}_solutions" for path in NOTEBOOKS]
 
 
 # ---------------------------------------------------------------- as committed
@@ -52,7 +74,7 @@ def test_it_starts_with_imports_and_the_run(path):
     assert preset.group(1) in ("demo", "full"), "outputs are committed from demo or full"
 
 
-@every_notebook
+@with_solutions
 def test_parameters_are_literals(path):
     (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
     names = {}
@@ -64,10 +86,11 @@ def test_parameters_are_literals(path):
     assert names["OVERRIDES"] == {}
 
 
-@every_notebook
+@with_solutions
 def test_cells_are_short_and_free_of_tricks(path):
-    for number, cell in enumerate(code_cells(path), start=1):
-        lines = cell.source.count("\n") + 1
+    lengths = [cell.source.count("\n") + 1 for cell in code_cells(path)]
+    assert path in SOLUTIONS or statistics.median(lengths) <= MEDIAN_CELL, sorted(lengths)
+    for number, (cell, lines) in enumerate(zip(code_cells(path), lengths, strict=True), start=1):
         assert lines <= LONGEST_CELL, f"code cell {number} has {lines} lines"
         for trick in ("%matplotlib widget", "sys.path", "!pip", "%pip"):
             assert trick not in cell.source, f"code cell {number} uses {trick}"
@@ -78,6 +101,65 @@ def test_it_ends_with_exercises_and_references(path):
     headings = re.findall(r"^#+ +(.*)$", prose(path), re.MULTILINE)
     for wanted in ("measured", "exercises", "references"):
         assert any(wanted in heading.lower() for heading in headings), f"no heading on {wanted}: {headings}"
+
+
+def test_no_code_is_in_two_notebooks():
+    """Functions and classes, whatever their names, and cells of more than two lines; imports are left out."""
+    seen = {}
+    for path in NOTEBOOKS + SOLUTIONS:
+        for cell in code_cells(path):
+            tree = parsed(cell)
+            pieces = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+            statements = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+            if len(statements) > 2:
+                pieces.append(ast.Module(statements, []))
+            for piece in pieces:
+                if hasattr(piece, "name"):
+                    piece.name = ""
+                seen.setdefault(ast.dump(piece), []).append((path.stem, cell.source))
+    twice = [places for places in seen.values() if len({stem for stem, _ in places}) > 1]
+    assert not twice, twice
+
+
+@every_notebook
+def test_every_widget_has_a_static_twin_above_it(path):
+    """Some cell above calls what draws the widget's picture, and ends in a figure."""
+    above = set()
+    for cell in code_cells(path):
+        for name in (name for name in called(parsed(cell)) if str(name).endswith("_panel")):
+            draws = called(ast.parse(inspect.getsource(getattr(widgets, name))))
+            figures = {f for f in draws if f.endswith("_figure") or f in ("impulse_response", "cost_curve")}
+            assert figures and figures <= above, f"{name} draws {figures}, which no cell above shows"
+        above |= called(parsed(cell))
+
+
+@every_notebook
+def test_figures_show_without_a_kernel(path):
+    """In HTML, as on GitHub, every cell that ends in a saved figure has its picture."""
+    notebook = nbformat.read(path, as_version=4)
+    page, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    endings = [parsed(cell).body[-1] for cell in code_cells(path)]
+    figures = [node for node in endings if "save_figure" in called(node)]
+    assert len(figures) > 3
+    assert page.count('src="data:image/png;base64') >= len(figures)
+    assert "application/vnd.jupyter.widget" not in page
+
+
+def test_papermill_runs_a_notebook_from_another_folder(tmp_path, repository):
+    path = NOTEBOOKS[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    command = [sys.executable, "-m", "papermill", str(path), "out.ipynb", "-p", "PRESET", "smoke"]
+    before = set((repository / "runs" / path.stem).glob("smoke/*"))
+    subprocess.run(
+        [*command, "--no-progress-bar", "-k", "python3"], cwd=tmp_path, env=environment, check=True
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.ipynb"], "all else is in the repository"
+    cells = code_cells(tmp_path / "out.ipynb")
+    shown = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+    assert re.search(r"^preset +smoke$", shown, re.MULTILINE)
+    assert all(cell.execution_count for cell in cells)
+    (folder,) = set((repository / "runs" / path.stem).glob("smoke/*")) - before
+    assert (folder / f"{path.stem}_reconstruction.png").is_file()
 
 
 # ---------------------------------------------------------------- the runner
@@ -148,6 +230,21 @@ def test_runner_stops_slow_cells_and_smoke_writes_nothing_back(folder, capsys, m
     assert run_all.main(["quick.ipynb"]) == 0
     assert quick.read_bytes() == before
     assert (folder / "build" / "notebooks" / "quick.ipynb").is_file()
+
+
+def test_runner_runs_solutions_only_when_they_are_named(folder, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        run_all,
+        "execute",
+        lambda path, *_: (ran.append(path.name), nbformat.read(path, as_version=4), [])[1:],
+    )
+    write_notebook(folder, "quick", "1 + 1")
+    (folder / "notebooks" / "solutions").mkdir()
+    write_notebook(folder, "solutions/01_solutions", "1 + 1")
+    assert run_all.main([]) == 0 and ran == ["quick.ipynb"]
+    assert run_all.main(["notebooks/solutions/01_solutions.ipynb"]) == 0
+    assert ran == ["quick.ipynb", "01_solutions.ipynb"]
 
 
 def test_runner_names_a_missing_notebook(folder, capsys):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from nfhelpers import plots
 from nfhelpers.images import grid_coords
-from nfhelpers.kernels.orders import point_order
+from nfhelpers.kernels.orders import grid_order, point_order
+from nfhelpers.spectrograms import generated_meta
 
 RNG = np.random.default_rng(0)
 FIELDS = RNG.uniform(0.1, 0.8, size=(3, 12, 12, 3))
@@ -127,6 +128,14 @@ def test_training_figure_at_any_stage(steps):
     if steps == 100:
         np.testing.assert_array_equal(figure.axes[1].lines[0].get_ydata(), [18.0, 20.0])
         assert len(pictures(figure)) == 9
+
+
+def test_training_figure_of_grids_has_the_rows_it_is_given_and_no_psnr():
+    history = {"step": [1, 2], "loss": [1.0, 0.5], "val_step": [2], "val_loss": [0.6], "val_psnr": [np.nan]}
+    figure = check(plots.training_figure(history, {"sample": FIELDS, "data": FIELDS[::-1]}))
+    assert figure.axes[0].get_ylabel() == "loss" and len(figure.axes) == 1 + 2 * len(FIELDS)
+    assert [ax.get_ylabel() for ax in figure.axes[1 :: len(FIELDS)]] == ["sample", "data"]
+    np.testing.assert_array_equal(pictures(figure)[3], FIELDS[2])
 
 
 def test_curves_differ_in_colour_and_style():
@@ -480,3 +489,60 @@ def test_smoothness_bars_group_ways_by_space():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["latent", "RGB"]
     with pytest.raises(ValueError, match="rows is empty"):
         plots.smoothness_bars([])
+
+
+def test_grid_paths_visit_the_pixels_in_order():
+    figure = check(plots.grid_paths(4, 6, ("w2", "v_flip"), "Scans [smoke]"))
+    assert texts(figure) == ["Scans [smoke]", "w2", "v_flip"]
+    for ax, kind in zip(figure.axes, ("w2", "v_flip"), strict=True):
+        visited = grid_coords(4, 6)[grid_order(4, 6, kind)]
+        np.testing.assert_allclose(np.stack(ax.lines[0].get_data(), axis=1), visited)
+    with pytest.raises(ValueError, match="kinds is empty"):
+        plots.grid_paths(4, 6, ())
+
+
+def test_spectrogram_grid_shows_levels_upwards():
+    values = RNG.uniform(-1, 1, size=(3, 1, 8, 10))
+    figure = check(plots.spectrogram_grid(torch.from_numpy(values), ["a", "b", "c"], columns=2, title="T"))
+    assert texts(figure)[:4] == ["T", "a", "b", "c"]
+    np.testing.assert_array_equal(pictures(figure)[2], values[2, 0])
+    assert figure.axes[0].images[0].origin == "lower"
+    meta = generated_meta((8, 10), 8000, ("a",))
+    figure = check(plots.spectrogram_grid(values, meta=meta))
+    np.testing.assert_allclose(pictures(figure)[0], 30 * (values[0, 0] - 1))  # dB, of a range of 60
+    assert figure.axes[0].images[0].get_extent() == pytest.approx([0, 9 * meta.hop / 8000, 0, 4])
+    for bad, message in (({"spectrograms": values[0]}, "have shape"), ({"labels": ["a"]}, "1 labels for 3")):
+        with pytest.raises(ValueError, match=message):
+            plots.spectrogram_grid(**{"spectrograms": values, **bad})
+
+
+def test_mixer_bars_stand_by_size_and_leave_out_what_was_not_measured():
+    cost = {"flops_forward": 2e9, "seconds": None, "memory": None}
+    rows = [
+        {"size": size, "mixer": mixer, "parameters": parameters, **cost}
+        for size in (32, 64)
+        for mixer, parameters in (("ssm", 3e6), ("attention", 1e6))
+    ]
+    figure = check(plots.mixer_bars(rows))
+    assert [ax.get_title() for ax in figure.axes] == ["parameters (million)", "forward (GFLOP)"]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [3, 3, 1, 1]
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["32 x 32", "64 x 64"]
+    measured = [{**row, "seconds": 0.5, "memory": 2**21} for row in rows]
+    assert [bar.get_height() for bar in plots.mixer_bars(measured).axes[3].patches] == [2] * 4
+    with pytest.raises(ValueError, match="rows is empty"):
+        plots.mixer_bars([])
+
+
+def test_guidance_curves_stand_beside_real_clips():
+    row = {"accuracy": 1.0, "accuracy_se": 0.0, "frechet": 2.0, "guidance": None, "source": "training clips"}
+    drawn = [
+        {"source": "generated", "guidance": g, "accuracy": a, "accuracy_se": 0.1, "frechet": 10 - g}
+        for g, a in ((2.5, 0.9), (0.0, 0.1))
+    ]
+    figure = check(plots.guidance_curves([row, *drawn]))
+    accuracy, frechet = figure.axes
+    np.testing.assert_allclose(np.stack(accuracy.lines[0].get_data()).astype(float), [[0, 2.5], [10, 90]])
+    assert list(frechet.lines[0].get_ydata()) == [10, 7.5]
+    assert frechet.lines[-1].get_ydata()[0] == 2
+    with pytest.raises(ValueError, match="no generated one"):
+        plots.guidance_curves([row])

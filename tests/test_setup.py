@@ -186,6 +186,13 @@ def test_presets_are_package_data():
     assert {"presets.toml", "kernels/native.cpp"} <= set(shipped)
 
 
+OTHER_CARDS = [
+    "diffae-photos",
+    "diffae-photos-latent",
+    "diffae-cifar10",
+    "diffae-cifar10-128",
+    "localmamba-fsdd",
+]
 CARDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
 
 
@@ -207,9 +214,28 @@ def test_quoted_results_are_the_measured_ones(repository, page, results):
             assert f"{gap:+.2f} ± {error:.2f}" in text, row["model"]
 
 
+@pytest.mark.parametrize(
+    ("results", "wanted"),
+    [
+        ("pca-cifar10", lambda row: row["method"].startswith("autoencoder")),
+        ("scales-diffae", lambda row: row["model"] == "diffae-photos"),
+    ],
+)
+def test_autoencoders_quote_what_was_measured(repository, results, wanted):
+    record = json.loads((repository / f"benchmarks/results/{results}.json").read_text())
+    rows = [row for row in record["rows"] if wanted(row)]
+    assert rows
+    for row in rows:
+        text = (repository / f"checkpoints/{row['model']}/README.md").read_text()
+        gain, error = row["versus_first"], row["versus_first_se"]
+        assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, row
+        assert f"{gain:+.2f} ± {error:.2f}" in text, row
+        assert record["command"] in " ".join(text.replace("\\", " ").split())
+
+
 def test_every_checkpoint_has_a_card_and_is_small(repository):
     folders = sorted(path.name for path in (repository / "checkpoints").iterdir())
-    assert folders == sorted(CARDS)
+    assert folders == sorted(CARDS + OTHER_CARDS)
     for name in folders:
         assert f"# {name}" in (repository / "checkpoints" / name / "README.md").read_text()
         assert (repository / "checkpoints" / name / "model.safetensors").stat().st_size <= 15e6

@@ -1,6 +1,9 @@
 """Widgets: moving a control redraws the picture with the library's numbers, and no error is hidden."""
 
+import base64
 import io
+import re
+from datetime import UTC, datetime
 
 import ipywidgets
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nfhelpers import evaluate, images, metrics, run, widgets
+from nfhelpers import evaluate, images, metrics, run, train, widgets
 from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
@@ -76,6 +79,81 @@ def test_panel_shows_and_raises_errors_then_recovers():
     assert image.layout.display is None and "nf-error" not in text.value
 
 
+def test_panel_keeps_a_bounded_number_of_drawings_and_updates_on_release():
+    drawn = []
+
+    def draw(height):
+        drawn.append(height)
+        return line(height)
+
+    slider = ipywidgets.IntSlider(1, 1, 5, description="height", continuous_update=True)
+    box = widgets.panel(draw, {"height": slider}, cache=2)
+    assert not slider.continuous_update
+    first = parts(box)[1].value
+    for height in (2, 1, 3, 2):  # 1 is kept; 3 takes the place of 2
+        slider.value = height
+    assert drawn == [1, 2, 3, 2]
+    slider.value = 1
+    assert drawn == [1, 2, 3, 2, 1] and parts(box)[1].value == first
+    fresh = widgets.panel(draw, {"height": ipywidgets.IntSlider(1, 1, 5, description="height")}, cache=0)
+    for height in (2, 1):
+        control(fresh, "height").value = height
+    assert drawn[5:] == [1, 2, 1]
+
+
+def test_panel_says_that_it_computes():
+    said = []
+
+    def draw(height):
+        said.append(parts(box)[0].value if height > 1 else None)
+        return line(height)
+
+    box = widgets.panel(draw, {"height": ipywidgets.IntSlider(1, 1, 5, description="height")})
+    control(box, "height").value = 2
+    assert "nf-busy" in said[1] and "nf-busy" not in parts(box)[0].value
+
+
+def test_panel_with_a_button_waits_for_it():
+    box = widgets.panel(
+        lambda height: (*line(height), f"<b>{height}</b>"),
+        {"height": ipywidgets.IntSlider(1, 1, 5, description="height")},
+        button="draw",
+    )
+    text, image = parts(box)
+    before, below = image.value, box.children[-1]
+    assert below.value == "<b>1</b>"
+    control(box, "height").value = 4
+    assert image.value == before and "press draw" in text.value
+    control(box, "draw").click()
+    assert image.value != before and "height 4" in text.value and below.value == "<b>4</b>"
+
+
+def test_a_pressed_stop_button_ends_the_run_after_the_epoch(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(widgets, "display", shown.append)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), dtype=np.uint8)
+    datasets = images.SparseFields(pictures), images.SparseFields(pictures[:1], seed=0)
+    model = LocalImplicitField(LocalImplicitFieldConfig(d_model=16, num_heads=2, neighbours=4, num_layers=1))
+    config = train.TrainConfig(tmp_path, epochs=4, batch_size=2, cpu=True, progress=False)
+    with widgets.training_monitor(config.epochs) as callback:
+        button, text = shown[0].children
+
+        def press_in_epoch_2(epoch, history, fields):
+            if epoch == 2:
+                button.click()
+            callback(epoch, history, fields)
+
+        result = train.fit(model, datasets, config, callback=press_in_epoch_2)
+    assert (result.interrupted, result.steps) == (True, 4) and result.latest.is_dir()
+    assert button.disabled and button.description == "stopped"
+    assert "epoch 2 of 4, loss" in text.value and " dB, about" in text.value
+    with widgets.training_monitor(config.epochs) as callback:
+        result = train.fit(model, datasets, config, callback=callback)
+    assert (result.interrupted, result.steps) == (False, 8), "the next run goes on"
+    button, text = shown[1].children
+    assert button.disabled and button.description == "trained" and "epoch 4 of 4" in text.value
+
+
 def test_first_drawing_raises_in_the_cell():
     with pytest.raises(ZeroDivisionError):
         widgets.panel(lambda height: 1 / 0, {"height": ipywidgets.IntSlider()})
@@ -101,6 +179,64 @@ def test_reconstruction_panel_agrees_with_the_library(model, pictures):
     assert not control(box, "image").continuous_update
     with pytest.raises(ValueError, match="image=3"):
         widgets.reconstruction_figure(model, pictures, image=3)
+
+
+def encoded(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png")
+    return file.getvalue()
+
+
+def test_own_image_figure_agrees_with_the_library(model):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
+    figure, text, made = widgets.own_image_figure(
+        {"a": model, "b": model}, encoded(picture), "b", 16, 0.3, "euler", 2, crop=1.0, seed=3
+    )
+    target = images.area_resize(picture[:, 20:], 16)[None]  # the square on the right
+    fields = evaluate.observe_images(target, 0.3, 3)
+    wanted = evaluate.reconstruct(model, fields, kind="sample", method="euler", steps=2, seed=3)["fields"]
+    np.testing.assert_allclose(made, wanted[0], atol=1e-6)
+    smooth = evaluate.classical_baselines(
+        fields["input_coords"][0], images.to_image(fields["input_values"][0]), 16, 16
+    )["biharmonic"]
+    assert f"b, sample (euler, 2): PSNR {metrics.psnr(wanted, target / 255)[0]:.2f} dB" in text
+    assert f"biharmonic: PSNR {metrics.psnr(smooth[None], target / 255)[0]:.2f} dB" in text
+    heads = [ax.get_title().splitlines()[0] for ax in figure.axes]
+    assert heads == ["observed", "b", "biharmonic", "target"]
+    for change, message in (
+        ({"model": "c"}, "model='c' is unknown; pass one of a"),
+        ({"size": 32}, "size=32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            widgets.own_image_figure({"a": model}, picture, **change)
+
+
+def test_own_image_panel_takes_an_upload_before_a_path(model, tmp_path, caplog):
+    grey, red = np.full((16, 16, 3), 128, np.uint8), np.full((16, 16, 3), (255, 0, 0), np.uint8)
+    (tmp_path / "red.png").write_bytes(encoded(red))
+    box = widgets.own_image_panel({"a": model}, grey, sizes=(16,))
+
+    def downloaded():
+        found = re.search(
+            r'download="reconstruction.png" href="data:image/png;base64,([^"]+)"', box.children[-1].value
+        )
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1]))))
+
+    known = evaluate.observe_images(grey[None], 0.2, 0)["mask"][0].numpy()
+    assert (downloaded()[known] == grey[known]).all()
+    control(box, "path").value = str(tmp_path / "red.png")
+    control(box, "reconstruct").click()
+    assert (downloaded()[known] == red[known]).all()
+    green = np.full((16, 16, 3), (0, 255, 0), np.uint8)
+    upload = {"name": "g.png", "type": "image/png", "size": 1, "content": memoryview(encoded(green))}
+    control(box, "your image").value = ({**upload, "last_modified": datetime.now(UTC)},)
+    control(box, "reconstruct").click()
+    assert (downloaded()[known] == green[known]).all()
+    control(box, "your image").value = ()
+    control(box, "path").value = str(tmp_path / "missing.png")
+    control(box, "reconstruct").click()  # ipywidgets logs what is raised in a click
+    assert "missing.png cannot be read as an image" in caplog.text
+    assert "nf-error" in parts(box)[0].value and box.children[-1].layout.display == "none"
 
 
 def test_hyperparameter_panel_states_the_cost():
