@@ -120,7 +120,7 @@ def test_ss2d_equals_a_float64_loop(height, width):
         layer.A_log.add_(0.3 * torch.randn_like(layer.A_log))
         layer.D.normal_()
     grid = torch.randn(2, height, width, 6)
-    orders = grid_orders(height, width, DIRECTIONS)
+    orders = grid_orders(height, width, DIRECTIONS, torch.device("cpu"))
     torch.testing.assert_close(
         layer(grid, orders).double(), loop_scan(layer, grid, DIRECTIONS), rtol=1e-4, atol=1e-5
     )
@@ -133,7 +133,10 @@ def test_orders_are_inverse_exact(kind, height, width):
     tokens = torch.randn(height * width)
     assert torch.equal(tokens[order][inverse_order(order)], tokens)
     # What the model is given: the order without the flip, and that it is walked backwards.
-    (given,), (backwards,) = grid_orders(height, width, (kind,)), walks_backwards((kind,))
+    (given,), (backwards,) = (
+        grid_orders(height, width, (kind,), torch.device("cpu")),
+        walks_backwards((kind,)),
+    )
     assert torch.equal(given.flip(0) if backwards else given, order)
 
 
@@ -143,7 +146,7 @@ def test_a_direction_equals_its_scan_alone():
     layer = SS2D(6, 3, 2.0, DIRECTIONS)
     grid, found = torch.randn(2, 5, 6, 6), []
     layer.fusion.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-    layer(grid, grid_orders(5, 6, DIRECTIONS))
+    layer(grid, grid_orders(5, 6, DIRECTIONS, torch.device("cpu")))
     for k, kind in enumerate(DIRECTIONS):
         alone = SS2D(6, 3, 2.0, (kind,))
         state = layer.state_dict()
@@ -152,7 +155,7 @@ def test_a_direction_equals_its_scan_alone():
         state["x_proj.weight"] = state["x_proj.weight"].unflatten(0, (len(DIRECTIONS), -1))[k]
         alone.load_state_dict(state)
         alone.fusion.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-        alone(grid, grid_orders(5, 6, (kind,)))
+        alone(grid, grid_orders(5, 6, (kind,), torch.device("cpu")))
         torch.testing.assert_close(found[0][:, k], found.pop()[:, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -173,7 +176,11 @@ def test_directions_are_scanned_at_once_without_copies(monkeypatch):
         assert torch.equal(options["orders"][0], options["orders"][1])
     # The orders of a stage are one tensor for all its blocks, down and up, and at the next call.
     first, up = calls[0][1]["orders"], calls[-1][1]["orders"]
-    assert first.data_ptr() == up.data_ptr() == grid_orders(6, 4, ("h", "h_flip", "w2")).data_ptr()
+    assert (
+        first.data_ptr()
+        == up.data_ptr()
+        == grid_orders(6, 4, ("h", "h_flip", "w2"), torch.device("cpu")).data_ptr()
+    )
 
 
 def test_orders_first_asked_for_while_sampling_serve_training():
@@ -181,7 +188,7 @@ def test_orders_first_asked_for_while_sampling_serve_training():
     module._orders.cache_clear()
     model, given = tiny_model(), arguments()
     with torch.inference_mode(), torch.device("meta"):
-        orders = grid_orders(6, 4, model.config.scan_directions)
+        orders = grid_orders(6, 4, model.config.scan_directions, torch.device("cpu"))
     assert orders.device.type == "cpu" and not orders.is_inference()
     with torch.inference_mode():
         expected = model(**given)
@@ -370,7 +377,7 @@ def test_the_twin_has_the_same_topology():
 def test_grid_attention_knows_where_tokens_lie():
     torch.manual_seed(0)
     layer, grid = GridAttention(8, 4), torch.randn(1, 3, 4, 8)
-    coords = module.token_coords(3, 4)
+    coords = module.token_coords(3, 4, torch.device("cpu"))
     shuffle = torch.randperm(12)
     mixed = layer(grid, coords).view(1, 12, 8)
     shuffled = grid.view(1, 12, 8)[:, shuffle].view_as(grid)

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 
 from nfhelpers import spectrograms as module
 from nfhelpers.spectrograms import (
+    generated_meta,
     griffin_lim,
+    load_clip,
     load_spectrograms,
     magnitude_of,
     read_wav,
@@ -448,3 +450,42 @@ def test_a_split_without_clips_is_refused(tmp_path):
 def test_transforms_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Without a dataset
+
+
+@pytest.mark.parametrize("length", [100, 5000])
+def test_a_clip_is_what_the_dataset_makes_of_it(tmp_path, length):
+    for name in ("one.wav", "two.wav"):
+        write_wav(tmp_path / name, np.random.default_rng(len(name)).uniform(-0.5, 0.5, length), RATE)
+    train = load_spectrograms(tmp_path, "train", 16)
+    file = tmp_path / train.meta.names[0].rsplit("/", 1)[-1]
+    made, clip = load_clip(file, 16)
+    assert torch.equal(made.spectrograms, train.spectrograms)
+    assert torch.equal(made.meta.reference, train.meta.reference)
+    assert torch.equal(made.meta.start, train.meta.start)
+    assert clip.shape == (1, 15 * made.meta.hop) and made.meta.class_names == (file.name,)
+    start, samples = made.meta.start.item(), torch.from_numpy(read_wav(file)[0])
+    if length > clip.shape[1]:
+        assert torch.equal(clip[0], samples[start : start + clip.shape[1]])
+    else:
+        assert torch.equal(clip[0, -start : length - start], samples)
+    assert torch.equal(load_clip(io.BytesIO(file.read_bytes()), 16)[1], clip)
+    with pytest.raises(ValueError, match="size=4"):
+        load_clip(file, 4)
+
+
+def test_generated_spectrograms_sound_without_their_data():
+    """The meta is that of the clips, but for their loudness: of a full-scale sine."""
+    real = load_spectrograms("chirps", "test", (32, 24), limit=3)
+    meta = generated_meta((32, 24), RATE, real.meta.class_names)
+    same = ("sample_rate", "n_fft", "hop", "dynamic_range", "class_names")
+    assert all(getattr(meta, name) == getattr(real.meta, name) for name in same)
+    sine = torch.from_numpy(tone(1000, 23 * meta.hop, loudness=1.0)).float()[None]
+    loudest = magnitude_of(sine, meta.n_fft, meta.hop).max()
+    assert meta.reference.item() == pytest.approx(loudest.item(), rel=0.15)  # between two bins
+    generator = torch.Generator().manual_seed(0)
+    assert to_audio(real.spectrograms, meta, generator=generator).shape == (3, 23 * meta.hop)
+    with pytest.raises(ValueError, match="size="):
+        generated_meta(4, RATE, ())

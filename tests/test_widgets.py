@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import ipywidgets
@@ -12,10 +13,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nfhelpers import evaluate, images, metrics, run, train, widgets
+from nfhelpers import evaluate, images, metrics, run, spectrograms, train, widgets
 from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
+    LocalMamba2D,
+    LocalMamba2DConfig,
     MambaDiffusion,
     MambaDiffusionAutoencoder,
     MambaDiffusionAutoencoderConfig,
@@ -23,6 +26,7 @@ from nfhelpers.models import (
     fit_latent_statistics,
     second_phase,
 )
+from nfhelpers.models.local_mamba import sample_grids
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +405,96 @@ def test_interpolation_figure_of_phase_one_has_no_way_through_noise(autoencoder)
     for name, value in (("first", 2), ("second", -1), ("alpha", 1.5)):
         with pytest.raises(ValueError, match=f"{name}={value}"):
             widgets.interpolation_figure(first, ends, **{name: value})
+
+
+def heard(markup):
+    """Samples and rate of every player of some HTML."""
+    data = re.findall(r'src="data:audio/wav;base64,([^"]+)"', markup)
+    return [spectrograms.read_wav(io.BytesIO(base64.b64decode(sound))) for sound in data]
+
+
+def test_audio_players_hold_the_sounds():
+    sound = np.sin(np.arange(400) / 5) / 3
+    markup = widgets.audio_players({"<one>": sound, "two": torch.zeros(100)}, 8000)
+    (first, rate), (second, _) = heard(markup)
+    assert rate == 8000 and "&lt;one&gt;" in markup and "<one>" not in markup
+    np.testing.assert_allclose(first, sound * 0.9 / np.abs(sound).max(), atol=1e-4)
+    np.testing.assert_array_equal(second, np.zeros(100))
+
+
+@pytest.fixture(scope="module")
+def grid_config():
+    return LocalMamba2DConfig(
+        dims=(8, 16), depths=(1, 1), d_state=2, mapping_width=8, num_classes=3, head_dim=8, dropout=0.0
+    )
+
+
+def test_generated_panel_draws_and_sounds_as_the_library(grid_config):
+    torch.manual_seed(0)
+    model = LocalMamba2D(grid_config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    meta = spectrograms.generated_meta(16, 8000, ("zero", "one", "two"))
+    box = widgets.generated_panel(model, meta, steps=2, size=16, title="Digits [smoke]")
+    text, image = parts(box)
+    assert "zero: guidance 2.5, 2 Heun steps" in text.value
+    before, button = image.value, control(box, "generate")
+    control(box, "class").value, control(box, "guidance").value, control(box, "seed").value = 2, 4.0, 1
+    assert image.value == before and "press generate" in text.value
+    button.click()
+    assert image.value != before and "two: guidance 4, 2 Heun steps" in text.value
+    generator = torch.Generator().manual_seed(1)
+    options = {"labels": torch.tensor([2]), "guidance": 4.0, "steps": 2, "generator": generator}
+    grid = sample_grids(model, 1, 16, 16, **options)
+    sound = spectrograms.to_audio(grid, meta, generator=generator)[0]
+    ((samples, rate),) = heard(box.children[-1].value)
+    assert rate == 8000
+    np.testing.assert_allclose(samples, sound * 0.9 / sound.abs().max(), atol=1e-3)
+    with pytest.raises(ValueError, match="label=3 does not exist; pass an index from 0 to 2"):
+        widgets.generated_figure(model, meta, 3, size=16)
+
+
+def test_directions_panel_costs_what_the_library_says(grid_config):
+    box = widgets.directions_panel(grid_config, sizes=(8, 16), repeats=0)
+    text, image = parts(box)
+    assert "h, v, w7, of attention&#x27;s at 8 x 8" in text.value
+    before = image.value
+    control(box, "directions").value = ("h", "w2_flip")
+    control(box, "side of the grid").value = 16
+    config = replace(grid_config, scan_directions=("h", "w2_flip"))
+    scans, attention = evaluate.mixer_costs(config, (16,), repeats=0)
+    ratio = scans["flops_forward"] / attention["flops_forward"]
+    assert image.value != before
+    assert "h, w2_flip, of attention&#x27;s at 16 x 16: parameters" in text.value
+    assert f"FLOPs {ratio:.2f}" in text.value and "time" not in text.value
+    with pytest.raises(ValueError, match="not a sequence of directions"):
+        control(box, "directions").value = ()
+    assert "nf-error" in text.value
+
+
+def test_own_sound_panel_goes_there_and_back(tmp_path):
+    rate, tone = 8000, np.sin(2 * np.pi * 1000 * np.arange(4000) / 8000)
+    spectrograms.write_wav(tmp_path / "tone.wav", tone, rate)
+    content = (tmp_path / "tone.wav").read_bytes()
+    box = widgets.own_sound_panel(content, title="Own [smoke]")
+    text, image = parts(box)
+    before = image.value
+    control(box, "path").value, control(box, "side (frames, bins)").value = str(tmp_path / "tone.wav"), 32
+    control(box, "to spectrogram and back").click()
+    assert image.value != before and "0.12 s at 8000 Hz, 62 samples a frame" in text.value
+    (original, _), (back, _) = heard(box.children[-1].value)
+    assert len(original) == len(back) == 31 * 31
+    peaks = [np.abs(np.fft.rfft(sound)).argmax() * rate / len(sound) for sound in (original, back)]
+    np.testing.assert_allclose(peaks, 1000, atol=rate / len(back))
+    control(box, "path").value = str(tmp_path / "none.wav")
+    with pytest.raises(ValueError, match="cannot be read as a wav file"):
+        widgets.own_sound_figure(str(tmp_path / "none.wav"))
+
+
+def test_own_sound_figure_is_the_same_from_path_and_bytes(tmp_path):
+    spectrograms.write_wav(tmp_path / "noise.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 5000), 8000)
+    made = [
+        widgets.own_sound_figure(source, 16, 4)
+        for source in (str(tmp_path / "noise.wav"), (tmp_path / "noise.wav").read_bytes())
+    ]
+    assert made[0][1:] == made[1][1:] and "spectral convergence" in made[0][1]

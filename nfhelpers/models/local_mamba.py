@@ -49,19 +49,20 @@ _FLIP = "_flip"
 
 
 @functools.lru_cache(maxsize=64)
-def _orders(height: int, width: int, directions: tuple[str, ...]) -> torch.Tensor:
+def _orders(height: int, width: int, directions: tuple[str, ...], device: torch.device) -> torch.Tensor:
     # What is kept must not depend on where it is asked for first.
     with torch.inference_mode(False), torch.device("cpu"):
-        return torch.stack([grid_order(height, width, kind.removesuffix(_FLIP)) for kind in directions])
+        orders = [grid_order(height, width, kind.removesuffix(_FLIP)) for kind in directions]
+        return torch.stack(orders).to(device)
 
 
 @torch.compiler.assume_constant_result  # a constant of the graph, as its size is
-def grid_orders(height: int, width: int, directions: tuple[str, ...]) -> torch.Tensor:
-    """Orders in which the tokens of a grid are scanned -> (K, L) int64 on the CPU, computed once a size.
+def grid_orders(height: int, width: int, directions: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    """Orders in which the tokens of a grid are scanned -> (K, L) int64, computed once a size and device.
 
     A direction "x_flip" has the order of "x": `walks_backwards` says that it is walked from its end.
     """
-    return _orders(height, width, directions)
+    return _orders(height, width, directions, device)
 
 
 def walks_backwards(directions: tuple[str, ...]) -> tuple[bool, ...]:
@@ -69,10 +70,16 @@ def walks_backwards(directions: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(kind.endswith(_FLIP) for kind in directions)
 
 
+@functools.lru_cache(maxsize=64)
+def _coords(height: int, width: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return grid_coords(height, width)[None].to(device)
+
+
 @torch.compiler.assume_constant_result
-def token_coords(height: int, width: int) -> torch.Tensor:
-    """Centres of the tokens of a grid, (x, y) in [0, 1] -> (1, L, 2) on the CPU."""
-    return grid_coords(height, width)[None]
+def token_coords(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Centres of the tokens of a grid, (x, y) in [0, 1] -> (1, L, 2), computed once a size and device."""
+    return _coords(height, width, device)
 
 
 def gather_patches(grid: torch.Tensor) -> torch.Tensor:
@@ -584,8 +591,8 @@ class LocalMamba2D(FieldModel):
     def _where(self, height: int, width: int, device: torch.device) -> torch.Tensor:
         """What the mixers of a stage take beside its grid: orders (K, L), or centres of tokens (1, L, 2)."""
         if self.config.mixer == "attention":
-            return token_coords(height, width).to(device)
-        return grid_orders(height, width, self.config.scan_directions).to(device)
+            return token_coords(height, width, device)
+        return grid_orders(height, width, self.config.scan_directions, device)
 
     def _condition(
         self,
