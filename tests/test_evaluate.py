@@ -989,6 +989,24 @@ def test_equal_size_meets_the_number(name):
         evaluate.equal_size(model_class, config, 100)
 
 
+def test_tables_of_means_and_of_samplers():
+    row = {"model": "v1", "parameters": 1234, "psnr": 20.456, "psnr_se": 0.5, "ssim": 0.7}
+    other = {**row, "model": "v2", "versus_first": 1.5, "versus_first_se": None}
+    text = evaluate.format_means([{**row, "versus_first": 0.0, "versus_first_se": 0.0}, other]).splitlines()
+    assert text[0].split("  ")[-1].strip() == "PSNR - v1"
+    assert text[2].split() == ["v1", "1,234", "20.46", "±", "0.50", "0.700", "+0.00", "±", "0.00"]
+    assert text[3].split()[-1] == "+1.50"
+    sample = {"method": "heun", "kind": "sample", "evaluations": 4, "psnr": 20.0, "ssim": 0.5}
+    sample |= {"speckle": None, "sharpness": 1.0}
+    line = evaluate.format_samplers([sample]).splitlines()[2]
+    assert line.split() == ["heun", "4", "20.000", "0.500", "-", "1.000"]
+    for rows in ([], [sample, {**sample, "kind": "mean"}]):
+        with pytest.raises(ValueError, match="none or of two kinds"):
+            evaluate.format_samplers(rows)
+    with pytest.raises(ValueError, match="rows is empty"):
+        evaluate.format_means([])
+
+
 def test_best_seconds_warms_up_and_keeps_to_its_budget():
     waits, made = iter([0.05, 0.004, 0.002, 0.004, 0.05]), []
 
