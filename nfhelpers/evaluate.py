@@ -1922,7 +1922,8 @@ def frechet_distance(a, b):
     # The product of two positive semi-definite matrices has eigenvalues >= 0, up to rounding.
     root = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)).sum()
     apart = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)
+    distance = apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root
+    return max(0.0, float(distance))  # rounding may leave equal sets a little below
 
 
 def image_distance(images, reference, dims=16):

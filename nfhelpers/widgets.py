@@ -48,7 +48,8 @@ def panel(draw, controls, *, button=None, cache=32):
     drawing; on later ones it is shown in the line and raised in the callback. However fast a control is
     moved, JupyterLab sends one value at a time and skips those that came meanwhile, so no drawings queue up.
     """
-    image = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+    # At its own size where there is room: a column would stretch it to its full width.
+    image = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
     text, below = ipywidgets.HTML(layout={"min_height": "2em"}), ipywidgets.HTML()
 
     def render(*values):

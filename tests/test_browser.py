@@ -170,16 +170,17 @@ def wait_until_run(page, notebook, timeout):
 
 
 def press(page, panel):
-    """In a panel move the first slider one step by keyboard, and press its button if it has one."""
-    handle = panel.locator("[role=slider]").first
-    value = handle.get_attribute("aria-valuenow")
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    handle.press("ArrowLeft" if value == handle.get_attribute("aria-valuemax") else "ArrowRight")
-    assert handle.get_attribute("aria-valuenow") != value, "the slider did not move"
+    """In a panel move the first slider one step by keyboard; all of them, and press it, if it has a button."""
     button = panel.locator(BUTTON)
+    handles = panel.locator("[role=slider]").all()
+    for handle in handles if button.count() else handles[:1]:
+        value = handle.get_attribute("aria-valuenow")
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        handle.press("ArrowLeft" if value == handle.get_attribute("aria-valuemax") else "ArrowRight")
+        assert handle.get_attribute("aria-valuenow") != value, "the slider did not move"
     if button.count():
-        page.get_by_text("settings changed").first.wait_for()
+        panel.get_by_text("settings changed").wait_for()
         button.click()
 
 

@@ -196,7 +196,9 @@ OTHER_CARDS = [
 CARDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
 
 
-@pytest.mark.parametrize("page", ["benchmarks/README.md", *(f"checkpoints/{name}/README.md" for name in CARDS)])
+@pytest.mark.parametrize(
+    "page", ["benchmarks/README.md", *(f"checkpoints/{name}/README.md" for name in CARDS)]
+)
 @pytest.mark.parametrize("results", ["means-photos", "means-cifar10", "samples-photos", "samples-cifar10"])
 def test_quoted_results_are_the_measured_ones(repository, page, results):
     """Every PSNR of a model, and its distance to biharmonic inpainting, stands on the page as in results/."""
