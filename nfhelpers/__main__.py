@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from nfhelpers import evaluate, images, kernels, models, plots, run, samplers, spectrograms, train
+from nfhelpers import evaluate, kernels, models, plots, run, samplers, spectrograms, train
 
 SELF_CHECK_TOLERANCE = 1e-4
 """Largest relative error, against the float64 reference, that `doctor` takes for rounding in float32."""
@@ -296,21 +296,13 @@ def build_model(name, preset, settings, init):
 
 def load_datasets(name, data, seed):
     """The datasets (train, validation) of these settings: sparse fields, or spectrograms for localmamba."""
-    parts = (("train", data["train_images"]), ("test", data["validation_images"]))
     if name == "localmamba":
+        parts = (("train", data["train_images"]), ("test", data["validation_images"]))
         return [
             spectrograms.load_spectrograms(data["source"], split, data["size"], limit)
             for split, limit in parts
         ]
-    return [
-        images.SparseFields(
-            images.load_images(data["source"], split, data["size"], limit),
-            data["observed"],
-            data["queries"],
-            seed=None if split == "train" else seed,
-        )
-        for split, limit in parts
-    ]
+    return run.field_datasets(data, seed)
 
 
 def keep_latent_statistics(result, dataset, device):

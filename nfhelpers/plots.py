@@ -1118,7 +1118,8 @@ def spectrogram_grid(spectrograms, labels=None, meta=None, columns=5, title=None
     colours = colormaps["magma"].resampled(61)
     style = {"origin": "lower", "extent": extent, "aspect": "auto", "interpolation": "nearest"}
     style |= {"cmap": colours, "vmin": low, "vmax": high}
-    figure, axes = _grid(-(-len(values) // columns), columns, title, width=side, height=side)
+    width = side if columns > 1 else 2 * side  # a title needs room
+    figure, axes = _grid(-(-len(values) // columns), columns, title, width=width, height=side)
     for index, ax in enumerate(axes.flat):
         if index >= len(values):
             ax.set_axis_off()

@@ -130,7 +130,9 @@ def training_monitor(epochs):
         left = (time.perf_counter() - begin) / len(done) * (epochs - epoch)
         parts = [f"epoch {epoch} of {epochs}", f"loss {history['loss'][-1]:.3f}"]
         if history["val_loss"]:
-            parts.append(f"validation {history['val_loss'][-1]:.3f}, {history['val_psnr'][-1]:.2f} dB")
+            parts.append(f"validation {history['val_loss'][-1]:.3f}")
+            if np.isfinite(history["val_psnr"][-1]):  # of fields; grids have none
+                parts.append(f"{history['val_psnr'][-1]:.2f} dB")
         line.value = f"<code>{', '.join(parts)}, about {left:.0f} s left</code>"
         if pressed.is_set():
             raise KeyboardInterrupt  # which `train.fit` takes as a wish to stop, and saves

@@ -170,7 +170,7 @@ def wait_until_run(page, notebook, timeout):
 
 
 def press(page, panel):
-    """In a panel move the first slider one step by keyboard; all of them, and press it, if it has a button."""
+    """In a panel move the first slider a step by keyboard; of one with a button all, and press it."""
     button = panel.locator(BUTTON)
     handles = panel.locator("[role=slider]").all()
     for handle in handles if button.count() else handles[:1]:
