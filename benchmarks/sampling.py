@@ -5,9 +5,9 @@
 Models are those of presets.toml with random weights (demo on a CPU, full on a GPU), float32. A field has 204
 observed pixels and 1,024 queries; localmamba samples grids of its preset's size, where a query is a pixel.
 `mean` is the posterior mean in one evaluation, which is all that diffae_phase1 has. The scan's share is 1 -
-(time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over the
-time here. The shortest of several runs counts. JSON goes to benchmarks/results when all was measured at full
-size, else only where --out says.
+(time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over
+the time here. The shortest of several runs counts. JSON goes to benchmarks/results when all was measured at
+full size, else only where --out says.
 """
 
 import argparse

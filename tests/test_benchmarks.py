@@ -1,15 +1,21 @@
-"""The scan benchmark: every row computes the same scan, the floor is the arithmetic it claims to be."""
+"""Benchmarks: every row computes the same, the floor is the arithmetic it claims to be, the scripts run."""
 
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 
+from nfhelpers import __main__ as command_line
 from nfhelpers import models
+from nfhelpers.images import SparseFields
+from nfhelpers.run import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,184 @@ def test_localmamba_benchmark_prints_both_tables(repository, tmp_path, capsys):
     module.main(["generated", str(tmp_path / "model"), *options])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["source", "guidance", "count", "accuracy"] and len(lines) == 5
+
+
+# Training steps, sampling, the whole
+
+
+@pytest.fixture
+def load_benchmark(repository, monkeypatch):
+    """A function that imports a script of benchmarks/ by name; scripts import one another as when they run."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", ["v1", "field", "localmamba"])
+def test_exchanged_scans_give_the_same_loss_and_gradients(load_benchmark, name):
+    """native or chunked, loop and einsum, in one block and in many, on the same model; `none` does not."""
+    bench = load_benchmark("train_step")
+    device = torch.device("cpu")
+    found = {}
+    for scan, block in (
+        ("chunked", 2**28),
+        ("loop", 2**28),
+        ("einsum", 2**28),
+        ("einsum", 2**16),
+        ("none", 0),
+    ):
+        model = bench.make_model(name, "smoke")
+        with pytest.MonkeyPatch.context() as patch, bench.scanning(scan):
+            patch.setitem(bench.BLOCK_BYTES, "cpu", block)
+            bench.make_step(model, 2, 4, device, False)()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[scan, block] = grads
+    truth = found.pop(("chunked", 2**28))
+    assert truth.abs().max() > 1e-3
+    different = found.pop(("none", 0))
+    assert (different - truth).norm() > 0.01 * truth.norm()
+    for grads in found.values():
+        assert (grads - truth).norm() < 1e-4 * truth.norm()
+
+
+def test_scans_are_put_back(load_benchmark, monkeypatch):
+    bench = load_benchmark("train_step")
+    before = bench.ssm.selective_scan
+    monkeypatch.setenv("NF_SCAN_BACKEND", "chunked")
+    with bench.scanning("reference"):
+        assert os.environ["NF_SCAN_BACKEND"] == "reference"
+    with pytest.raises(KeyError), bench.scanning("loop"):
+        assert bench.ssm.selective_scan is not before
+        raise KeyError
+    assert bench.ssm.selective_scan is before and os.environ["NF_SCAN_BACKEND"] == "chunked"
+
+
+def test_decays_of_einsum_are_counted(load_benchmark):
+    bench = load_benchmark("train_step")
+    model = bench.make_model("v1", "smoke")  # 2 layers of 64 channels and 4 states
+    bench.DECAYS.clear()
+    with bench.scanning("none"):
+        bench.make_step(model, 3, 4, torch.device("cpu"), False)()
+    assert bench.DECAYS == [3 * 64 * 4 * (16 + 16) ** 2] * 2
+
+
+def test_training_step_benchmark_prints_its_tables(load_benchmark, tmp_path, capsys):
+    bench = load_benchmark("train_step")
+    out = tmp_path / "steps.json"
+    bench.main(f"--quick --device cpu --models v1 local --out {out}".split())
+    text = capsys.readouterr().out
+    for part in ("scan's share", "time grows", "waiting for data", "v1: step with the loop / step"):
+        assert part in text
+    rows = json.loads(out.read_text())["rows"]
+    steps = [row for row in rows if row["table"] == "steps"]
+    assert {row["scan"] for row in steps if row["model"] == "v1"} >= {"chunked", "loop", "einsum"}
+    assert all(row["seconds"] > 0 and row["memory"] > 0 for row in steps)
+    (waiting,) = (row for row in rows if row["table"] == "waiting")
+    assert waiting["steps"] == 2 and 0 < waiting["waiting"] < 1
+
+
+def test_time_that_training_waits_is_found(load_benchmark, monkeypatch):
+    """Items that take 10 ms each, in batches of 8: most of a step of a small model is waiting."""
+    bench = load_benchmark("train_step")
+    monkeypatch.setattr(bench.command_line, "load_datasets", slow_datasets)
+    options = bench.parse("--quick --device cpu".split())
+    row = bench.measure_waiting("v1", options)
+    assert row["waiting"] * row["seconds"] == pytest.approx(0.08, rel=0.5)
+    assert row["waiting"] > 0.3
+
+
+def slow_datasets(name, data, seed):
+    class Slow(SparseFields):
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return super().__getitem__(index)
+
+    pictures = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+    return Slow(pictures), SparseFields(pictures[:2], seed=0)
+
+
+def test_sampling_benchmark_prints_its_table(load_benchmark, tmp_path, capsys):
+    bench = load_benchmark("sampling")
+    out = tmp_path / "sampling.json"
+    options = (
+        "--quick --device cpu --steps 2 --samplers heun --models v1 diffae_phase1 diffae_phase2 localmamba"
+    )
+    bench.main([*options.split(), "--out", str(out)])
+    assert "queries/s" in capsys.readouterr().out
+    rows = {(row["model"], row["sampler"]): row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {
+        ("v1", "mean"), ("v1", "heun"), ("diffae_phase1", "mean"), ("diffae_phase2", "mean"),
+        ("diffae_phase2", "heun"), ("localmamba", "heun"),
+    }  # fmt: skip
+    assert rows["v1", "heun"]["evaluations"] == 3 and rows["v1", "heun"]["queries"] == 16
+
+
+def evaluations_of(bench, model, sampler):
+    calls = []
+    model.register_forward_hook(lambda *given: calls.append(1))
+    call, _, claimed = bench.make_sampling(model, sampler, 3, 1, 4, torch.device("cpu"))
+    call()
+    return len(calls), claimed
+
+
+def test_sampling_benchmark_counts_evaluations(load_benchmark):
+    bench = load_benchmark("sampling")
+    for sampler in ("mean", *bench.samplers.SAMPLERS):
+        made, claimed = evaluations_of(bench, bench.make_model("v1", "smoke"), sampler)
+        assert made == claimed, sampler
+
+
+def reproduce(repository, *stages, **environment):
+    command = ["bash", repository / "benchmarks" / "reproduce.sh", *stages]
+    environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | environment
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("preset", ["smoke", "full"])
+def test_every_command_of_the_whole_is_understood(repository, load_benchmark, preset, tmp_path):
+    done = reproduce(
+        repository, PRESET=preset, DRY="1", OUT=str(tmp_path), COMPILE="all", SET="train.epochs=3 seed=1"
+    )
+    assert done.returncode == 0, done.stderr
+    programs = {"benchmarks/scan.py": "scan", "benchmarks/train_step.py": "train_step"}
+    programs |= {f"benchmarks/{name}.py": name for name in ("sampling", "diffae", "localmamba")}
+    models_trained = []
+    for line in done.stdout.splitlines():
+        _, program, *arguments = shlex.split(line)
+        if program == "-m":
+            options = command_line.build_parser().parse_args(arguments[1:])
+            if arguments[1] == "train":
+                models_trained.append(options.model)
+                overrides = command_line.parse_overrides(options.set)
+                settings = load_settings(options.model, options.preset, overrides)
+                assert settings["train"]["compile"] and settings["train"]["epochs"] == 3
+        elif hasattr(load_benchmark(programs[program]), "parse"):
+            load_benchmark(programs[program]).parse(arguments)
+        else:
+            assert (repository / program).is_file()
+    assert models_trained == command_line.trainable()[:4] + [*command_line.PHASES, "localmamba"]
+    assert len(done.stdout.splitlines()) == (14 if preset == "smoke" else 18)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_goes_on_in_slices(repository, tmp_path):
+    """v1 trained in slices of few seconds, then its table; what is done is passed over."""
+    options = dict(PRESET="smoke", OUT=str(tmp_path), SLICE="9")
+    options["SET"] = "train.epochs=60 train.save_every=100 train.visualise_every=100 train.evaluate_every=30"
+    calls = [reproduce(repository, "train-v1", **options)]
+    assert calls[0].returncode == 75 and "SIGTERM: stopped at step" in calls[0].stderr, calls[0].stderr
+    while calls[-1].returncode == 75 and len(calls) < 20:
+        calls.append(reproduce(repository, "train-v1", **options))
+    assert calls[-1].returncode == 0, calls[-1].stderr
+    losses = [row for row in (tmp_path / "v1" / "log.csv").read_text().splitlines()[1:] if row.split(",")[2]]
+    assert [int(row.split(",")[0]) for row in losses] == list(range(1, 241))  # no step twice, none left out
+    again = reproduce(repository, "train-v1", "sampling", PRESET="smoke", OUT=str(tmp_path))
+    assert "train-v1: done before" in again.stdout and "queries/s" in again.stdout
+    assert (tmp_path / "results" / "sampling.json").is_file() and (tmp_path / "done" / "sampling").exists()
+
+
+def test_a_stage_that_fails_or_is_unknown_is_named(repository, tmp_path):
+    failed = reproduce(repository, "means-photos", PRESET="smoke", OUT=str(tmp_path))
+    assert failed.returncode == 1 and "means-photos failed" in failed.stderr
+    assert not (tmp_path / "done" / "means-photos").exists()
+    unknown = reproduce(repository, "train-v9", OUT=str(tmp_path))
+    assert unknown.returncode == 2 and "no stage train-v9; stages are: train-v1" in unknown.stderr
