@@ -228,11 +228,25 @@ def test_autoencoders_quote_what_was_measured(repository, results, wanted):
     rows = [row for row in record["rows"] if wanted(row)]
     assert rows
     for row in rows:
-        text = (repository / f"checkpoints/{row['model']}/README.md").read_text()
+        card = repository / f"checkpoints/{row['model']}/README.md"
+        text = card.read_text()
         gain, error = row["versus_first"], row["versus_first_se"]
         assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, row
         assert f"{gain:+.2f} ± {error:.2f}" in text, row
         assert record["command"] in " ".join(text.replace("\\", " ").split())
+
+
+def test_generated_digits_quote_what_was_measured(repository):
+    record = json.loads((repository / "benchmarks/results/localmamba-fsdd.json").read_text())
+    for page in ("checkpoints/localmamba-fsdd/README.md", "benchmarks/README.md"):
+        text = (repository / page).read_text()
+        assert record["command"] in " ".join(text.replace("\\", " ").split())
+        for row in record["rows"]:
+            accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
+            numbers = (
+                f"| {accuracy} | {row['frechet']:.2f} | {row['nearest']:.3f} | {100 * row['copies']:.1f} |"
+            )
+            assert numbers in text, row
 
 
 def test_every_checkpoint_has_a_card_and_is_small(repository):
