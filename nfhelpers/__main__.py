@@ -267,6 +267,10 @@ PHASES = ("diffae_phase1", "diffae_phase2")
 """Sections of presets.toml that train the diffusion autoencoder, one after the other."""
 
 
+LINEAR_CODE_IMAGES = 20_000
+"""Most training images that the linear code of diffae_phase1 is fitted on."""
+
+
 def build_model(name, preset, settings, init):
     """The model to train, of these settings. Phase 2 of the autoencoder is built on the model of phase 1;
     multidir, v2 and field start from the components they share with a v1 in the folder `init`, if given.
@@ -336,7 +340,7 @@ def train_model(options, command):
     run.seed_everything(seed)
     model = build_model(options.model, preset, settings["model"], options.init)
     if options.model == "diffae_phase1":
-        models.fit_linear_code(model, datasets[0].images)
+        models.fit_linear_code(model, datasets[0].images[:LINEAR_CODE_IMAGES])
     main_process = is_main_process()
     if main_process:
         parameters = sum(p.numel() for p in model.parameters())

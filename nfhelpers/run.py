@@ -236,12 +236,13 @@ def field_datasets(data, seed):
     """Training and validation dataset (`images.SparseFields`) of the table `data` of a section's settings.
 
     data: source, size, observed, queries, train_images and validation_images of presets.toml. Training sees
-    other pixels in each epoch, validation (images of the test split) always those of `seed`.
+    other pixels in each epoch, validation (images of the test split) always those of `seed`. Shards and large
+    folders are read item by item (`images.open_images`).
     """
     splits = (("train", data["train_images"], None), ("test", data["validation_images"], seed))
     return tuple(
         images.SparseFields(
-            images.load_images(data["source"], split, data["size"], limit),
+            images.open_images(data["source"], split, data["size"], limit),
             data["observed"],
             data["queries"],
             seed=split_seed,

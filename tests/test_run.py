@@ -1,6 +1,8 @@
 """Presets, overrides, seeds and paths of a notebook's first call."""
 
+import io
 import random
+import tarfile
 import tomllib
 from dataclasses import FrozenInstanceError
 from importlib.resources import files
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from nfhelpers import images, kernels, models, run, train
 
@@ -278,6 +281,23 @@ def test_field_datasets_are_of_the_settings(presets):
     before = train_data[0]["input_coords"]
     train_data.set_epoch(1)  # other pixels in each epoch, of training only
     assert not torch.equal(train_data[0]["input_coords"], before)
+
+
+def test_field_datasets_of_shards_are_read_item_by_item(tmp_path, presets):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for number in range(20):
+            png = io.BytesIO()
+            Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(png, format="png")
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = png.tell()
+            png.seek(0)
+            shard.addfile(member, png)
+    data = {**presets["v1"]["smoke"]["data"], "source": str(tmp_path), "size": 16, "train_images": 50}
+    train_data, validation_data = run.field_datasets(data, seed=0)
+    assert all(isinstance(d.images, images.StreamedImages) for d in (train_data, validation_data))
+    assert len(train_data) + len(validation_data) == 20
+    wanted = images.SparseFields(images.load_images(tmp_path, "train", 16), data["observed"], data["queries"])
+    assert all(torch.equal(train_data[1][name], value) for name, value in wanted[1].items())
 
 
 def test_other_settings_train_in_another_folder(tmp_path):
