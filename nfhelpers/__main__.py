@@ -37,7 +37,7 @@ def main(arguments=None):
     command = shlex.join(["python", "-m", "nfhelpers", *arguments])
     try:
         return options.function(options, command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
