@@ -1571,7 +1571,8 @@ def first_phase(model):
     twin = MambaDiffusionAutoencoder(replace(model.config, phase=1))
     _, unexpected = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
     assert all(name.startswith("refiner.") for name in unexpected)
-    return twin.eval()
+    # Buffers that are not saved are not handed over: they follow by device and dtype.
+    return twin.to(model.latent_mean).eval()
 
 
 @torch.no_grad()

@@ -241,6 +241,7 @@ def test_with_the_linear_code_of_a_training_set_it_is_pca():
     ("images", "message"),
     [
         (np.zeros((300, 4, 4, 3)), "images are float64"),
+        (np.zeros((300, 3, 5, 3), np.uint8), "3 x 5 have fewer pixels a side than num_cosines=4"),
         (np.zeros((6, 4, 4, 3), np.uint8), "6 images and 48 amplitudes do not span latent_dim=6"),
     ],
 )

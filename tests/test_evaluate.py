@@ -1,5 +1,6 @@
 """Evaluation against closed forms and stub models: baselines, reconstruction, paired tables, costs."""
 
+import copy
 import json
 import time
 from dataclasses import replace
@@ -1607,3 +1608,11 @@ def test_checklist_names_what_does_not_hold(monkeypatch):
     rows = evaluate.local_mamba_checklist(GRIDS, size=16)
     assert [row["ok"] for row in rows] == [False] * 3
     assert all(row["found"] == "RuntimeError: no kernel image" for row in rows)
+
+
+def test_the_first_phase_stays_where_the_model_is(autoencoder):
+    """Buffers that are not saved, too: on a GPU a decoding would mix devices otherwise."""
+    twin = evaluate.first_phase(copy.deepcopy(autoencoder).double())
+    assert {tensor.dtype for tensor in (*twin.parameters(), *twin.buffers())} == {torch.float64}
+    meta = evaluate.first_phase(copy.deepcopy(autoencoder).to("meta"))
+    assert all(tensor.is_meta for tensor in (*meta.parameters(), *meta.buffers()))

@@ -715,7 +715,8 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
 
     images: (N, H, W, 3) uint8, all of whose pixels are used. The untrained autoencoder given all pixels then
     is PCA, up to what `num_cosines` cannot say. Raises ValueError for other images, and for fewer than
-    latent_dim + 1 of them or of amplitudes.
+    latent_dim + 1 of them or of amplitudes, and for
+    a side of fewer pixels than `num_cosines`, over which the cosines are not orthogonal.
     """
     images = np.asarray(images)
     code, count, channels = model.linear_code, model.config.num_cosines, model.config.latent_dim
@@ -725,6 +726,11 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
         raise ValueError(
             f"{len(images)} images and {len(code.mean)} amplitudes do not span latent_dim={channels} "
             "components; pass more images, or a smaller latent_dim or larger num_cosines"
+        )
+    if min(images.shape[1:3]) < count:
+        raise ValueError(
+            f"images of {images.shape[1]} x {images.shape[2]} have fewer pixels a side than "
+            f"num_cosines={count}; pass num_cosines={min(images.shape[1:3])} or larger images"
         )
     device = code.mean.device
     basis = cosines(grid_coords(*images.shape[1:3])[None].to(device), count)[0]  # (P, M^2)
@@ -764,7 +770,7 @@ def second_phase(
     model = MambaDiffusionAutoencoder(replace(first.config, phase=2, residual_std=residual_std))
     missing, _ = model.load_state_dict(first.state_dict(), strict=False)
     assert all(name.startswith("refiner.") for name in missing)
-    return model.to(first.latent_mean.device)
+    return model.to(first.latent_mean)
 
 
 @torch.no_grad()
