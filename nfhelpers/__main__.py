@@ -314,7 +314,7 @@ def keep_latent_statistics(result, dataset, device):
     for folder in {result.best, result.latest} - {None}:
         model = models.load_model(folder).to(device)
         models.fit_latent_statistics(model, dataset)
-        model.save_pretrained(folder)
+        train.save_model(model, folder)
 
 
 def train_model(options, command):

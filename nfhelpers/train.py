@@ -345,7 +345,7 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
         raise SystemExit(TERMINATED)
     if stopped is None:
         if accelerator.is_main_process and not latest.is_dir():  # the run was finished, the folder deleted
-            _save_model(model, latest)
+            save_model(model, latest)
         accelerator.wait_for_everyone()  # on return, the files are there for every process
     return TrainResult(
         log.history,
@@ -466,7 +466,9 @@ def _step(run, slices):
     config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
     try:
         loss = _accumulate(run, slices)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         raise MemoryError(_out_of_memory(run, error)) from error
     run.accelerator.unscale_gradients(run.prepared)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
@@ -503,6 +505,11 @@ def _step(run, slices):
     return loss
 
 
+def _is_out_of_memory(error):
+    """Of a GPU, or of the CPU, for which PyTorch has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def _out_of_memory(run, error):
     """What a step needed, what there is, and what helps."""
     found = str(error).split(". If reserved")[0]  # torch's own advice follows
@@ -510,13 +517,12 @@ def _out_of_memory(run, error):
         peak = torch.cuda.max_memory_allocated(run.accelerator.device)
         free, total = torch.cuda.mem_get_info(run.accelerator.device)
         found += f" (held at most: {_size(peak)}; free now: {_size(free)} of {_size(total)})"
-    remedies = [
-        f"gradient_accumulation={2 * run.config.gradient_accumulation} (half as many samples at once)",
-        "gradient_checkpointing=True (less memory a layer, a third more time)",
-        "a smaller batch_size or precision='bf16' (another curve, so another output_dir)",
-    ]
-    if run.config.gradient_checkpointing or not hasattr(run.model, "gradient_checkpointing"):
-        del remedies[1]
+    remedies = ["a smaller batch_size or precision='bf16' (another curve, so another output_dir)"]
+    if not run.config.gradient_checkpointing and hasattr(run.model, "gradient_checkpointing"):
+        remedies.insert(0, "gradient_checkpointing=True (less memory a layer, a third more time)")
+    if run.slice_size % 2 == 0:
+        parts = 2 * run.config.gradient_accumulation
+        remedies.insert(0, f"gradient_accumulation={parts} (half as many samples at once)")
     return (
         f"step {run.progress.step + 1}: out of memory with {run.slice_size} samples at once: {found}; the "
         f"saved state is untouched. Pass {', or '.join(remedies)}, then run again to resume"
@@ -561,7 +567,7 @@ def _finish_epoch(run, live):
             if main and names:
                 with _averaged(run.ema, run.model):
                     for name in names:
-                        _save_model(run.model, run.folder / name)
+                        save_model(run.model, run.folder / name)
             if main and (evaluate or visualise):
                 picture = run.folder / "fields" / f"epoch_{epoch:04d}.png" if visualise else None
                 heading = f"{config.title}: epoch {epoch}"
@@ -583,7 +589,7 @@ def _save(run):
     with _deferred_interrupt(), _writing(run):
         run.log.flush()
         with _averaged(run.ema, run.model):
-            _save_model(run.model, run.folder / "latest")
+            save_model(run.model, run.folder / "latest")
         _save_state(run)
 
 
@@ -1092,16 +1098,25 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM: an interrupt after which the process is to end."""
 
 
+_held = set()  # folders in which this process trains
+
+
 @contextmanager
 def _locked(folder, accelerator):
     """One run at a time in this folder: on the main process, a lock that the system frees with the process.
 
-    A POSIX record lock, which forked data loader workers do not inherit.
+    A POSIX record lock, which forked data loader workers do not inherit. It does not keep out other threads
+    of the process that has it: `_held` does.
     """
     if not accelerator.is_main_process:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _held:
+        raise ValueError(
+            f"{folder} is in use by another call of fit in this process; wait for its end, or pass another "
+            "output_dir"
+        )
     with (folder / "run.lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1119,7 +1134,11 @@ def _locked(folder, accelerator):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        _held.add(folder.resolve())
+        try:
+            yield
+        finally:
+            _held.discard(folder.resolve())
 
 
 @contextmanager
@@ -1373,7 +1392,7 @@ def _restore_average(model, ema, scaler, tensors, details):
         scaler.load_state_dict(details["scaler"])
 
 
-def _save_model(model, folder):
+def save_model(model, folder):
     """save_pretrained, such that a kill at any moment leaves a whole model in `folder` if one was there."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
