@@ -13,7 +13,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import platform
 import time
 from dataclasses import replace
@@ -21,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from scipy.fft import dctn
 from scipy.interpolate import (
@@ -44,7 +42,7 @@ from tqdm.auto import tqdm
 
 from nfhelpers import images as image_sources
 from nfhelpers import metrics, samplers
-from nfhelpers.images import grid_coords, to_image
+from nfhelpers.images import data_folder, grid_coords, to_image
 from nfhelpers.models import LocalMamba2D, MambaDiffusionAutoencoder
 from nfhelpers.models.local_mamba import MIXERS, batch_keys, grid_flow_loss, guided_velocity, sample_grids
 from nfhelpers.run import versions
@@ -1575,6 +1573,11 @@ def first_phase(model):
     return twin.to(model.latent_mean).eval()
 
 
+def _batch_of(coords):
+    """How many samples of so many points pass through a model at once."""
+    return max(1, TOKENS_PER_FORWARD // coords.shape[1])
+
+
 @torch.no_grad()
 def encode_images(model, images, observed=1.0, seed=0):
     """Latents (N, C), on the CPU and not normalised, of images (N, H, W, 3), of all their pixels or a part.
@@ -1584,7 +1587,7 @@ def encode_images(model, images, observed=1.0, seed=0):
     """
     fields, device = _observed(images, observed, seed), model_device(model)
     points = fields["input_coords"], fields["input_values"]
-    groups = torch.arange(len(points[0])).split(max(1, TOKENS_PER_FORWARD // points[0].shape[1]))
+    groups = torch.arange(len(points[0])).split(_batch_of(points[0]))
     with samplers.evaluation_mode(model):
         return torch.cat([model.encode(*(p[group].to(device) for p in points)).cpu() for group in groups])
 
@@ -1596,10 +1599,10 @@ def decode_latents(model, latents, size=32):
     No pixel is kept: all of them come from the latent. Raises ValueError for latents of another size.
     """
     _check_counts(size=size)
-    device, grid = model_device(model), grid_coords(size, size)
+    device, grid = model_device(model), grid_coords(size, size)[None]
     fields = []
     with samplers.evaluation_mode(model):
-        for part in latents.split(max(1, TOKENS_PER_FORWARD // len(grid))):
+        for part in latents.split(_batch_of(grid)):
             coords = grid.expand(len(part), -1, -1).to(device)
             fields.append(model.decode(coords, part.to(device)).float().cpu())
     return to_image(torch.cat(fields)).reshape(-1, size, size, 3).numpy()
@@ -1800,8 +1803,7 @@ PHOTO_CLASSES = ("astronaut", "rocket", "flower", "china", "coffee", "chelsea")
 
 def cifar10_folder():
     """The folder that source "cifar10" is read from, None if it is not there and would be downloaded."""
-    root = Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
-    folder = root / "cifar-10-batches-bin"
+    folder = data_folder() / "cifar-10-batches-bin"
     return folder if any(folder.glob("*.bin")) else None
 
 
@@ -1872,7 +1874,7 @@ def channel_strengths(model, points=64):
     moved = model.denormalise(torch.cat([torch.zeros(1, channels), torch.eye(channels)])).to(device)
     coords = torch.rand(1, points, 2, generator=torch.Generator().manual_seed(0)).to(device)
     with samplers.evaluation_mode(model):
-        parts = moved.split(max(1, TOKENS_PER_FORWARD // points))
+        parts = moved.split(_batch_of(coords))
         decoded = torch.cat([model.decode(coords.expand(len(z), -1, -1), z) for z in parts])  # (1 + C, P, 3)
     return (decoded[1:] - decoded[:1]).float().square().mean((1, 2)).sqrt().cpu() / 2
 
@@ -1994,11 +1996,6 @@ def image_codes(model, images, steps=20):
         model, coords, values, latents.to(device), steps=steps, max_batch=_batch_of(coords)
     )
     return latents, noises.cpu()
-
-
-def _batch_of(coords):
-    """How many samples of so many points pass through a model at once."""
-    return max(1, TOKENS_PER_FORWARD // coords.shape[1])
 
 
 def interpolation_paths(model, images, *, alphas=(0.0, 0.25, 0.5, 0.75, 1.0), steps=20, codes=None):
@@ -2422,17 +2419,9 @@ def _step_cost(model, batch, repeats, device):
 
     def call():
         grid_flow_loss(model, batch, t=batch["t"]).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    call()  # compiles kernels, takes workspaces and the gradients' memory
-    memory = peak_bytes(call, device)
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return {"seconds": min(taken), "memory": memory}
+    seconds = best_seconds(call, device, repeats)  # the gradients' memory is taken after it
+    return {"seconds": seconds, "memory": peak_bytes(call, device)}
 
 
 def format_mixer_costs(rows):

@@ -42,6 +42,7 @@ __all__ = [
     "SparseFields",
     "StreamedImages",
     "area_resize",
+    "data_folder",
     "grid_coords",
     "load_images",
     "observe",
@@ -198,11 +199,17 @@ class StreamedImages(Sequence):
         base = folder / split if divided else folder
         shards = sorted(base.rglob("*.tar"))
         self.sharded = bool(shards)
+        found = [file for file in base.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES]
+        loose = [file for file in found if file.is_file()]
+        if shards and loose:
+            raise ValueError(
+                f"{base} holds .tar shards ({shards[0].name} ...) and loose images ({loose[0].name} ...); "
+                "keep one of the two there"
+            )
         if shards:
             self._files, names, places = shards, *_index_shards(shards, base)
         else:
-            files = [file for file in base.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES]
-            self._files = [file for file in files if file.is_file()]
+            self._files = loose
             names = [file.relative_to(base).as_posix() for file in self._files]
             places = np.array([(number, 0, -1) for number in range(len(names))])  # whole files
         if not names:
@@ -244,7 +251,7 @@ def _index_shard(shard):
     """The images in one .tar file: their names, and (N, 2) first byte, length; from a cache the next time."""
     stat = shard.stat()
     key = hashlib.sha256(f"{shard.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    cached = _data_folder() / "shards" / f"{key}.npz"
+    cached = data_folder() / "shards" / f"{key}.npz"
     if cached.exists():
         with np.load(cached, allow_pickle=False) as arrays:
             return arrays["names"].tolist(), arrays["spans"]
@@ -255,9 +262,14 @@ def _index_shard(shard):
                 for member in tqdm(tar, desc=f"index of {shard.name}", unit="file", disable=None)
                 if member.isfile() and member.name.lower().endswith(_IMAGE_SUFFIXES)
             ]
+        with shard.open("rb") as file:
+            file.seek(tar.offset)  # where tarfile found no further header, which a damaged one is to it, too
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}, after {len(members)} images")
     except tarfile.TarError as error:
         raise ValueError(
-            f"{shard} cannot be read as a .tar file ({error}): truncated or compressed; pass a plain one"
+            f"{shard} cannot be read as a .tar file ({error}): truncated, damaged or compressed; pass a "
+            "whole, plain one"
         ) from error
     names = [member.name for member in members]
     spans = np.array([(member.offset_data, member.size) for member in members], np.int64).reshape(-1, 2)
@@ -589,13 +601,13 @@ def _resize_all(images, size):
     return np.ascontiguousarray(np.concatenate(pieces))
 
 
-def _data_folder():
-    """Where downloads and indices are kept."""
+def data_folder():
+    """Where data sets are looked for and kept: $NF_DATA, else the user's cache folder."""
     return Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
 
 
 def _cifar10_folder():
-    root = _data_folder()
+    root = data_folder()
     folder = root / _CIFAR10_FOLDER
     if any(folder.glob("*.bin")):
         return folder

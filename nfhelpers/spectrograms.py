@@ -32,9 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pooch
 import torch
 from scipy.io import wavfile
+
+from nfhelpers.images import data_folder
 
 __all__ = [
     "SpectrogramMeta",
@@ -441,7 +442,7 @@ def _chirps(split, count, samples):
 
 
 def _fsdd_path():
-    root = Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
+    root = data_folder()
     for name in _FSDD_NAMES:
         path = root / name
         if path.is_file() or (path.is_dir() and any(path.rglob("*.wav"))):

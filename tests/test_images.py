@@ -788,6 +788,30 @@ def test_images_are_streamed_where_they_are_shards_or_many(shards, tmp_path, mon
         open_images(tmp_path / "none")
 
 
+@pytest.mark.parametrize("damage", ["header cut", "header flipped", "end cut"])
+def test_a_shard_never_loses_images_silently(shards, damage):
+    """To tarfile a damaged header is the end; what lies behind it must not be left out unsaid."""
+    folder, _ = shards
+    shard = folder / "part-0.tar"
+    content = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        start, end = tar.getmembers()[6].offset, tar.offset
+    if damage == "header flipped":
+        content[start + 5] ^= 1
+    shard.write_bytes(content[: {"header cut": start + 300, "end cut": end}.get(damage)])
+    for _ in range(2):  # nor is a wrong index kept
+        with pytest.raises(ValueError, match=r"part-0\.tar cannot be read.*no end mark at byte \d+"):
+            StreamedImages(folder, "train", 8)
+
+
+def test_shards_beside_loose_images_are_refused(shards):
+    folder, _ = shards
+    save(folder, "class/0.png", random_images(1, 8, 8)[0])
+    for read in (StreamedImages, load_images, open_images):
+        with pytest.raises(ValueError, match=r"\.tar shards \(part-0\.tar .*loose images \(0\.png"):
+            read(folder, "train", 8)
+
+
 def test_damaged_shards_and_members_are_named(shards, tmp_path):
     folder, _ = shards
     shard = folder / "part-1.tar"
