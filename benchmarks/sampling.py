@@ -21,7 +21,6 @@ import torch
 from train_step import (
     MODELS,
     QUICK_SIDE,
-    ROOT,
     SIDE,
     cell,
     field_batch,
@@ -136,8 +135,7 @@ def parse(arguments=None):
     cuda = options.device.type == "cuda"
     whole = set(options.models) == set(MODELS) and set(options.samplers) == set(samplers.SAMPLERS)
     if options.out is None and whole and not (options.quick or options.preset or options.batch):
-        name = scan.slug(scan.device_name(options.device)) if cuda else "cpu"
-        options.out = ROOT / "benchmarks" / "results" / f"sampling-{name}.json"
+        options.out = scan.results_path("sampling", options.device)
     options.preset = options.preset or ("smoke" if options.quick else "full" if cuda else "demo")
     options.side = QUICK_SIDE if options.quick else SIDE
     options.batch = options.batch or (16 if cuda else 1)

@@ -802,9 +802,12 @@ def device_name(device):
     return platform.processor() or platform.machine()
 
 
-def slug(name):
-    """A device's name as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def results_path(benchmark, device):
+    """Where the results of a whole run lie: named by the GPU, or "cpu"."""
+    name = "cpu"
+    if device.type == "cuda":
+        name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{benchmark}-{name}.json"
 
 
 def package_version(name):
@@ -953,8 +956,7 @@ def main():
     )
     out, figure = options.out, options.figure
     if options.complete and "all" not in wrong:
-        name = slug(environment["device"]) if limits else "cpu"
-        out = out or ROOT / "benchmarks" / "results" / f"scan-{name}.json"
+        out = out or results_path("scan", options.device)
         figure = figure or ROOT / "figures" / f"scan_{'gpu' if limits else 'cpu'}.png"
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,6 @@ from nfhelpers.kernels.orders import inverse_order
 from nfhelpers.kernels.reference import state_rates
 from nfhelpers.models import local_mamba, ssm
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("v1", "multidir", "v2", "field", "local", "diffae_phase1", "diffae_phase2", "localmamba")
 GROWING = ("v1", "multidir", "v2", "field")  # models of `growth`
 INPUTS, SIDE = 204, 32
@@ -486,8 +485,7 @@ def parse(arguments=None):
     cuda = options.device.type == "cuda"
     complete = not (options.quick or options.tables or options.preset or options.batch)
     if options.out is None and complete and set(options.models) == set(MODELS):
-        name = scan.slug(scan.device_name(options.device)) if cuda else "cpu"
-        options.out = ROOT / "benchmarks" / "results" / f"train-step-{name}.json"
+        options.out = scan.results_path("train-step", options.device)
     options.tables = options.tables or ("steps", "growth", "waiting")
     options.compile = options.compile or cuda
     options.bf16 = run.default_precision(options.device) == "bf16"

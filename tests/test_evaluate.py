@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from nfhelpers import evaluate, flow, images, metrics, run
+from nfhelpers import evaluate, flow, images, metrics
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models import (
     FIELD_MODELS,
@@ -20,11 +20,7 @@ from nfhelpers.models import (
     LocalMamba2D,
     LocalMamba2DConfig,
     MambaDiffusion,
-    MambaDiffusionAutoencoder,
-    MambaDiffusionAutoencoderConfig,
     MambaDiffusionConfig,
-    fit_latent_statistics,
-    second_phase,
     ssm,
 )
 from nfhelpers.spectrograms import Spectrograms, load_spectrograms
@@ -1084,21 +1080,6 @@ class MeanColour(nn.Module):
 
     def denormalise(self, latent):
         return latent * self.std
-
-
-@pytest.fixture(scope="module")
-def autoencoder():
-    """A small `MambaDiffusionAutoencoder` of phase 2 whose flow has moved away from zero."""
-    torch.manual_seed(0)
-    config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
-    first = MambaDiffusionAutoencoder(config)
-    fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
-    model = second_phase(first).eval()
-    with torch.no_grad():
-        for parameter in model.refiner.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
 
 
 def colours(count, seed=0, size=16):

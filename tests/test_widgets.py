@@ -13,18 +13,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nfhelpers import evaluate, images, metrics, run, spectrograms, train, widgets
+from nfhelpers import evaluate, images, metrics, spectrograms, train, widgets
 from nfhelpers.models import (
     LocalImplicitField,
     LocalImplicitFieldConfig,
     LocalMamba2D,
     LocalMamba2DConfig,
     MambaDiffusion,
-    MambaDiffusionAutoencoder,
-    MambaDiffusionAutoencoderConfig,
     MambaDiffusionConfig,
-    fit_latent_statistics,
-    second_phase,
 )
 from nfhelpers.models.local_mamba import sample_grids
 
@@ -342,15 +338,6 @@ def test_resolution_figure_agrees_with_the_library(model):
     ):
         with pytest.raises(ValueError, match=message):
             widgets.resolution_figure(model, "photos", **{"image": 0, "size": 16, **change})
-
-
-@pytest.fixture(scope="module")
-def autoencoder():
-    torch.manual_seed(0)
-    config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
-    first = MambaDiffusionAutoencoder(config)
-    fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
-    return second_phase(first).eval()
 
 
 def test_traversal_panel_moves_the_latent(autoencoder):

@@ -49,6 +49,7 @@ from nfhelpers.models.sparse_fields import (
     joint_orders,
     residual_decoder,
 )
+from nfhelpers.samplers import evaluation_mode
 
 SMALLEST_STD = 1e-6
 """Least standard deviation that a latent channel is divided by: one that never changes normalises to 0."""
@@ -781,15 +782,11 @@ def encode_dataset(
 
     dataset: items as of `images.SparseFields`; progress: show a bar. The latents are not normalised.
     """
-    device, training = model.latent_mean.device, model.training
-    model.eval()
-    latents = []
-    try:
+    device, latents = model.latent_mean.device, []
+    with evaluation_mode(model):
         for batch in tqdm(DataLoader(dataset, batch_size), desc="encode", disable=not progress):
             latent = model.encode(batch["input_coords"].to(device), batch["input_values"].to(device))
             latents.append(latent.cpu())
-    finally:
-        model.train(training)
     return torch.cat(latents)  # (N, C)
 
 

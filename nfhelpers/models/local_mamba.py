@@ -39,7 +39,7 @@ from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import mlp, sinusoidal_embedding
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, start_as_identity
-from nfhelpers.samplers import SAMPLERS
+from nfhelpers.samplers import SAMPLERS, evaluation_mode
 
 MIXERS = ("ssm", "attention")
 SKIPS = ("concat", "lerp")
@@ -782,9 +782,5 @@ def sample_grids(
     noise = torch.randn(shape, generator=generator, device=source).to(device)  # (B, C, H, W)
     options = dict(generator=generator) if method == "sde" else {}
     times = torch.linspace(0, 1, steps + 1, device=device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         return SAMPLERS[method](velocity, noise, times, callback=callback, **options).clamp(-1, 1)
-    finally:
-        model.train(training)
