@@ -30,7 +30,15 @@ from nfhelpers.models import (
     load_model,
     second_phase,
 )
-from nfhelpers.models.diffae import SPECTRUM_NOISE, cosines, fit_spectrum, point_areas, spectrum_power
+from nfhelpers.models.diffae import (
+    SPECTRUM_NOISE,
+    SPECTRUM_TAIL,
+    cosines,
+    filled_share,
+    fit_spectrum,
+    point_areas,
+    spectrum_power,
+)
 
 SMALL = dict(
     latent_dim=6, d_model=16, num_cosines=4, spectrum_width=8, num_encoder_layers=1, num_decoder_layers=1,
@@ -198,7 +206,8 @@ def test_a_spectrum_is_the_posterior_mean_of_a_gaussian_field(inputs):
     values = torch.randn(2, inputs, 3, generator=generator)
     found = fit_spectrum(coords, values, 4)
     basis, power = cosines(coords.double(), 4), spectrum_power(4).double()
-    covariance = (basis * power) @ basis.mT + SPECTRUM_NOISE * torch.eye(inputs)
+    noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - 1 / inputs)  # random points share no coordinate
+    covariance = (basis * power) @ basis.mT + noise * torch.eye(inputs)
     expected = (basis * power).mT @ torch.linalg.solve(covariance, values.double())
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
@@ -208,6 +217,30 @@ def test_the_spectrum_of_all_pixels_is_the_cosine_transform():
     grid = grid_coords(16, 16)[None].double()
     found = fit_spectrum(grid, cosines(grid, 4) @ amplitudes, 4)
     torch.testing.assert_close(found, amplitudes, rtol=1e-2, atol=1e-4)
+
+
+def test_how_much_of_their_grid_points_fill():
+    grid = grid_coords(6, 5)
+    chosen = torch.tensor([0, 6, 12, 18, 24, 25])  # in every row and column
+    coords = torch.stack([grid[:6], grid[chosen], torch.rand(6, 2)])  # a row and a point; a fifth; no grid
+    expected = torch.tensor([6 / (5 * 2), 6 / 30, 1 / 6])
+    torch.testing.assert_close(filled_share(coords), expected)
+    torch.testing.assert_close(filled_share(grid[torch.randperm(30)][None]), torch.ones(1))
+
+
+def test_more_pixels_make_a_better_fit():
+    """Also where there are as many of them as cosines, which hold half of the field's frequencies here."""
+    generator = torch.Generator().manual_seed(0)
+    grid = grid_coords(16, 16).double()
+    amplitudes = torch.randn(8, 256, 3, generator=generator) * spectrum_power(16).sqrt()[:, None]
+    fields = cosines(grid, 16) @ amplitudes.double()  # (8, 256, 3)
+    low = cosines(grid, 8)  # (256, 64)
+    errors = []
+    for count in (16, 32, 48, 64, 80, 128, 192, 256):  # 64 cosines
+        chosen = torch.stack([torch.randperm(256, generator=generator)[:count] for _ in fields])
+        values = fields.gather(1, chosen[..., None].expand(-1, -1, 3))
+        errors.append((low @ fit_spectrum(grid[chosen], values, 8) - fields).square().mean())
+    assert (torch.stack(errors).diff() < 0).all(), errors
 
 
 def test_an_untrained_autoencoder_is_a_projection():

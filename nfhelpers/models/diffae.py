@@ -57,12 +57,19 @@ SMALLEST_STD = 1e-6
 AREA_CELLS = 24
 """Side of the grid by which `point_areas` measures."""
 
+SAME_LINE = 1e-5
+"""Coordinates that differ by no more are of one column, or row, of a grid."""
+
 SPECTRUM_DECAY = 1.3
 """Images have the power (1 + f^2)^-1.3 at f half-cycles a side (measured on CIFAR-10), as nature's do about
 (Field 1987)."""
 
 SPECTRUM_NOISE = 1e-3
-"""Power of what the cosines cannot say, at each point, beside that of the mean colour."""
+"""Power of noise at each point, beside that of the mean colour."""
+
+SPECTRUM_TAIL = 0.1
+"""Power of what 24 cosines a side cannot say of images, at each point, beside that of the mean colour (about
+the sum of `spectrum_power` from 24 to 32 or 64)."""
 
 SPECTRUM_VARIANCE = 0.2
 """Power of the mean colour, of values in [-1, 1] (measured on CIFAR-10)."""
@@ -135,23 +142,37 @@ def spectrum_power(count: int) -> torch.Tensor:
     return (1 + f[:, None] ** 2 + f**2).pow(-SPECTRUM_DECAY).flatten()  # (M^2,)
 
 
+def filled_share(coords: torch.Tensor) -> torch.Tensor:
+    """How much of the grid of their columns and rows the points (B, I, 2) fill -> (B,), in (0, 1].
+
+    1 for all pixels of an image, about a fifth for a fifth of them, 1/I for points that share no coordinate.
+    """
+    steps = coords.sort(dim=1).values.diff(dim=1)  # (B, I-1, 2)
+    lines = 1 + (steps > SAME_LINE).sum(1)  # (B, 2), columns and rows
+    return (coords.shape[1] / lines.prod(-1).to(coords)).clamp(max=1)  # (B,)
+
+
 def fit_spectrum(coords: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
     """Amplitudes of the `cosines` of a field known at points (B, I, 2), values (B, I, 3) -> (B, count^2, 3).
 
     Ridge regression, which is the posterior mean of a Gaussian field with the spectrum of images:
 
-        a = argmin |values - cosines a|^2 / SPECTRUM_NOISE + sum of a_j^2 / power_j
+        a = argmin |values - cosines a|^2 / noise + sum of a_j^2 / power_j
 
-    Of all pixels of a grid it is close to the discrete cosine transform, of few points to the smoothest field
-    through them. The system, solved in float64, has the smaller of I and count^2 unknowns. Source: Wahba,
-    "Spline Models for Observational Data", 1990.
+    Of all pixels of a grid it is close to the discrete cosine transform, of few points to a smooth field near
+    them. What higher frequencies put on the values acts as noise where points are missing, and cancels over a
+    whole grid, as errors of sampling without replacement do (Cochran 1977, section 2.6):
+    noise = SPECTRUM_NOISE + (1 - `filled_share`) SPECTRUM_TAIL. Without the second term the fit follows it
+    and is worst where there are as many points as cosines. The system, solved in float64, has the smaller of
+    I and count^2 unknowns. Source: Wahba, "Spline Models for Observational Data", 1990.
     """
     coords, values = coords.double(), values.double()
     root = spectrum_power(count).to(coords).sqrt()  # (M^2,)
     weighted = cosines(coords, count) * root  # (B, I, M^2)
     primal = weighted.shape[1] > weighted.shape[2]
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
-    gram.diagonal(dim1=1, dim2=2).add_(SPECTRUM_NOISE)
+    noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
+    gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
     factor = torch.linalg.cholesky(gram)
     if primal:
         amplitudes = torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
