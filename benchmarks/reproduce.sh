@@ -6,11 +6,12 @@
 #     bash benchmarks/reproduce.sh train-v1 means-photos  these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                  print the commands
 #
-# Stages: train-v1, train-multidir, train-v2, train-field, train-diffae_phase1, train-diffae_phase2 (on the best
-# of phase 1), train-localmamba; then means-*, samples-* (posterior means and samples of all models), scales-photos,
-# compare (v1 with v2), pca-* (the autoencoder), generated-* (LocalMamba); and scan, train-step, sampling. A stage
-# that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it was
-# stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages take minutes and start again.
+# Stages: train-v1, train-multidir, train-v2, train-field, train-diffae_phase1, train-diffae_phase2 (on phase 1),
+# train-localmamba; then means-*, samples-* (posterior means and samples of all models), scales-photos, compare
+# (v1 with v2), pca-* (the autoencoder), generated-* (LocalMamba); and scan, train-step, sampling. What is scored
+# are the models of the last epoch, not those that validation found best: it saw some of the images scored here.
+# A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
+# was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages take minutes and start again.
 #
 #     OUT       folder of runs, results and tables             (runs/reproduce/$PRESET)
 #     PRESET    of presets.toml; smoke runs everything small    (full)
@@ -53,8 +54,8 @@ fi
 pictures=${sources[-1]}
 stages=("${sections[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos compare
     "pca-$pictures" "generated-${grids[0]}" scan train-step sampling)
-best=()
-for name in "${fields[@]}"; do best+=("$OUT/$name/best"); done
+models=()
+for name in "${fields[@]}"; do models+=("$OUT/$name/latest"); done
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {
@@ -67,28 +68,28 @@ command_of() {
         command=("$PYTHON" benchmarks/scan.py "${quick[@]}" "${device[@]}" "${result[@]}" --figure "$OUT/scan.png") ;;
     train-*)
         command=("$PYTHON" -m nfhelpers train "$what" --preset "$PRESET" --output "$OUT/$what" "${device[@]}")
-        [ "$what" = diffae_phase2 ] && command+=(--init "$OUT/diffae_phase1/best")
+        [ "$what" = diffae_phase2 ] && command+=(--init "$OUT/diffae_phase1/latest")
         for name in ${COMPILE/#all/${sections[*]}}; do
             [ "$name" = "$what" ] && command+=(--set train.compile=true)
         done
         for name in "${set[@]}"; do command+=(--set "$name"); done ;;
     means-*)
-        command=("$PYTHON" -m nfhelpers evaluate "${best[@]}" --data "$what" --scales 32 --sample-scales
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --scales 32 --sample-scales
             --images "$mean_images" "${device[@]}" "${result[@]}") ;;
     samples-*)
-        command=("$PYTHON" -m nfhelpers evaluate "${best[@]}" --data "$what" --scales 32 --steps "$steps"
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --scales 32 --steps "$steps"
             --images "$images" "${device[@]}" "${result[@]}") ;;
     scales-photos)
-        command=("$PYTHON" -m nfhelpers evaluate "${best[@]}" --scales "${scales[@]}" --sample-scales
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --scales "${scales[@]}" --sample-scales
             --images "$images" "${device[@]}" "${result[@]}" --figures "$OUT/figures") ;;
     compare)
-        command=("$PYTHON" -m nfhelpers compare "$OUT/v1/best" "$OUT/v2/best" --data "$pictures"
+        command=("$PYTHON" -m nfhelpers compare "$OUT/v1/latest" "$OUT/v2/latest" --data "$pictures"
             --num-samples "$images" --steps "$steps" --output "$OUT/compare" "${device[@]}") ;;
     pca-*)
-        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae_phase1/best" --data "$what" --images "$mean_images"
+        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae_phase1/latest" --data "$what" --images "$mean_images"
             "${device[@]}" "${result[@]}") ;;
     generated-*)
-        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba/best" --data "${grids[@]}"
+        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba/latest" --data "${grids[@]}"
             --steps "$steps" --guidance 1 2.5 "${device[@]}" "${result[@]}") ;;
     esac
 }

@@ -219,8 +219,8 @@ def make_step(model, batch_size, side, device, bf16, compiled=False):
     }
     objective = train._Objective(network, task)
     parameters = list(train._trained(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    average = EMAModel(parameters, decay=0.999)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    average = EMAModel(parameters, decay=0.999, foreach=True)
 
     def step():
         optimizer.zero_grad()
@@ -341,7 +341,7 @@ def measure_waiting(name, options):
     data, batch = settings["data"], settings["train"]["batch_size"]
     data["train_images"] = min(data["train_images"], batch * options.waiting_steps)
     data["validation_images"] = min(data["validation_images"], batch)
-    if options.data:
+    if options.data and name != "localmamba":
         data["source"] = options.data
     datasets = command_line.load_datasets(name, data, 0)
     waited, total = [], []
@@ -505,6 +505,8 @@ def main(arguments=None):
     options = parse(arguments)
     threads = torch.get_num_threads()
     print(f"{scan.device_name(options.device)}, {threads} threads, preset {options.preset}", flush=True)
+    command = shlex.join(["python", "benchmarks/train_step.py", *arguments])
+    config = {"preset": options.preset, "threads": threads, "bf16": options.bf16, "inputs": INPUTS}
     steps, growth, waiting = [], [], []
     for name in options.models:
         start = time.perf_counter()
@@ -515,17 +517,17 @@ def main(arguments=None):
         if "waiting" in options.tables and name != "local":
             waiting.append(measure_waiting(name, options))
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if options.out:  # after each model: a run that is cut off keeps what it has
+            rows = [
+                {"table": table, **row}
+                for table, part in (("steps", steps), ("growth", growth), ("waiting", waiting))
+                for row in part
+            ]
+            evaluate.write_results(rows, options.out, command=command, config=config)
     print()
     print(report(steps, growth, waiting, make_targets(steps, options.quick)))
     if options.out:
-        command = shlex.join(["python", "benchmarks/train_step.py", *arguments])
-        config = {"preset": options.preset, "threads": threads, "bf16": options.bf16, "inputs": INPUTS}
-        rows = [
-            {"table": table, **row}
-            for table, part in (("steps", steps), ("growth", growth), ("waiting", waiting))
-            for row in part
-        ]
-        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=config)}")
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ class TrainResult:
 
     history: dict of lists. One entry a step: step (1 is the first), loss, learning_rate, gradient_norm; one
     entry an evaluation: val_step, val_loss, val_psnr (dB, of the one-step posterior mean on the full field
-    with the observed pixels kept, see `evaluate.reconstruct`; NaN for grids, and where the validation dataset
-    has no `images`).
+    with the observed pixels kept, see `evaluate.reconstruct`, unless all are observed; NaN for grids, and
+    where the validation dataset has no `images`).
     best, latest: model folders, None where this run has not written them. steps: optimizer steps done, those
     of the runs that this one resumed included. interrupted: stopped by KeyboardInterrupt.
     """
@@ -218,7 +218,7 @@ def fit(model, data, config, *, callback=None):
     `set_epoch`; a validation dataset with `images` (N, H, W, 3) is also reconstructed in full. config:
     TrainConfig. callback(epoch, history, fields), if given, is called on the main process after each epoch
     (1 is the first); fields is None unless the epoch was evaluated or drawn, else a dict of sparse,
-    reconstruction (one-step posterior mean, observed pixels kept) and target, each (k, H, W, 3) in [0, 1]
+    reconstruction (one-step posterior mean, as TrainResult has it) and target, each (k, H, W, 3) in [0, 1]
     (None without images).
 
     On return the model is on the training device, in eval mode, and holds the averaged (EMA) weights. An
@@ -269,14 +269,15 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
     steps_per_epoch = len(train_data) // config.batch_size
 
     model.to(accelerator.device)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+    groups = _parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     if saved is not None:
         _restore_model(model, optimizer, saved[0])
     network = torch.compile(model) if config.compile else model
     # Accelerate wraps (autocast, DDP) what it prepares. It gets the objective, so that the model itself keeps
     # its own forward.
     objective, prepared = accelerator.prepare(_Objective(network, task), optimizer)
-    ema = EMAModel(_trained(model).values(), decay=config.ema_decay)
+    ema = EMAModel(_trained(model).values(), decay=config.ema_decay, foreach=True)
     if saved is not None:
         _restore_average(model, ema, accelerator.scaler, *saved)
     progress = _Progress() if saved is None else _Progress(**saved[1]["progress"])
@@ -393,7 +394,7 @@ def fit_latent_flow(
     latents = latents.to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    ema = EMAModel(model.parameters(), decay=ema_decay)
+    ema = EMAModel(model.parameters(), decay=ema_decay, foreach=True)
     losses = []
     model.train()
     for step in tqdm(range(steps), desc="latent flow", disable=not progress):
@@ -1027,7 +1028,8 @@ def _reconstruct(run):
     """One-step posterior mean of the first images in full: sparse, reconstruction, target in [0, 1].
 
     By `evaluate.reconstruct`: the model is asked for the unobserved pixels only, as in training, and the
-    observed ones are kept.
+    observed ones are kept. Where all are observed, as for an autoencoder of whole images, it is asked for all
+    of them and none is kept: the score would be that of the target.
     """
     dataset, config, accelerator = run.validation_data, run.config, run.accelerator
     if getattr(dataset, "images", None) is None:
@@ -1042,9 +1044,10 @@ def _reconstruct(run):
     pixels = (input_coords * torch.tensor([width, height])).long().clamp(min=0)  # (k, Ni, 2), column and row
     flat = pixels[..., 1] * width + pixels[..., 0]
     mask = torch.zeros(count, height * width, dtype=torch.bool).scatter_(1, flat, True)
+    mask = mask.reshape(count, height, width)
     observed = {
         "images": images,
-        "mask": mask.reshape(count, height, width),
+        "mask": mask & ~mask.all(),  # the pixels that are kept
         "input_coords": input_coords,
         "input_values": input_values,
     }
@@ -1053,7 +1056,7 @@ def _reconstruct(run):
             run.model, observed, seed=_seed(config.seed, _FIELDS), device=accelerator.device
         )
     return {
-        "sparse": np.where(result["mask"][..., None], result["images"], np.float32(0.75)),  # unobserved: grey
+        "sparse": np.where(mask[..., None], result["images"], np.float32(0.75)),  # unobserved: grey
         "reconstruction": result["fields"],
         "target": result["images"],
     }
@@ -1378,10 +1381,7 @@ def _restore_model(model, optimizer, tensors):
             key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
         }
         if moments:
-            # AdamW keeps its step count, a scalar, on the CPU.
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if value.ndim else value for key, value in moments.items()
-            }
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 
 def _restore_average(model, ema, scaler, tensors, details):

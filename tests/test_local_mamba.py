@@ -419,7 +419,7 @@ def test_checkpointing_gives_identical_gradients_and_keeps_less(mixer):
 @pytest.mark.parametrize("mixer", ["ssm", "attention"])
 def test_compiles_as_one_graph(mixer):
     """Traced only: no break in the graph. Compiling it takes minutes."""
-    model = tiny_model(mixer=mixer, dims=(8,), depths=(1,), num_classes=3).train()
+    model = tiny_model(mixer=mixer, dims=(8, 8), depths=(1, 1), num_classes=3).train()
     given = arguments(classes=3, height=7, width=5)
     traced = torch.compile(model, fullgraph=True, backend="eager")
     velocity = traced(**given, drop=torch.tensor([True, False]))

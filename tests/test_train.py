@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 
-from nfhelpers import evaluate, metrics, plots, train
+from nfhelpers import evaluate, metrics, plots, samplers, train
 from nfhelpers.flow import skip_weight
-from nfhelpers.images import SparseFields
+from nfhelpers.images import SparseFields, grid_coords, to_image, to_model
 from nfhelpers.models import LocalMamba2D, LocalMamba2DConfig
 from nfhelpers.models.local_mamba import mapping_parameters
 from nfhelpers.spectrograms import load_spectrograms
@@ -276,6 +276,20 @@ def test_val_psnr_is_that_of_evaluate(tmp_path):
     there = evaluate.reconstruct(model, fields_there, seed=train._seed(config.seed, train._FIELDS))
     expected = metrics.psnr(there["fields"], there["images"]).mean()
     assert result.history["val_psnr"] == [pytest.approx(expected, abs=1e-4)]
+
+
+def test_val_psnr_with_all_pixels_observed_keeps_none(tmp_path):
+    """An autoencoder of whole images: a field of kept pixels would be the target, at infinite PSNR."""
+    data = SparseFields(gradients(16, 0), 1.0, 0.5), SparseFields(gradients(5, 1), 1.0, 0.5, seed=0)
+    config, model, shown = settings(tmp_path, epochs=1), tiny(), []
+    history = fit(model, data, config, callback=lambda *arguments: shown.append(arguments[2])).history
+    pixels = grid_coords(8, 8).expand(3, -1, -1)
+    target = torch.from_numpy(data[1].images[:3]).reshape(3, 64, 3)
+    generator = torch.Generator().manual_seed(train._seed(config.seed, train._FIELDS))
+    mean, _ = samplers.posterior_mean(model, pixels, pixels, to_model(target), generator=generator)
+    expected = metrics.psnr(to_image(mean).reshape(3, 8, 8, 3).numpy(), shown[0]["target"]).mean()
+    assert history["val_psnr"] == [pytest.approx(expected, abs=1e-4)] and expected < 30
+    np.testing.assert_array_equal(shown[0]["sparse"], shown[0]["target"])
 
 
 def test_global_random_state_is_left_alone(tmp_path):

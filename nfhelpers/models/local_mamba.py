@@ -56,7 +56,6 @@ def _orders(height: int, width: int, directions: tuple[str, ...], device: torch.
         return torch.stack(orders).to(device)
 
 
-@torch.compiler.assume_constant_result  # a constant of the graph, as its size is
 def grid_orders(height: int, width: int, directions: tuple[str, ...], device: torch.device) -> torch.Tensor:
     """Orders in which the tokens of a grid are scanned -> (K, L) int64, computed once a size and device.
 
@@ -76,10 +75,23 @@ def _coords(height: int, width: int, device: torch.device) -> torch.Tensor:
         return grid_coords(height, width)[None].to(device)
 
 
-@torch.compiler.assume_constant_result
 def token_coords(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Centres of the tokens of a grid, (x, y) in [0, 1] -> (1, L, 2), computed once a size and device."""
     return _coords(height, width, device)
+
+
+@torch.compiler.assume_constant_result  # of a graph, as its size is; torch 2.11 takes one such call a graph
+def stage_places(
+    height: int, width: int, stages: int, directions: tuple[str, ...] | None, device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """What the mixers take beside their grid, of each stage, each with half the side of the one before.
+
+    Orders (K, L) of these directions or, for None, which is attention, centres of tokens (1, L, 2).
+    """
+    sizes = [(height >> stage, width >> stage) for stage in range(stages)]
+    if directions is None:
+        return tuple(token_coords(*size, device) for size in sizes)
+    return tuple(grid_orders(*size, directions, device) for size in sizes)
 
 
 def gather_patches(grid: torch.Tensor) -> torch.Tensor:
@@ -573,8 +585,8 @@ class LocalMamba2D(FieldModel):
         """Pixels (B, H, W, C), condition (B, M) -> (B, H, W, C); H, W multiples of 2^S."""
         dtype = self.out_proj.weight.dtype  # of the residual stream, float32 under autocast
         grid = self.token_merge(pixels).to(dtype)  # (B, H/2, W/2, D)
-        height, width = grid.shape[1:3]
-        places = [self._where(height >> s, width >> s, grid.device) for s in range(len(self.down))]
+        directions = None if self.config.mixer == "attention" else self.config.scan_directions
+        places = stage_places(*grid.shape[1:3], len(self.down), directions, grid.device)
         cached = []
         for stage, blocks in enumerate(self.down):
             if stage > 0:
@@ -587,12 +599,6 @@ class LocalMamba2D(FieldModel):
             grid = split(grid, cached[stage]).to(dtype)  # (B, 2H, 2W, D)
             grid = run_layers(blocks, grid, condition, places[stage], recompute=self.recompute)
         return spread_patches(self.out_proj(self.out_norm(grid)))  # (B, H, W, C)
-
-    def _where(self, height: int, width: int, device: torch.device) -> torch.Tensor:
-        """What the mixers of a stage take beside its grid: orders (K, L), or centres of tokens (1, L, 2)."""
-        if self.config.mixer == "attention":
-            return token_coords(height, width, device)
-        return grid_orders(height, width, self.config.scan_directions, device)
 
     def _condition(
         self,
