@@ -1,13 +1,15 @@
 """A sampling run of every model by every sampler: queries a second, and the scan's share.
 
     python benchmarks/sampling.py [--quick] [--preset full] [--models v1] [--samplers heun] [--device cuda]
+    python benchmarks/sampling.py --checkpoints checkpoints/field-photos [--sides 32 96] [--samplers heun]
 
 Models are those of presets.toml with random weights (demo on a CPU, full on a GPU), float32. A field has 204
 observed pixels and 1,024 queries; localmamba samples grids of its preset's size, where a query is a pixel.
 `mean` is the posterior mean in one evaluation, which is all that diffae_phase1 has. The scan's share is 1 -
 (time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over
-the time here. The shortest of several runs counts. JSON goes to benchmarks/results when all was measured at
-full size, else only where --out says.
+the time here. With --checkpoints, trained models reconstruct test photos of these sides from a fifth of their
+pixels instead, as the widgets do, and the scan's share is not measured. The shortest of several runs counts.
+JSON goes to benchmarks/results when all was measured at full size, else only where --out says.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from train_step import (
     scanning,
 )
 
-from nfhelpers import evaluate, kernels, models, run, samplers
+from nfhelpers import evaluate, images, kernels, models, run, samplers
 from nfhelpers.models import local_mamba
 
 MEAN = "mean"
@@ -36,11 +38,16 @@ STEPS = 10
 BUDGET = 3.0
 
 
+def count_evaluations(sampler, steps):
+    """Evaluations of the network in one run."""
+    if sampler == MEAN:
+        return 1
+    return steps * samplers.EVALUATIONS[sampler] - (sampler in ("heun", "sde"))  # the last step is Euler's
+
+
 def make_sampling(model, sampler, steps, batch, side, device):
     """A function that runs the sampler once, and how many queries and evaluations of the network it takes."""
-    evaluations = 1 if sampler == MEAN else steps * samplers.EVALUATIONS[sampler]
-    if sampler in ("heun", "sde"):
-        evaluations -= 1  # the last step is one of Euler's method
+    evaluations = count_evaluations(sampler, steps)
     if isinstance(model, models.LocalMamba2D):
         labels = torch.arange(batch, device=device) % model.config.num_classes
 
@@ -101,14 +108,44 @@ def measure(name, options):
     return rows
 
 
+def measure_checkpoint(folder, options):
+    """One row a side and sampler of this trained model."""
+    model = models.load_model(folder).to(options.device)
+    rows = []
+    for side in options.sides:
+        fields = evaluate.observe_images(images.load_images("photos", "test", side, limit=options.batch))
+        queries = int((~fields["mask"]).sum())
+        for sampler in [MEAN, *options.samplers]:
+            how = {"kind": "sample", "method": sampler, "steps": options.steps} if sampler != MEAN else {}
+            seconds = evaluate.best_seconds(
+                lambda fields=fields, how=how: evaluate.reconstruct(model, fields, **how),
+                options.device,
+                budget=options.budget,
+            )
+            rows.append(
+                {
+                    "model": f"{Path(folder).name} {side} px",
+                    "sampler": sampler,
+                    "evaluations": count_evaluations(sampler, options.steps),
+                    "queries": queries,
+                    "seconds": seconds,
+                    "queries_per_second": queries / seconds,
+                    "share": None,
+                    "loop": None,
+                }
+            )
+    return rows
+
+
 def report(rows):
-    head = ["model", "sampler", "evaluations", "seconds", "queries/s", "scan's share", "loop"]
+    head = ["model", "sampler", "evaluations", "seconds", "ms/eval.", "queries/s", "scan's share", "loop"]
     lines = [
         [
             row["model"],
             row["sampler"],
             str(row["evaluations"]),
             f"{row['seconds']:.3f}",
+            f"{1e3 * row['seconds'] / row['evaluations']:.1f}",
             f"{row['queries_per_second']:,.0f}",
             cell(row["share"], "{:.0%}"),
             cell(row["loop"], "{:.1f} x"),
@@ -125,6 +162,10 @@ def parse(arguments=None):
     parser.add_argument("--device", default=run.default_device().type)
     parser.add_argument("--preset", choices=run.PRESETS, help="default: full on a GPU, else demo")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="folders of trained models to measure")
+    parser.add_argument(
+        "--sides", nargs="+", type=int, default=[32, 96], help="of photos, with --checkpoints"
+    )
     parser.add_argument("--samplers", nargs="+", choices=samplers.SAMPLERS, default=list(samplers.SAMPLERS))
     parser.add_argument("--steps", type=int, default=STEPS, help="of the sampler (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="fields at once (default: 1 on a CPU, 16 on a GPU)")
@@ -134,7 +175,8 @@ def parse(arguments=None):
     options.device = torch.device(options.device)
     cuda = options.device.type == "cuda"
     whole = set(options.models) == set(MODELS) and set(options.samplers) == set(samplers.SAMPLERS)
-    if options.out is None and whole and not (options.quick or options.preset or options.batch):
+    whole = whole and not (options.quick or options.preset or options.batch or options.checkpoints)
+    if options.out is None and whole:
         options.out = scan.results_path("sampling", options.device)
     options.preset = options.preset or ("smoke" if options.quick else "full" if cuda else "demo")
     options.side = QUICK_SIDE if options.quick else SIDE
@@ -149,9 +191,9 @@ def main(arguments=None):
     threads = torch.get_num_threads()
     print(f"{scan.device_name(options.device)}, {threads} threads, preset {options.preset}", flush=True)
     rows = []
-    for name in options.models:
+    for name in options.checkpoints or options.models:
         start = time.perf_counter()
-        rows += measure(name, options)
+        rows += measure_checkpoint(name, options) if options.checkpoints else measure(name, options)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print()
     print(report(rows))

@@ -3,12 +3,13 @@
     python -m nfhelpers doctor
     python -m nfhelpers doctor --model localmamba
     python -m nfhelpers train v1 --preset demo --data photos
-    accelerate launch -m nfhelpers train v1 --preset full
+    accelerate launch --multi_gpu -m nfhelpers train v1 --preset full
     python -m nfhelpers train localmamba --data fsdd
     python -m nfhelpers train diffae_phase1 && python -m nfhelpers train diffae_phase2
     python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
     python -m nfhelpers evaluate checkpoints/v1-photos --samplers heun sde ddim --temperature 0.5
     python -m nfhelpers compare checkpoints/v1-photos checkpoints/v2-photos --num-samples 50
+    accelerate launch --multi_gpu -m nfhelpers evaluate checkpoints/v1-photos --images 256
 
 Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or an item of the
 model's checklist that fails, or training met a loss that is not finite; 2 an error of the user's; 130
@@ -23,6 +24,7 @@ import tomllib
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from nfhelpers import evaluate, kernels, models, plots, run, samplers, spectrograms, train
 
@@ -111,7 +113,8 @@ def build_parser():
         help="PSNR, SSIM and speckle of a checkpoint at several sizes, beside classical interpolation",
         description="Reconstruct test images at several sizes from the same observed pixels and print "
         "a table: the model's posterior mean and sample, classical interpolators, the best linear estimate "
-        "(wiener, from training images of the same source), upsampled 32 px result.",
+        "(wiener, from training images of the same source), upsampled 32 px result. On many GPUs, which "
+        "share the images: accelerate launch --multi_gpu -m nfhelpers evaluate ...",
     )
     evaluate_parser.add_argument(
         "checkpoint",
@@ -171,7 +174,8 @@ def build_parser():
         help="two checkpoints on the same pixels of the same images, with paired tests and charts",
         description="Reconstruct the same test images with two checkpoints; print and write "
         "comparison_results.txt (PSNR, SSIM, speckle and seconds with standard errors, improvement, paired "
-        "t-test and Wilcoxon's test), v1_vs_v2_comparison.png and improvement_chart.png.",
+        "t-test and Wilcoxon's test), v1_vs_v2_comparison.png and improvement_chart.png. On many GPUs, which "
+        "share the images: accelerate launch --multi_gpu -m nfhelpers compare ...",
     )
     for name, example in (("a", "checkpoints/v1-photos"), ("b", "checkpoints/v2-photos")):
         compare_parser.add_argument(
@@ -370,6 +374,14 @@ def is_main_process():
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
+def join_processes(device):
+    """(device of this process, number of processes), once all that `accelerate launch` started are here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device, 1
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device, state.num_processes
+
+
 def parse_overrides(pairs):
     """["train.epochs=3"] -> {"train.epochs": 3}: values in TOML's syntax, anything else is text.
 
@@ -413,7 +425,7 @@ def load_field_model(path):
 
 def evaluate_checkpoint(options, command):
     """Print the table of `evaluate.multiscale`, or `side_by_side`; write JSON and figures where asked for."""
-    device = pick_device(options.device)
+    device, processes = join_processes(pick_device(options.device))
     names = checkpoint_names(*options.checkpoint)
     loaded = {
         name: load_field_model(path).to(device) for name, path in zip(names, options.checkpoint, strict=True)
@@ -428,7 +440,8 @@ def evaluate_checkpoint(options, command):
         "observed": options.observed,
         "seed": options.seed,
         "device": device,
-        "progress": sys.stderr.isatty(),
+        "progress": sys.stderr.isatty() and is_main_process(),
+        "sharded": True,
     }
     pictures = {}  # scale -> method or model -> the first image's field
     if len(loaded) == 1:
@@ -445,12 +458,16 @@ def evaluate_checkpoint(options, command):
         for (scale, name), made in fields.items():
             if made is not None:
                 pictures.setdefault(scale, {})[name] = made[0]
+    if not is_main_process():
+        return 0
     print(evaluate.format_table(rows))
     if options.out:
         config = {
             name: value for name, value in vars(options).items() if name not in ("function", "out", "figures")
         }
         config["checkpoint"] = [str(path) for path in options.checkpoint]
+        if processes > 1:
+            config["processes"] = processes
         print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=config)}")
     if options.figures:
         options.figures.mkdir(parents=True, exist_ok=True)
@@ -470,7 +487,7 @@ PICTURES = 4
 
 def compare_checkpoints(options, command):
     """Print the tables of `evaluate.compare`; write them, example pictures and the chart to a folder."""
-    device = pick_device(options.device)
+    device, processes = join_processes(pick_device(options.device))
     paths = (options.checkpoint_a, options.checkpoint_b)
     loaded = [load_field_model(path).to(device) for path in paths]
     names = checkpoint_names(*paths)
@@ -491,9 +508,12 @@ def compare_checkpoints(options, command):
         steps=options.steps if len(options.steps) > 1 else options.steps[0],
         seed=options.seed,
         device=device,
-        progress=sys.stderr.isatty(),
+        progress=sys.stderr.isatty() and is_main_process(),
         callback=keep_first,
+        sharded=True,
     )
+    if not is_main_process():
+        return 0
     output = options.output or Path("runs") / "compare" / "_vs_".join(names)
     output.mkdir(parents=True, exist_ok=True)
     about = [
@@ -504,7 +524,7 @@ def compare_checkpoints(options, command):
     text = "\n".join(
         [
             *about,
-            f"{heading}, {run.describe_device(device)}",
+            f"{heading}, {run.describe_device(device)}{f', {processes} processes' * (processes > 1)}",
             f"mean ± standard error; improvement of {names[1]} over {names[0]}, positive where it is better;",
             "two-sided p-values of paired tests over the images; seconds are those of one image",
             "",

@@ -346,6 +346,7 @@ def reconstruct(
     seed=0,
     device=None,
     callback=None,
+    share=(0, 1),
 ):
     """Observe a fraction of each image's pixels and reconstruct the whole field with a sparse-field model.
 
@@ -366,13 +367,15 @@ def reconstruct(
             yet observed, of the observed pixels.
         device: where to compute; the model's device if None.
         callback: of the sampler, callback(step, t, x) with x (N, asked pixels, 3) in [-1, 1].
+        share: (i, n) reconstructs the images i, i + n, i + 2n, ... alone, with the noise that they have among
+            all, so that n processes make together what one makes, up to float error.
 
-    Returns:
+    Returns, of these images:
         dict: fields (N, h, w, 3) float32 in [0, 1]; std (N, h, w, 3) in the same units, 0 where observed,
         None for a sample; mask (N, H, W); images (N, H, W, 3) in [0, 1].
 
     Raises ValueError for wrong shapes and values, an unknown kind, method or device, steps or draws below 1,
-    a temperature below 0.
+    a temperature below 0, and a share that is none.
     """
     samplers.check_method(method)
     if kind not in ("mean", "sample"):
@@ -386,6 +389,8 @@ def reconstruct(
     device = model_device(model) if device is None else _check_device(device)
     fields = _observed(images, observed, seed)
     count, height, width = fields["mask"].shape
+    if not 0 <= share[0] < share[1] <= count:
+        raise ValueError(f"share={share} of {count} images; pass (i, n) with 0 <= i < n <= {count}")
     shape = (height, width) if size is None else (size, size)
     keep = shape == (height, width)
 
@@ -407,6 +412,9 @@ def reconstruct(
             "generator": generator,
             "max_batch": max(1, TOKENS_PER_FORWARD // (asked + fields["input_coords"].shape[1])),
         }
+        if share != (0, 1):
+            model = _Share(model, *share)
+            options["max_batch"] *= share[1]
         if kind == "mean":
             values, spread = samplers.posterior_mean(model, *batch, draws=draws, **options)
         else:
@@ -414,21 +422,66 @@ def reconstruct(
                 model, *batch, method=method, temperature=temperature, callback=callback, **options
             )
 
+    own = slice(share[0], None, share[1])
+    ask, known, mask = ask[own], fields["images"][own], fields["mask"][own]
+    count = len(ask)
     out = torch.zeros(count, shape[0] * shape[1], 3)
     deviation = torch.zeros_like(out) if kind == "mean" else None
     if keep:
-        out[~ask] = fields["images"].reshape(count, -1, 3)[~ask]
+        out[~ask] = known.reshape(count, -1, 3)[~ask]
     if asked:
-        out[ask] = to_image(values).float().cpu().reshape(-1, 3)
+        out[ask] = to_image(values[own]).float().cpu().reshape(-1, 3)
         if kind == "mean":
-            deviation[ask] = spread.float().cpu().reshape(-1, 3) / 2  # [-1, 1] is twice as wide as [0, 1]
+            deviation[ask] = spread[own].float().cpu().reshape(-1, 3) / 2  # [-1, 1] is twice as wide
     result = (count, *shape, 3)
     return {
         "fields": out.reshape(result).numpy(),
         "std": None if deviation is None else deviation.reshape(result).numpy(),
-        "mask": fields["mask"].numpy(),
-        "images": fields["images"].numpy(),
+        "mask": mask.numpy(),
+        "images": known.numpy(),
     }
+
+
+class _Share(nn.Module):
+    """A velocity model that computes the images i, i + n, i + 2n, ... of a batch alone; the others stay where
+    they are. Batches start at multiples of n images."""
+
+    def __init__(self, model, i, n):
+        super().__init__()
+        self.model, self.own = model, slice(i, None, n)
+        if hasattr(model, "prepare"):
+            self.prepare = lambda *points: model.prepare(*self.part(points))
+
+    def part(self, arguments):
+        return [argument[self.own] for argument in arguments]
+
+    def forward(self, *arguments, **prepared):
+        velocity, own = torch.zeros_like(arguments[0]), self.part(arguments)
+        if len(own[0]):
+            velocity[self.own] = self.model(*own, **prepared)
+        return velocity
+
+
+def _share(sharded, images):
+    """(index of this process, number of processes) among which so many images are divided; (0, 1) if not."""
+    if not (sharded and torch.distributed.is_initialized()):
+        return 0, 1
+    count = torch.distributed.get_world_size()
+    if images < count:
+        raise ValueError(f"images={images} are fewer than the {count} processes; pass images={count} or more")
+    return torch.distributed.get_rank(), count
+
+
+def _gather(own, count):
+    """The array (N, ...) of all images from those of the shares of `count` processes, in order."""
+    if count == 1:
+        return own
+    parts = [None] * count
+    torch.distributed.all_gather_object(parts, own)
+    whole = np.empty((sum(map(len, parts)), *own.shape[1:]), own.dtype)
+    for index, part in enumerate(parts):
+        whole[index::count] = part
+    return whole
 
 
 def model_device(model):
@@ -480,6 +533,7 @@ def multiscale(
     device=None,
     progress=False,
     callback=None,
+    sharded=False,
 ):
     """Reconstruct test images at several sizes from the same observed pixels, by the model and without it.
 
@@ -503,15 +557,17 @@ def multiscale(
         device: the model's if None.
         progress: show a bar.
         callback: callback(scale, method, fields (N, h, w, 3), target (N, h, w, 3) or None), to keep pictures.
+        sharded: divide the images among the processes of `torch.distributed`, if there are several. All of
+            them make the same call and get the same result, that of one process up to float error.
 
     Returns:
         list of dicts, one a scale and method: scale, method, kind ("mean", "sample", "classical"), images,
         psnr, ssim and speckle with their standard errors `*_se`, versus_biharmonic (mean paired difference of
-        PSNR in dB) and versus_biharmonic_se, seconds (all images), note.
+        PSNR in dB) and versus_biharmonic_se, seconds (all images; of the slowest process), note.
 
     Raises ValueError, before anything is computed, for no scales, a scale below the window of SSIM,
-    sample_scales that are not among the scales, an unknown method or device, counts below 1, and a
-    temperature below 0 or that no method uses.
+    sample_scales that are not among the scales, an unknown method or device, counts below 1, a temperature
+    below 0 or that no method uses, and fewer images than processes.
     """
     _check_scales(scales, sample_scales)
     methods = (method,) if isinstance(method, str) else tuple(method)
@@ -525,16 +581,18 @@ def multiscale(
         _check_device(device)
     truth = _ground_truth(source, scales, observed_size, images)
     fields = observe_images(truth[observed_size], observed, seed)
+    index, processes = share = _share(sharded, len(fields["images"]))
+    own = {name: part[index::processes] for name, part in fields.items()}
     sample_scales = scales if sample_scales is None else sample_scales
-    low = _model_mean(model, fields, observed_size, draws, seed, device)  # upsampled for the larger scales
+    low = _model_mean(model, fields, observed_size, draws, seed, device, share)  # upsampled for larger scales
     start = time.perf_counter()
     train_images = _train_images(source, observed_size)
-    linear = None if train_images is None else wiener(fields, train_images)  # upsampled, too
+    linear = None if train_images is None else wiener(own, train_images)  # upsampled, too
     linear_seconds = time.perf_counter() - start
     rows = []
     for scale in tqdm(scales, desc="scales", disable=not progress):
         target = truth[scale]
-        predictions = []  # (method, kind, fields, seconds)
+        predictions = []  # (method, kind, fields, seconds) of this process
 
         def add(name, kind, make, predictions=predictions):
             start = time.perf_counter()
@@ -543,10 +601,10 @@ def multiscale(
         add(
             ONE_STEP_MEAN,
             "mean",
-            lambda s=scale: _model_mean(model, fields, s, draws, seed, device),
+            lambda s=scale: _model_mean(model, fields, s, draws, seed, device, share),
         )
         for name in methods if scale in sample_scales else ():
-            options = {"method": name, "steps": steps, "seed": seed, "device": device}
+            options = {"method": name, "steps": steps, "seed": seed, "device": device, "share": share}
             heat = ""
             if name == "sde":
                 options["temperature"] = temperature
@@ -557,7 +615,7 @@ def multiscale(
                 lambda s=scale, o=options: reconstruct(model, fields, size=s, kind="sample", **o)["fields"],
             )
         start = time.perf_counter()
-        classical = _classical_fields(fields, scale)
+        classical = _classical_fields(own, scale)
         seconds = time.perf_counter() - start
         predictions += [(name, "classical", classical[name], seconds / len(CLASSICAL)) for name in CLASSICAL]
         if linear is not None:
@@ -573,18 +631,21 @@ def multiscale(
                     lambda s=scale, o=order: np.stack([resize_field(f, s, s, o) for f in low]),
                 )
 
-        reference = _score(classical["biharmonic"], target)["psnr"]
+        own_target = None if target is None else target[index::processes]
+        reference = _score(classical["biharmonic"], own_target)["psnr"]
         for name, kind, prediction, seconds in predictions:
-            scores = _score(prediction, target)
+            scores = _score(prediction, own_target)
+            scores["versus_biharmonic"] = scores["psnr"] - reference
+            scores = {key: _gather(values, processes) for key, values in scores.items()}
             row = {"scale": scale, **_row(name, kind, scores)}
             row["versus_biharmonic"], row["versus_biharmonic_se"] = _mean_and_error(
-                scores["psnr"] - reference
+                scores["versus_biharmonic"]
             )
-            row["seconds"] = seconds
+            row["seconds"] = _gather(np.array([seconds]), processes).max().item()
             row["note"] = "" if target is not None else "no ground truth"
             rows.append(row)
             if callback is not None:
-                callback(scale, name, prediction, target)
+                callback(scale, name, _gather(prediction, processes), target)
     return rows
 
 
@@ -627,8 +688,9 @@ def _train_images(source, size):
         return None
 
 
-def _model_mean(model, fields, scale, draws, seed, device):
-    return reconstruct(model, fields, size=scale, draws=draws, seed=seed, device=device)["fields"]
+def _model_mean(model, fields, scale, draws, seed, device, share=(0, 1)):
+    options = {"draws": draws, "seed": seed, "device": device, "share": share}
+    return reconstruct(model, fields, size=scale, **options)["fields"]
 
 
 def _classical_fields(fields, scale):
@@ -911,6 +973,7 @@ def compare(
     device=None,
     progress=False,
     callback=None,
+    sharded=False,
 ):
     """Compare two models on the same pixels of the same test images with the same noise, image by image.
 
@@ -928,6 +991,7 @@ def compare(
         progress: show a bar.
         callback: callback(kind, fields_a, fields_b, target, mask) for each kind at the end, to keep pictures:
             fields and target (N, H, W, 3) in [0, 1], mask (N, H, W).
+        sharded: as in `multiscale`.
 
     Returns:
         list of dicts, one a kind ("mean", "sample") and metric ("psnr", "ssim", "speckle", "seconds"):
@@ -938,8 +1002,8 @@ def compare(
         (speckle of an image without flat regions, PSNR of a perfect field) is left out pairwise, and None
         where nothing is left.
 
-    Raises ValueError, before anything is computed, for fewer than two images, sizes or steps below 1 and an
-    unknown device.
+    Raises ValueError, before anything is computed, for fewer than two images or fewer than processes, sizes
+    or steps below 1 and an unknown device.
     Source: seed 003 (eval_v1_vs_v2).
     """
     both = tuple(steps) if isinstance(steps, tuple | list) else (steps, steps)
@@ -959,6 +1023,8 @@ def compare(
         image_sources.load_images(source, "test", observed_size, limit=images), observed, seed
     )
     target = fields["images"].numpy()
+    share, processes = _share(sharded, len(target))
+    own = range(share, len(target), processes)
     options = [
         {"mean": {"kind": "mean"}, "sample": {"kind": "sample", "method": "heun", "steps": count}}
         for count in both
@@ -967,7 +1033,7 @@ def compare(
         reconstruct(model, {name: part[:1] for name, part in fields.items()}, device=device)
     made = {kind: ([], []) for kind in ("mean", "sample")}
     seconds = {kind: ([], []) for kind in made}
-    for index in tqdm(range(len(target)), desc="images", disable=not progress):
+    for index in tqdm(own, desc="images", disable=not progress):
         one = {name: part[index : index + 1] for name, part in fields.items()}
         for kind in made:
             for which, model in enumerate((model_a, model_b)):
@@ -981,13 +1047,14 @@ def compare(
     for kind in made:
         stacks = [np.stack(made[kind][which]) for which in (0, 1)]
         scores = [
-            {**_score(stack, target), "seconds": np.array(spent)}
+            {**_score(stack, target[own]), "seconds": np.array(spent)}
             for stack, spent in zip(stacks, seconds[kind], strict=True)
         ]
         for metric in COMPARED:
-            a, b = (score[metric] for score in scores)
+            a, b = (_gather(score[metric], processes) for score in scores)
             rows.append({"method": names[kind], "kind": kind, "metric": metric, **_paired(metric, a, b)})
         if callback is not None:
+            stacks = [_gather(stack, processes) for stack in stacks]
             callback(kind, *stacks, target, fields["mask"].numpy())
     return rows
 

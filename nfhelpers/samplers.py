@@ -237,16 +237,24 @@ def _initial_noise(query_coords, input_values, generator):
 
 
 def _conditional_velocity(model, query_coords, input_coords, input_values, max_batch):
-    """The model as a function of (x, t), evaluated on at most max_batch samples at a time."""
+    """The model as a function of (x, t), evaluated on at most max_batch samples at a time.
+
+    What a model can `prepare` of the points is computed once for all evaluations. Not where the batch is
+    split: its memory, a few MB a sample, would grow with the whole batch.
+    """
     batch = len(query_coords)
     size = batch if max_batch is None else max_batch
+    prepared = {}
+    if size >= batch and hasattr(model, "prepare"):
+        prepared["conditions"] = model.prepare(query_coords, input_coords, input_values)
 
     def velocity(x, t):
         parts = []
         for start in range(0, batch, size):
             part = slice(start, start + size)
             time = t.expand(len(x[part]))  # (b,)
-            parts.append(model(x[part], query_coords[part], time, input_coords[part], input_values[part]))
+            points = query_coords[part], time, input_coords[part], input_values[part]
+            parts.append(model(x[part], *points, **prepared))
             if parts[-1].shape != x[part].shape:
                 raise ValueError(
                     f"the model's velocity has shape {tuple(parts[-1].shape)}; "
@@ -306,8 +314,8 @@ def sample(
         options |= {"temperature": temperature, "generator": generator}
     else:
         x = temperature * x
-    velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
     with evaluation_mode(model):
+        velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
         x = SAMPLERS[method](velocity, x, _times(steps, x), **options)
     return x.clamp(-1, 1)
 
@@ -347,10 +355,10 @@ def posterior_mean(
     if max_batch is not None:
         _check_count("max_batch", max_batch)
     query_coords, input_coords, input_values = _as_parameters(model, query_coords, input_coords, input_values)
-    velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
     integrate = euler if steps == 1 else heun
     mean = squares = torch.zeros((), dtype=input_values.dtype, device=input_values.device)
     with evaluation_mode(model):
+        velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
         for count in tqdm(range(1, draws + 1), desc="draws", disable=not progress):
             x = _initial_noise(query_coords, input_values, generator)
             x = integrate(velocity, x, _times(steps, x)).clamp(-1, 1)
@@ -371,11 +379,15 @@ def _latent_velocity(model, query_coords, latent, max_batch):
     """The decoder of an autoencoder as a function of (x, t), on at most max_batch samples at a time."""
     batch = len(query_coords)
     size = batch if max_batch is None else max_batch
+    parts = [slice(start, start + size) for start in range(0, batch, size)]
+    starts = [model.decode(query_coords[p], latent[p]) for p in parts]  # the same at all times
 
     def velocity(x, t):
-        parts = [slice(start, start + size) for start in range(0, batch, size)]
         return torch.cat(
-            [model.decode(query_coords[p], latent[p], t.expand(len(x[p])), x[p]) for p in parts]
+            [
+                model.decode(query_coords[p], latent[p], t.expand(len(x[p])), x[p], start)
+                for p, start in zip(parts, starts, strict=True)
+            ]
         ).to(x.dtype)
 
     return velocity
@@ -461,8 +473,8 @@ def _integrate_latent(
         _check_count("max_batch", max_batch)
     query_coords, latent, x = _as_parameters(model, query_coords, latent, x)
     times = _times(steps, x) if forwards else _times(steps, x).flip(0)
-    velocity = _latent_velocity(model, query_coords, latent, max_batch)
     with evaluation_mode(model):
+        velocity = _latent_velocity(model, query_coords, latent, max_batch)
         return SAMPLERS[method](velocity, x, times, callback=callback, progress=progress)
 
 

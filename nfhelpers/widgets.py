@@ -11,6 +11,7 @@ import base64
 import functools
 import html
 import io
+import signal
 import threading
 import time
 import traceback
@@ -111,7 +112,8 @@ def training_monitor(epochs):
             result = train.fit(model, data, config, callback=callback)
 
     The button stops after the current epoch, an interrupt of the kernel after the current step. Both leave
-    the state and the model `latest`, and running the cell again goes on from there.
+    the state and the model `latest`, and running the cell again goes on from there, or says that nothing is
+    left to do.
 
     The button needs a kernel that hears it while a cell runs, by the subshells of JupyterLab 4.4 and
     ipykernel 7; elsewhere interrupt the kernel. `epochs`: of the whole run. Yields the callback.
@@ -143,18 +145,41 @@ def training_monitor(epochs):
     # without this note they go where JupyterLab addressed them, to the subshell of widgets.
     vars(button.comm).pop("_reply_subshell_id", None)
     try:
-        yield callback
+        with _noted_interrupts(pressed):
+            yield callback
+        if not done and not pressed.is_set():  # `train.fit` returned without an epoch
+            done.append(epochs)
+            line.value = f"<code>epoch {epochs} of {epochs}: finished before, nothing left to do</code>"
     finally:
         button.disabled = True
         finished = bool(done) and done[-1] == epochs
         button.description = "trained" if finished else "stopped"
 
 
+@contextmanager
+def _noted_interrupts(event):
+    """Set the event on SIGINT, then do what would have been done; of the main thread only, as signals are."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def note(number, frame):
+        event.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 # ---------------------------------------------------------------- reconstruction
 
 
 def reconstruction_figure(
-    model, images, image=0, observed=0.2, sampler="posterior mean", steps=10, seed=0, title=None
+    model, images, image=0, observed=0.2, sampler="posterior mean", steps=4, seed=0, title=None
 ):
     """One image observed, reconstructed and compared: what `reconstruction_panel` draws.
 
@@ -191,7 +216,7 @@ def _reconstruct(model, fields_, sampler, steps, seed):
     return evaluate.reconstruct(model, fields_, seed=seed, **options), f"sample ({sampler}, {steps})"
 
 
-def reconstruction_panel(model, images, title=None, steps=10, max_steps=50):
+def reconstruction_panel(model, images, title=None, steps=4, max_steps=50):
     """Sliders for image, observed fraction, sampler, steps and seed over `reconstruction_figure`."""
     controls = {
         "image": _slider(0, 0, len(images) - 1, 1, "image"),
@@ -210,7 +235,7 @@ def own_image_figure(
     size=32,
     observed=0.2,
     sampler="posterior mean",
-    steps=10,
+    steps=4,
     crop=0.5,
     seed=0,
     title=None,
@@ -245,11 +270,12 @@ def own_image_figure(
     return plots.comparison_grid(columns, target, title), "; ".join(scores), result["fields"][0]
 
 
-def own_image_panel(models, source, *, sizes=(32, 48, 64, 96), title=None, max_steps=50):
+def own_image_panel(models, source, *, sizes=(32, 48, 64, 96), title=None, max_steps=20):
     """Upload or path, crop, size, observed fraction, model and sampler over `own_image_figure`, drawn on the
     press of a button; below the picture a link that downloads the reconstruction as PNG.
 
-    models: as there; source: the image to start with; sizes: sides to choose from.
+    models: as there; source: the image to start with; sizes: sides to choose from. On a CPU a sample at 96 px
+    takes many seconds: every step evaluates the model on all pixels, once to four times.
     """
     controls = {
         "upload": ipywidgets.FileUpload(accept="image/*", description="your image"),
@@ -259,7 +285,7 @@ def own_image_panel(models, source, *, sizes=(32, 48, 64, 96), title=None, max_s
         "observed": _slider(0.2, 0.05, 0.8, 0.05, "observed fraction"),
         "crop": _slider(0.5, 0.0, 1.0, 0.05, "crop, from left or top"),
         "sampler": _choice(["posterior mean", *samplers.SAMPLERS], "posterior mean", "sampler"),
-        "steps": _slider(10, 1, max_steps, 1, "steps (samples)"),
+        "steps": _slider(4, 1, max_steps, 1, "steps (samples)"),
         "seed": _slider(0, 0, 20, 1, "seed"),
     }
 
@@ -641,7 +667,7 @@ def generated_figure(
     return figure, text, audio_players({name: sound}, meta.sample_rate)
 
 
-def generated_panel(model, meta, *, steps=12, max_steps=50, size=64, title=None):
+def generated_panel(model, meta, *, steps=12, max_steps=25, size=64, title=None):
     """Class, guidance, steps and seed over `generated_figure`, drawn and heard on the press of a button."""
     classes = [(name, index) for index, name in enumerate(meta.class_names)]
     controls = {

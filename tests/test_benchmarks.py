@@ -224,6 +224,19 @@ def test_sampling_benchmark_prints_its_table(load_benchmark, tmp_path, capsys):
     assert rows["v1", "heun"]["evaluations"] == 3 and rows["v1", "heun"]["queries"] == 16
 
 
+def test_sampling_benchmark_of_a_trained_model(load_benchmark, repository, tmp_path):
+    bench, out = load_benchmark("sampling"), tmp_path / "sampling.json"
+    command = ["--checkpoints", str(repository / "checkpoints" / "field-photos"), "--sides", "8", "12"]
+    bench.main(
+        [*command, "--quick", "--steps", "2", "--samplers", "heun", "--device", "cpu", "--out", str(out)]
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["model"], row["sampler"], row["evaluations"]) for row in rows] == [
+        (f"field-photos {side} px", *run) for side in (8, 12) for run in (("mean", 1), ("heun", 3))
+    ]
+    assert [row["queries"] for row in rows[::2]] == [64 - 13, 144 - 29]
+
+
 def evaluations_of(bench, model, sampler):
     calls = []
     model.register_forward_hook(lambda *given: calls.append(1))

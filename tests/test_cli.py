@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import TWO_PROCESSES, start_python
 
 from nfhelpers import __main__ as cli
 from nfhelpers import evaluate, kernels, models, run, spectrograms, train
@@ -396,6 +397,66 @@ def test_names_of_checkpoints_differ(paths, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = tuple(name.format(tmp_path.name) for name in names)
     assert cli.checkpoint_names(*map(Path, paths)) == names
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def two_checkpoints(checkpoint, tmp_path):
+    """Two fields whose output has moved away from zero."""
+    torch.manual_seed(2)
+    paths = [tmp_path / "checkpoints" / name for name in ("a", "b")]
+    for path in paths:
+        model = models.load_model(checkpoint)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+        model.save_pretrained(path)
+    return paths
+
+
+def printed_by_one_and_by_two(tmp_path, capfd, arguments, output):
+    """What one process and what two print; they write to tmp_path/one and tmp_path/two."""
+    arguments = [*map(str, arguments), "--device", "cpu", output]
+    assert cli.main([*arguments, str(tmp_path / "one")]) == 0
+    printed = [capfd.readouterr().out.replace(str(tmp_path / "one"), "")]
+    process = start_python(*TWO_PROCESSES, "-m", "nfhelpers", *arguments, tmp_path / "two")
+    assert process.wait(timeout=120) == 0
+    return [*printed, capfd.readouterr().out.replace(str(tmp_path / "two"), "")]
+
+
+def without_seconds(text):
+    return [line for line in text.splitlines() if not line.startswith("seconds ")]
+
+
+def test_evaluate_on_two_processes_equals_one(two_checkpoints, tmp_path, capfd):
+    """accelerate launch -m nfhelpers evaluate ...: an odd number of images, means, samples and classical."""
+    arguments = ["evaluate", *two_checkpoints, "--scales", 16, 32, "--sample-scales", 16, "--images", 5]
+    arguments += ["--samplers", "heun", "sde", "--steps", 3]
+    printed = printed_by_one_and_by_two(tmp_path, capfd, arguments, "--out")
+    assert printed[0] == printed[1]
+    one, other = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert other["config"] == {**one["config"], "processes": 2}
+    for ours, theirs in zip(one["rows"], other["rows"], strict=True):
+        assert 0 < theirs.pop("seconds") and 0 < ours.pop("seconds") and ours["images"] == 5
+        if ours["kind"] == "classical":
+            assert ours == theirs
+        for key, value in ours.items():
+            assert theirs[key] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
+
+
+def test_compare_on_two_processes_equals_one(two_checkpoints, tmp_path, capfd):
+    """One image at a time either way: the same figures to the last digit."""
+    arguments = ["compare", *two_checkpoints, "--num-samples", 5, "--steps", 3]
+    one, two = printed_by_one_and_by_two(tmp_path, capfd, arguments, "--output")
+    assert without_seconds(one) == without_seconds(two.replace(", 2 processes", ""))
+    assert len(two.splitlines()) == len(without_seconds(two)) + 2 and ", 2 processes" in two
+    files = [{path.name: path for path in (tmp_path / name).iterdir()} for name in ("one", "two")]
+    assert set(files[0]) == set(files[1]) and len(files[0]) == 3
+    pictures = [found["v1_vs_v2_comparison.png"].read_bytes() for found in files]
+    assert pictures[0] == pictures[1]
 
 
 # ---------------------------------------------------------------- the process

@@ -325,6 +325,29 @@ def test_groups_of_images_change_nothing(monkeypatch):
     np.testing.assert_allclose(together, apart, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mean", "sample"])
+@pytest.mark.parametrize(("size", "at_once"), [(None, False), (24, False), (24, True)])
+def test_shares_are_parts_of_the_whole(kind, size, at_once, monkeypatch):
+    """Five images between two processes: the same noise in every draw and step as in one process."""
+    pictures = smooth_images(5)
+    torch.manual_seed(0)
+    model = LocalImplicitField(LocalImplicitFieldConfig(d_model=16, num_heads=2, neighbours=4, num_layers=1))
+    options = {"mean": {"draws": 3, "steps": 2}, "sample": {"method": "sde", "steps": 5}}[kind]
+    options |= {"kind": kind, "size": size}  # nine evaluations of each image either way
+    whole = evaluate.reconstruct(model, pictures, **options)
+    seen = []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(len(arguments[0])))
+    if not at_once:
+        monkeypatch.setattr(evaluate, "TOKENS_PER_FORWARD", 1)
+    for index, count in enumerate((3, 2)):
+        seen.clear()
+        share = evaluate.reconstruct(model, pictures, share=(index, 2), **options)
+        assert seen == ([count] * 9 if at_once else [1] * 9 * count), "each image is that of one process"
+        for name, part in share.items():
+            if part is not None:
+                np.testing.assert_allclose(part, whole[name][index::2], atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -340,6 +363,7 @@ def test_groups_of_images_change_nothing(monkeypatch):
         ({"kind": "sample", "temperature": -1}, "temperature=-1"),
         ({"device": "tpu9"}, "device='tpu9' cannot be used"),
         ({"images": {}}, r"a dict without \['images', 'input_coords', 'input_values', 'mask'\]"),
+        ({"share": (1, 2)}, r"share=\(1, 2\) of 1 images; pass \(i, n\) with 0 <= i < n <= 1"),
     ],
 )
 def test_reconstruct_refuses(change, message):
@@ -674,6 +698,16 @@ def test_models_side_by_side_are_paired_with_the_first():
     for bad in ({}, {"target": models["a"]}):
         with pytest.raises(ValueError, match="pass at least one"):
             evaluate.side_by_side(bad)
+
+
+def test_more_processes_than_images_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    options = {"images": 3, "observed_size": 16, "sharded": True}
+    with pytest.raises(ValueError, match="images=3 are fewer than the 4 processes; pass images=4"):
+        evaluate.multiscale(None, scales=(16,), **options)
+    with pytest.raises(ValueError, match="images=3 are fewer than the 4 processes; pass images=4"):
+        evaluate.compare(None, None, **options)
 
 
 def test_no_ground_truth_is_said(tmp_path):

@@ -511,6 +511,20 @@ def test_cross_attention_without_queries_is_gaussian_kernel_interpolation():
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_cross_attention_of_many_queries_is_that_of_each_part(monkeypatch):
+    torch.manual_seed(0)
+    layer = CrossAttention(12, 3, 0.0)
+    points = torch.randn(2, 11, 12), torch.rand(2, 11, 2), torch.randn(2, 6, 12), torch.rand(2, 6, 2)
+    whole = layer(*points)
+    sizes, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *a, **k: sizes.append(q.shape[2]) or attend(q, *a, **k)
+    )
+    monkeypatch.setattr(CrossAttention, "LOGITS_AT_ONCE", 4 * 3 * 6 + 1)
+    torch.testing.assert_close(layer(*points), whole, rtol=1e-6, atol=1e-6)
+    assert sizes == [4, 4, 3]
+
+
 @pytest.mark.parametrize("channels", [4, 6])
 def test_attention_sees_where_points_lie_from_one_another(channels):
     """Turned by their points, keys and values depend on q - p alone, as the formula says."""
@@ -678,7 +692,7 @@ def test_spline_is_scipys(points):
 
 
 def test_spline_of_a_batch_is_that_of_each(monkeypatch):
-    monkeypatch.setattr("nfhelpers.models.spline.QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr("nfhelpers.models.spline.BASIS_AT_ONCE", 4 * 7)
     arguments = field(batch=3, queries=9, inputs=12)
     query, coords, values = (arguments[name] for name in ("query_coords", "input_coords", "input_values"))
     together = thin_plate_spline(query, coords, values)
@@ -796,6 +810,41 @@ def test_samples_of_a_batch_are_independent(kind):
     for index in range(3):
         alone = model(**{name: x[index : index + 1] for name, x in arguments.items()})
         torch.testing.assert_close(alone, velocity[index : index + 1], rtol=1e-5, atol=1e-5)
+
+
+@every_model
+@pytest.mark.parametrize("queries", [9, 33])  # in one window, and in several
+def test_prepared_conditions_serve_every_evaluation(monkeypatch, kind, queries):
+    monkeypatch.setattr(QuerySelfAttention, "FULL", 8 if queries > 9 else 4096)
+    monkeypatch.setattr(QuerySelfAttention, "WINDOW", 5)
+    model, arguments = tiny_model(kind), field(queries=queries, inputs=20)
+    points = [arguments[name] for name in ("query_coords", "input_coords", "input_values")]
+    conditions = model.prepare(*points)
+    for t in (0.1, 0.6):
+        arguments |= {"t": torch.full((2,), t), "noisy_values": torch.randn(2, queries, 3)}
+        assert torch.equal(model(**arguments, conditions=conditions), model(**arguments))
+    other = model.prepare(points[0], points[1], -points[2])
+    assert (model(**arguments, conditions=other) - model(**arguments)).abs().max() > 1e-3  # they are used
+
+
+@every_model
+def test_with_conditions_nothing_of_the_points_is_computed(monkeypatch, kind):
+    model, arguments = tiny_model(kind), field()
+    points = [arguments[name] for name in ("query_coords", "input_coords", "input_values")]
+    conditions = model.prepare(*points)
+
+    def again(*given):
+        raise AssertionError("computed again")
+
+    for name in ("point_order", "inverse_order", "thin_plate_spline"):
+        monkeypatch.setattr(fields_module, name, again)
+    model.fourier.register_forward_pre_hook(again)
+    for layer in getattr(getattr(model, "perceiver", None), "layers", ()):
+        for attention in (layer.cross_attention, layer.self_attention):
+            attention.rotary.register_forward_pre_hook(again)
+    assert model(**arguments, conditions=conditions).isfinite().all()
+    with pytest.raises(AssertionError, match="computed again"):
+        model(**arguments)
 
 
 @every_model
@@ -1074,7 +1123,7 @@ def test_what_a_field_has_to_learn_is_of_unit_scale_and_uncorrelated(t):
     model, arguments = tiny_model("field", trained=False), field(batch=400, queries=20, inputs=20)
     arguments["t"] = torch.full((400,), t)
     seen = []
-    model.query_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    model.query_embedding.value_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     start = start_of("field", arguments)
     noise, spread = torch.randn_like(start), 0.15 * torch.randn_like(start)
     arguments["noisy_values"] = interpolate(noise, start + spread, torch.tensor(t))

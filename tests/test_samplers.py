@@ -9,8 +9,24 @@ from torch import nn
 from torchdiffeq import odeint
 
 from nfhelpers.flow import to_diffusers_sigma, to_diffusers_velocity
-from nfhelpers.models import MambaDiffusion, MambaDiffusionConfig
-from nfhelpers.samplers import SAMPLERS, ddim, euler, heun, midpoint, posterior_mean, rk4, sample, sde
+from nfhelpers.models import (
+    MambaDiffusion,
+    MambaDiffusionAutoencoder,
+    MambaDiffusionAutoencoderConfig,
+    MambaDiffusionConfig,
+)
+from nfhelpers.samplers import (
+    SAMPLERS,
+    ddim,
+    decode_stochastic,
+    euler,
+    heun,
+    midpoint,
+    posterior_mean,
+    rk4,
+    sample,
+    sde,
+)
 
 EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2}  # a step
 ORDERS = [(euler, 1), (ddim, 1), (heun, 2), (midpoint, 2), (rk4, 4)]
@@ -370,6 +386,73 @@ def test_max_batch_of_the_posterior_mean():
     mean_and_std = posterior_mean(split, *field, draws=3, steps=2, generator=_seeded(), max_batch=1)
     torch.testing.assert_close(mean_and_std, expected, rtol=0, atol=0)
     assert (whole.largest_batch, split.largest_batch) == (3, 1)
+
+
+class PreparedField(GaussianField):
+    """A field that computes its mean of the observed values once, where it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.prepared = []
+
+    def prepare(self, query_coords, input_coords, input_values):
+        self.prepared.append(len(input_values))
+        self.modes.add(self.training)
+        return input_values.mean(1, keepdim=True)
+
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values, conditions=None):
+        if conditions is None:
+            conditions = self.prepare(query_coords, input_coords, input_values)
+        return super().forward(noisy_values, query_coords, t, input_coords, conditions)
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_what_depends_on_the_points_is_prepared_once_a_run(method):
+    field, model = _field(queries=5), PreparedField()
+    drawn = sample(model, *field, method=method, steps=4, generator=_seeded(), max_batch=3)
+    assert model.prepared == [3] and model.evaluations > 1 and model.modes == {False}
+    plain = sample(GaussianField(), *field, method=method, steps=4, generator=_seeded())
+    assert torch.equal(drawn, plain)
+    model.prepared.clear()
+    mean, _ = posterior_mean(model, *field, draws=5, steps=2, generator=_seeded())
+    assert model.prepared == [3]
+    plain, _ = posterior_mean(GaussianField(), *field, draws=5, steps=2, generator=_seeded())
+    assert torch.equal(mean, plain)
+
+
+def test_of_a_split_batch_nothing_is_kept():
+    """Memory would grow with the batch that is split to bound it."""
+    field, model = _field(queries=5), PreparedField()
+    drawn = sample(model, *field, steps=1, generator=_seeded(), max_batch=2)
+    assert model.prepared == [2, 1]
+    assert torch.equal(drawn, sample(GaussianField(), *field, steps=1, generator=_seeded()))
+
+
+def test_the_deterministic_decoding_of_a_latent_is_computed_once_a_run():
+    config = MambaDiffusionAutoencoderConfig(
+        phase=2,
+        latent_dim=6,
+        d_model=8,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        d_state=2,
+        num_cosines=3,
+        spectrum_width=8,
+        num_fourier_features=4,
+    )
+    torch.manual_seed(0)
+    model, decodings = MambaDiffusionAutoencoder(config).eval(), []
+    model.decoder.register_forward_hook(lambda *given: decodings.append(given))
+    coords, latent, noise = _field(queries=5)[0], torch.randn(3, 6), torch.randn(3, 5, 3)
+    drawn = decode_stochastic(model, coords, latent, noise, method="euler", steps=3)
+    assert len(decodings) == 1
+    with torch.no_grad():
+        expected = euler(lambda x, t: model.decode(coords, latent, t.expand(3), x), noise, _times(3).float())
+    torch.testing.assert_close(drawn, expected)
+    decodings.clear()
+    split = decode_stochastic(model, coords, latent, noise, method="euler", steps=3, max_batch=2)
+    assert len(decodings) == 2
+    torch.testing.assert_close(split, drawn)
 
 
 def test_callback_of_the_posterior_mean_sees_it_settle():

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import signal
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -152,6 +153,28 @@ def test_a_pressed_stop_button_ends_the_run_after_the_epoch(tmp_path, monkeypatc
     assert (result.interrupted, result.steps) == (False, 8), "the next run goes on"
     button, text = shown[1].children
     assert button.disabled and button.description == "trained" and "epoch 4 of 4" in text.value
+    with widgets.training_monitor(config.epochs) as callback:
+        train.fit(model, datasets, config, callback=callback)
+    button, text = shown[2].children
+    assert button.disabled and button.description == "trained"
+    assert "epoch 4 of 4: finished before, nothing left to do" in text.value
+
+
+def test_an_interrupt_in_the_first_epoch_is_not_taken_for_a_finished_run(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(widgets, "display", shown.append)
+    handler = signal.getsignal(signal.SIGINT)
+    pictures = np.zeros((4, 12, 12, 3), np.uint8)
+    datasets = images.SparseFields(pictures), images.SparseFields(pictures, seed=0)
+    model = LocalImplicitField(LocalImplicitFieldConfig(d_model=16, num_heads=2, neighbours=4, num_layers=1))
+    model.register_forward_pre_hook(lambda *arguments: signal.raise_signal(signal.SIGINT))
+    config = train.TrainConfig(tmp_path, epochs=4, batch_size=2, cpu=True, progress=False)
+    with widgets.training_monitor(config.epochs) as callback:
+        result = train.fit(model, datasets, config, callback=callback)
+    button, text = shown[0].children
+    assert (result.interrupted, result.steps) == (True, 0)
+    assert button.disabled and button.description == "stopped" and "nothing left" not in text.value
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_first_drawing_raises_in_the_cell():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def run_layers(
-    layers: nn.ModuleList, tokens: torch.Tensor, *context: torch.Tensor, recompute: bool
+    layers: Iterable[nn.Module], tokens: torch.Tensor, *context: Any, recompute: bool
 ) -> torch.Tensor:
     """Apply layers one after the other, each to the tokens and the same context.
 

@@ -590,19 +590,22 @@ class MambaDiffusionAutoencoder(FieldModel):
         latent: torch.Tensor,
         t: torch.Tensor | None = None,
         noisy_values: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values at query points, or with `noisy_values` their velocity.
 
         coords (B, Nq, 2) are (x, y) in [0, 1]; latent (B, C) is as `encode` returns it, not normalised.
         Without noisy_values the deterministic decoding, (B, Nq, 3) in about [-1, 1]; t is ignored. With
-        noisy_values (B, Nq, 3), the state x_t of the flow at t (B,) in [0, 1], its velocity (B, Nq, 3).
-        Raises ValueError for a latent of another size, when shapes or dtypes do not fit, for a missing t
-        and, on the CPU, for t or coordinates outside [0, 1].
+        noisy_values (B, Nq, 3), the state x_t of the flow at t (B,) in [0, 1], its velocity (B, Nq, 3);
+        start (B, Nq, 3): the deterministic decoding of this latent at these points, if it is at hand. Raises
+        ValueError for a latent of another size, when shapes or dtypes do not fit, for a missing t and, on
+        the CPU, for t or coordinates outside [0, 1].
         """
         check_points("coords", coords)
         check_latent(latent, self.config.latent_dim, len(coords))
-        spectrum = self.linear_code.decode(latent)  # (B, M^2, 3)
-        start = self.decoder(coords, latent, spectrum, self.recompute)  # (B, Q, 3), m
+        if start is None:
+            spectrum = self.linear_code.decode(latent)  # (B, M^2, 3)
+            start = self.decoder(coords, latent, spectrum, self.recompute)  # (B, Q, 3), m
         if noisy_values is None:
             return start
         if noisy_values.shape != start.shape or not noisy_values.is_floating_point():
@@ -630,17 +633,28 @@ class MambaDiffusionAutoencoder(FieldModel):
         t: torch.Tensor,
         input_coords: torch.Tensor,
         input_values: torch.Tensor,
+        conditions: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Velocity of the field at the query points, given the latent of the observed ones.
 
         noisy_values (B, Nq, 3) is x_t, values in about [-1, 1]; query_coords (B, Nq, 2) and input_coords
         (B, Ni, 2) are (x, y) in [0, 1]; t (B,) in [0, 1], 0 is noise; input_values (B, Ni, 3) in [-1, 1].
-        Returns (B, Nq, 3). In phase 1 one step from t = 0 is the deterministic decoding. Raises ValueError
-        when the shapes or dtypes do not fit and, on the CPU, when t or coordinates are outside [0, 1].
+        conditions: what `prepare` made of these points, if it is at hand. Returns (B, Nq, 3). In phase 1 one
+        step from t = 0 is the deterministic decoding. Raises ValueError when the shapes or dtypes do not fit
+        and, on the CPU, when t or coordinates are outside [0, 1].
         """
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
+        if conditions is None:
+            conditions = self.prepare(query_coords, input_coords, input_values)
+        latent, start = conditions
+        return self.decode(query_coords, latent, t, noisy_values, start)  # (B, Q, 3)
+
+    def prepare(
+        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` computes of these arguments alone: latent (B, C) and its decoding (B, Q, 3)."""
         latent = self.encode(input_coords, input_values)  # (B, C)
-        return self.decode(query_coords, latent, t, noisy_values)  # (B, Q, 3)
+        return latent, self.decode(query_coords, latent)
 
     def loss_times(self, t: torch.Tensor) -> torch.Tensor:
         """Times at which training takes the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""

@@ -48,9 +48,11 @@ class PointEmbedding(nn.Module):
 
     def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Fourier features (B, L, num_features) and values (B, L, num_values) -> tokens (B, L, D)."""
-        return self.coord_proj(features.to(self.coord_proj.weight.dtype)) + self.value_proj(
-            values
-        )  # (B, L, D)
+        return self.place(features) + self.value_proj(values)  # (B, L, D)
+
+    def place(self, features: torch.Tensor) -> torch.Tensor:
+        """The part of the tokens that says where they are, (B, L, D), of Fourier features."""
+        return self.coord_proj(features.to(self.coord_proj.weight.dtype))  # (B, L, D)
 
 
 def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ Glossary
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,18 +65,17 @@ def relative_attention(
     v: torch.Tensor,
     at_query: tuple[torch.Tensor, torch.Tensor],
     at_key: tuple[torch.Tensor, torch.Tensor],
-    attn_mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
+    attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """Attention of q (B, H, Q, C) to k, v (B, H, I, C) that sees where they lie -> (B, H, Q, C).
 
-    at_query, at_key: cosines and sines of their points (`RotaryCoordinates`). Half of the values' channels
-    are turned, the others are the same wherever they come from.
+    at_query, at_key: cosines and sines of their points (`RotaryCoordinates`); attend: of q, k, v. Half of the
+    values' channels are turned, the others are the same wherever they come from.
     """
     pairs = v.shape[-1] // 4
     q, k = rotate(q, *at_query), rotate(k, *at_key)
     v = rotate(v, *(x[..., :pairs] for x in at_key))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)  # (B, H, Q, C)
+    y = attend(q, k, v)  # (B, H, Q, C)
     cos, sin = (x[..., :pairs] for x in at_query)
     return rotate(y, cos, -sin)  # (B, H, Q, C)
 
@@ -89,6 +90,7 @@ class CrossAttention(nn.Module):
     """
 
     NEAREST, WIDEST = 0.015, 0.3  # in image sides: half a pixel to ten pixels of a 32 px field
+    LOGITS_AT_ONCE = 2**22  # of a sample: what is added to all, (H, Q, I), is far beyond a cache at 96 px
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
@@ -107,23 +109,39 @@ class CrossAttention(nn.Module):
         widths = torch.linspace(math.log(self.NEAREST), math.log(self.WIDEST), num_heads)
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
+    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
+        """What depends on the points (B, Q, 2) and (B, I, 2) alone, for calls with the same: angles."""
+        return self.rotary(query_coords), self.rotary(input_coords)
+
     def forward(
         self,
         queries: torch.Tensor,
         query_coords: torch.Tensor,
         inputs: torch.Tensor,
         input_coords: torch.Tensor,
+        places: tuple | None = None,
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D)."""
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D).
+
+        `places`: of these points, if at hand.
+        """
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
         k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
         k, v = self._heads(k), self._heads(v)  # (B, H, I, C)
-        distance2 = squared_distances(query_coords, input_coords)  # (B, Q, I)
         precision = 0.5 * torch.exp(-2 * self.log_sigma.float())  # (H,)
-        prior = -precision[:, None, None] * distance2[:, None]  # (B, H, Q, I)
-        dropout = self.dropout if self.training else 0.0
-        at_query, at_key = self.rotary(query_coords), self.rotary(input_coords)
-        y = relative_attention(q, k, v, at_query, at_key, prior.to(q.dtype), dropout)  # (B, H, Q, C)
+        at_once = max(1, self.LOGITS_AT_ONCE // (k.shape[1] * k.shape[2]))
+
+        def attend(q, k, v):
+            parts = []
+            for part, coords in zip(q.split(at_once, dim=2), query_coords.split(at_once, dim=1), strict=True):
+                distance2 = squared_distances(coords, input_coords)  # (B, q, I)
+                prior = (-precision[:, None, None] * distance2[:, None]).to(q.dtype)  # (B, H, q, I)
+                dropout = self.dropout if self.training else 0.0
+                parts.append(F.scaled_dot_product_attention(part, k, v, attn_mask=prior, dropout_p=dropout))
+            return torch.cat(parts, dim=2)  # (B, H, Q, C)
+
+        at = self.places(query_coords, input_coords) if places is None else places
+        y = relative_attention(q, k, v, *at, attend)  # (B, H, Q, C)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,32 +169,48 @@ class QuerySelfAttention(nn.Module):
         self.to_out = nn.Linear(d_model, d_model, bias=False)
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
-    def forward(self, queries: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
-        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
-        x = self.to_query_key_value(self.norm(queries))  # (B, Q, 3D)
-        length = x.shape[1]
+    def places(self, coords: torch.Tensor) -> tuple:
+        """What depends on the points (B, Q, 2) alone, for calls with the same: windows, and angles there.
+
+        The order of the queries (B, Q), window after window, and its inverse, both None for a single window;
+        then, of the windows of each length, how many there are and their angles (`RotaryCoordinates`).
+        """
+        length = coords.shape[1]
         if length <= self.FULL:
-            return self.to_out(self._attend(x, coords, 1))  # (B, Q, D)
+            return None, None, [(1, self.rotary(coords))]
         windows = math.ceil(length / self.WINDOW)
-        dealt = torch.arange(length, device=x.device).remainder(windows).argsort(stable=True)  # (Q,)
-        order = point_order(coords, self.order)[:, dealt]  # (B, Q), window after window
+        dealt = torch.arange(length, device=coords.device).remainder(windows).argsort(stable=True)  # (Q,)
+        order = point_order(coords, self.order)[:, dealt]  # (B, Q)
         size, longer = divmod(length, windows)  # so many windows hold one query more
         counts = (longer, windows - longer)
-        parts = [
-            gather_tokens(tensor, order).split([counts[0] * (size + 1), counts[1] * size], dim=1)
-            for tensor in (x, coords)
+        parts = gather_tokens(coords, order).split([longer * (size + 1), counts[1] * size], dim=1)
+        groups = [
+            (n, self.rotary(part.unflatten(1, (n, -1)).flatten(0, 1)))
+            for n, part in zip(counts, parts, strict=True)
+            if n
         ]
-        y = torch.cat(
-            [self._attend(*part, n) for *part, n in zip(*parts, counts, strict=True) if n], dim=1
-        )  # (B, Q, D)
-        return gather_tokens(self.to_out(y), inverse_order(order))  # (B, Q, D)
+        return order, inverse_order(order), groups
 
-    def _attend(self, x: torch.Tensor, coords: torch.Tensor, windows: int) -> torch.Tensor:
-        """Queries, keys and values (B, L, 3D) at (B, L, 2) in so many equal windows -> (B, L, D)."""
-        heads, coords = (z.unflatten(1, (windows, -1)).flatten(0, 1) for z in (x, coords))  # (B*W, L/W, ...)
+    def forward(
+        self, queries: torch.Tensor, coords: torch.Tensor, places: tuple | None = None
+    ) -> torch.Tensor:
+        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D).
+
+        `places`: of these points, if at hand.
+        """
+        order, back, groups = self.places(coords) if places is None else places
+        x = self.norm(queries if order is None else gather_tokens(queries, order))
+        parts = self.to_query_key_value(x).split([n * at[0].shape[2] for n, at in groups], dim=1)
+        y = torch.cat([self._attend(x, *group) for x, group in zip(parts, groups, strict=True)], dim=1)
+        y = self.to_out(y)  # (B, Q, D)
+        return y if back is None else gather_tokens(y, back)  # (B, Q, D)
+
+    def _attend(self, x: torch.Tensor, windows: int, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Queries, keys and values (B, L, 3D) in so many equal windows, with their angles -> (B, L, D)."""
+        heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
         q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
-        at = self.rotary(coords)
-        y = relative_attention(q, k, v, at, at, dropout=self.dropout if self.training else 0.0)
+        attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
+        y = relative_attention(q, k, v, at, at, attend)
         return y.transpose(1, 2).flatten(2).unflatten(0, (-1, windows)).flatten(1, 2)  # (B, L, D)
 
 
@@ -196,10 +230,15 @@ class PerceiverLayer(nn.Module):
         query_coords: torch.Tensor,
         inputs: torch.Tensor,
         input_coords: torch.Tensor,
+        places: tuple,
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
-        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords)
-        queries = queries + self.self_attention(queries, query_coords)
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
+
+        `places`: what the two attentions take of these points.
+        """
+        across, among = places
+        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
+        queries = queries + self.self_attention(queries, query_coords, among)
         return queries + self.mlp(self.mlp_norm(queries))  # (B, Q, D)
 
 
@@ -223,6 +262,16 @@ class LightweightPerceiver(nn.Module):
             for i in range(iterations)
         )
 
+    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> list[tuple]:
+        """What each layer takes of the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
+        return [
+            (
+                layer.cross_attention.places(query_coords, input_coords),
+                layer.self_attention.places(query_coords),
+            )
+            for layer in self.layers
+        ]
+
     def forward(
         self,
         queries: torch.Tensor,
@@ -230,11 +279,15 @@ class LightweightPerceiver(nn.Module):
         inputs: torch.Tensor,
         input_coords: torch.Tensor,
         recompute: bool = False,
+        places: list[tuple] | None = None,
     ) -> torch.Tensor:
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
 
-        `recompute`: as in `run_layers`.
+        `recompute`: as in `run_layers`; `places`: of these points, if at hand.
         """
-        return run_layers(
-            self.layers, queries, query_coords, inputs, input_coords, recompute=recompute
-        )  # (B, Q, D)
+        if places is None:
+            places = self.places(query_coords, input_coords)
+        for layer, place in zip(self.layers, places, strict=True):
+            context = (query_coords, inputs, input_coords, place)
+            queries = run_layers([layer], queries, *context, recompute=recompute)  # (B, Q, D)
+        return queries

@@ -11,7 +11,7 @@ Glossary
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -318,6 +318,19 @@ class LocalImplicitFieldConfig(ModelConfig):
 # ----------------------------------------------------------------------------------------------------- models
 
 
+class Conditions(NamedTuple):
+    """What a `TokenField` computes of the points alone: the same at all times of a sampling run."""
+
+    input_coords: torch.Tensor  # (B, I, 2), sorted
+    query_coords: torch.Tensor  # (B, Q, 2), sorted
+    inputs: torch.Tensor  # (B, I, D), their tokens
+    queries: torch.Tensor  # (B, Q, D), their tokens without values
+    places: tuple  # what `mix` takes beside tokens and coordinates
+    order: torch.Tensor  # (B, Q), in which the queries are sorted
+    back: torch.Tensor  # (B, Q), its inverse
+    start: torch.Tensor | None = None  # (B, Q, 3), of `MambaField`, not sorted
+
+
 class TokenField(FieldModel):
     """Base of the velocity fields that see observed points and queries as the tokens of one sequence.
 
@@ -344,46 +357,59 @@ class TokenField(FieldModel):
         t: torch.Tensor,
         input_coords: torch.Tensor,
         input_values: torch.Tensor,
+        conditions: Conditions | None = None,
     ) -> torch.Tensor:
         """Velocity of the field at the query points.
 
         noisy_values (B, Nq, 3) is x_t, values in about [-1, 1]; query_coords (B, Nq, 2) and input_coords
         (B, Ni, 2) are (x, y) in [0, 1]; t (B,) in [0, 1], 0 is noise; input_values (B, Ni, 3) in [-1, 1].
-        Returns (B, Nq, 3). Raises ValueError when the shapes or dtypes do not fit and, on the CPU, when t or
-        coordinates are outside [0, 1].
+        conditions: what `prepare` made of these points, if it is at hand. Returns (B, Nq, 3). Raises
+        ValueError when the shapes or dtypes do not fit and, on the CPU, when t or coordinates are outside
+        [0, 1].
         """
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
-        residual = self.predict(noisy_values, query_coords, t, input_coords, input_values)  # (B, Q, 3)
+        if conditions is None:
+            conditions = self.prepare(query_coords, input_coords, input_values)
+        residual = self.predict(noisy_values, t, conditions)  # (B, Q, 3)
         return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
 
     def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
         """Weight of the loss at t (B,) -> (B,)."""
         return loss_weight(t, POSTERIOR_STD)
 
-    def predict(
-        self,
-        query_values: torch.Tensor,
-        query_coords: torch.Tensor,
-        t: torch.Tensor,
-        input_coords: torch.Tensor,
-        input_values: torch.Tensor,
-    ) -> torch.Tensor:
-        """What the network makes of the query's values (B, Q, query_values) -> (B, Q, 3)."""
+    def prepare(
+        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
+    ) -> Conditions:
+        """What `forward` computes of these arguments alone, for calls with the same; unchecked."""
         input_order = point_order(input_coords, self.order)  # (B, I)
         query_order = point_order(query_coords, self.order)  # (B, Q)
         input_coords, input_values = (gather_tokens(x, input_order) for x in (input_coords, input_values))
-        query_coords, query_values = (gather_tokens(x, query_order) for x in (query_coords, query_values))
+        query_coords = gather_tokens(query_coords, query_order)
+        return Conditions(
+            input_coords,
+            query_coords,
+            self.input_embedding(self.fourier(input_coords), input_values),
+            self.query_embedding.place(self.fourier(query_coords)),
+            self.places(input_coords, query_coords),
+            query_order,
+            inverse_order(query_order),
+        )
 
-        time = self.time(t)[:, None]  # (B, 1, D)
-        inputs = self.input_embedding(self.fourier(input_coords), input_values)  # (B, I, D)
-        queries = self.query_embedding(self.fourier(query_coords), query_values)  # (B, Q, D)
-        tokens = torch.cat([inputs, queries], dim=1) + time  # (B, L, D)
+    def predict(self, query_values: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        """What the network makes of the query's values (B, Q, query_values) -> (B, Q, 3)."""
+        c = conditions
+        queries = c.queries + self.query_embedding.value_proj(gather_tokens(query_values, c.order))
+        tokens = torch.cat([c.inputs, queries], dim=1) + self.time(t)[:, None]  # (B, L, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        queries = self.mix(tokens, input_coords, query_coords)  # (B, Q, D)
-        return gather_tokens(self.decoder(queries), inverse_order(query_order))  # (B, Q, 3)
+        queries = self.mix(tokens, c.input_coords, c.query_coords, *c.places)  # (B, Q, D)
+        return gather_tokens(self.decoder(queries), c.back)  # (B, Q, 3)
+
+    def places(self, input_coords: torch.Tensor, query_coords: torch.Tensor) -> tuple:
+        """What `mix` takes beside tokens and coordinates, and depends on these alone; here nothing."""
+        return ()
 
     def mix(
-        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
+        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor, *places
     ) -> torch.Tensor:
         """Tokens (B, L, D) of inputs at (B, I, 2), then of queries at (B, Q, 2) -> queries (B, Q, D)."""
         raise NotImplementedError
@@ -430,15 +456,22 @@ class MultiDirectionalMambaDiffusion(TokenField):
         self.cross_attention = CrossAttention(config.d_model, config.num_heads, config.dropout)
         self.decoder = residual_decoder(config.d_model, config.dropout)
 
-    def scan(self, tokens: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, L, D) of all points (B, L, 2) through the blocks -> (B, L, D)."""
-        orders = joint_orders(coords, self.config.orders, bidirectional=False)  # (B, K, L)
+    def places(self, input_coords: torch.Tensor, query_coords: torch.Tensor) -> tuple:
+        coords = torch.cat([input_coords, query_coords], dim=1)  # (B, L, 2)
+        return (joint_orders(coords, self.config.orders, bidirectional=False),)  # (B, K, L)
+
+    def scan(self, tokens: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, D) of all points through the blocks, along orders (B, K, L) -> (B, L, D)."""
         return run_layers(self.blocks, tokens, orders, recompute=self.recompute)  # (B, L, D)
 
     def mix(
-        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        input_coords: torch.Tensor,
+        query_coords: torch.Tensor,
+        orders: torch.Tensor,
     ) -> torch.Tensor:
-        tokens = self.scan(tokens, torch.cat([input_coords, query_coords], dim=1))  # (B, L, D)
+        tokens = self.scan(tokens, orders)  # (B, L, D)
         inputs, queries = split_tokens(tokens, input_coords.shape[1])
         return queries + self.cross_attention(queries, query_coords, inputs, input_coords)  # (B, Q, D)
 
@@ -467,12 +500,19 @@ class MambaDiffusionV2(TokenField):
         )
         self.decoder = residual_decoder(d, config.dropout)
 
+    def places(self, input_coords: torch.Tensor, query_coords: torch.Tensor) -> tuple:
+        return (self.perceiver.places(query_coords, input_coords),)
+
     def mix(
-        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        input_coords: torch.Tensor,
+        query_coords: torch.Tensor,
+        places: list[tuple],
     ) -> torch.Tensor:
         tokens = self.bidirectional(tokens, self.recompute)  # (B, L, D)
         inputs, queries = split_tokens(tokens, input_coords.shape[1])
-        return self.perceiver(queries, query_coords, inputs, input_coords, self.recompute)  # (B, Q, D)
+        return self.perceiver(queries, query_coords, inputs, input_coords, self.recompute, places)
 
 
 class MambaField(TokenField):
@@ -522,28 +562,46 @@ class MambaField(TokenField):
         t: torch.Tensor,
         input_coords: torch.Tensor,
         input_values: torch.Tensor,
+        conditions: Conditions | None = None,
     ) -> torch.Tensor:
         """Velocity of the field at the query points; arguments and errors as in `TokenField.forward`."""
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
-        if self.config.spline_source:
-            start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
-        else:
-            start = torch.zeros_like(noisy_values)
+        if conditions is None:
+            conditions = self.prepare(query_coords, input_coords, input_values)
+        start = conditions.start  # (B, Q, 3)
         time, std = t[:, None, None], self.config.residual_std  # (B, 1, 1)
         scale = ((1 - time) ** 2 + (std * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
         rest = noisy_values - time * start  # (B, Q, 3), r
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
-        residual = self.predict(seen, query_coords, t, input_coords, input_values)  # (B, Q, 3)
+        residual = self.predict(seen, t, conditions)  # (B, Q, 3)
         return start + skip_weight(time, std) * rest + std / scale * residual  # (B, Q, 3)
 
-    def mix(
-        self, tokens: torch.Tensor, input_coords: torch.Tensor, query_coords: torch.Tensor
-    ) -> torch.Tensor:
+    def prepare(
+        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
+    ) -> Conditions:
+        """As `TokenField.prepare`, and where the flow starts."""
+        if self.config.spline_source:
+            start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
+        else:
+            start = input_values.new_zeros(*query_coords.shape[:2], 3)
+        return super().prepare(query_coords, input_coords, input_values)._replace(start=start)
+
+    def places(self, input_coords: torch.Tensor, query_coords: torch.Tensor) -> tuple:
         coords = torch.cat([input_coords, query_coords], dim=1)  # (B, L, 2)
         orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, L)
+        return orders, self.perceiver.places(query_coords, input_coords)
+
+    def mix(
+        self,
+        tokens: torch.Tensor,
+        input_coords: torch.Tensor,
+        query_coords: torch.Tensor,
+        orders: torch.Tensor,
+        places: list[tuple],
+    ) -> torch.Tensor:
         tokens = run_layers(self.blocks, tokens, orders, recompute=self.recompute)  # (B, L, D)
         inputs, queries = split_tokens(tokens, input_coords.shape[1])
-        return self.perceiver(queries, query_coords, inputs, input_coords, self.recompute)  # (B, Q, D)
+        return self.perceiver(queries, query_coords, inputs, input_coords, self.recompute, places)
 
 
 def initialise_from_v1(model: FieldModel, v1: MambaDiffusion) -> list[str]:
@@ -611,10 +669,24 @@ class LocalImplicitField(FieldModel):
         t: torch.Tensor,
         input_coords: torch.Tensor,
         input_values: torch.Tensor,
+        conditions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Velocity of the field at the query points; arguments and errors as in `TokenField.forward`."""
         check_shapes(noisy_values, query_coords, t, input_coords, input_values)
-        batch, num_queries = query_coords.shape[:2]
+        if conditions is None:
+            conditions = self.prepare(query_coords, input_coords, input_values)
+        query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
+        tokens = torch.cat([query[:, :, None], conditions], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
+        tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
+        tokens = run_layers(self.layers, tokens, recompute=self.recompute)  # (B*Q, 1+K, D)
+        residual = self.decoder(tokens[:, 0]).unflatten(0, query_coords.shape[:2])  # (B, Q, 3)
+        return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
+
+    def prepare(
+        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
+    ) -> torch.Tensor:
+        """What `forward` computes of these alone: tokens of each query's neighbours (B, Q, K, D)."""
+        num_queries = query_coords.shape[1]
         k = min(self.config.neighbours, input_coords.shape[1])
         # On a grid many points are equally near: which are the k nearest is well defined only in a canonical
         # order, and by distances without the rounding of a matrix product.
@@ -628,10 +700,4 @@ class LocalImplicitField(FieldModel):
 
         features = self.fourier(offsets.flatten(1, 2))  # (B, Q*K, 2F)
         neighbours = self.neighbour_embedding(features, values.flatten(1, 2))  # (B, Q*K, D)
-        neighbours = neighbours.unflatten(1, (num_queries, k))  # (B, Q, K, D)
-        query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
-        tokens = torch.cat([query[:, :, None], neighbours], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
-        tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        tokens = run_layers(self.layers, tokens, recompute=self.recompute)  # (B*Q, 1+K, D)
-        residual = self.decoder(tokens[:, 0]).unflatten(0, (batch, num_queries))  # (B, Q, 3)
-        return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
+        return neighbours.unflatten(1, (num_queries, k))  # (B, Q, K, D)

@@ -15,8 +15,8 @@ from nfhelpers.models.layers import squared_distances
 RIDGE = 1e-8
 """Added to the diagonal of the system, whose entries are of order 1 for points of the unit square."""
 
-QUERIES_AT_ONCE = 4096
-"""Queries evaluated together: the basis functions of all of them at once would be (B, Q, I)."""
+BASIS_AT_ONCE = 2**18
+"""Basis functions of a sample evaluated together: those of all queries, (Q, I), are far beyond a cache."""
 
 
 def thin_plate_spline(
@@ -34,8 +34,8 @@ def thin_plate_spline(
     autocast, too: its condition grows with the fourth power of the points' density.
 
     query_coords (B, Q, 2) and input_coords (B, I, 2) in [0, 1], input_values (B, I, C), Q and I at least 1.
-    Returns (B, Q, C) in the dtype of the values. Time is O(I^3 + Q I) a sample; memory O(I^2) and I for each
-    of `QUERIES_AT_ONCE` queries, or of all of them where the values require a gradient.
+    Returns (B, Q, C) in the dtype of the values. Time is O(I^3 + Q I) a sample; memory O(I^2), and O(Q I)
+    where the values require a gradient.
 
     Sources: Duchon, "Splines minimizing rotation-invariant semi-norms in Sobolev spaces", 1977; Wahba,
     "Spline Models for Observational Data", 1990. `scipy.interpolate.RBFInterpolator` is the same without a
@@ -51,14 +51,15 @@ def thin_plate_spline(
     weights = torch.linalg.solve(system, F.pad(input_values.double(), (0, 0, 0, 3)))  # (B, I+3, C)
     parts = [
         torch.cat([_radial(part, points), _affine(part)], dim=-1) @ weights  # (B, q, C)
-        for part in query_coords.double().split(QUERIES_AT_ONCE, dim=1)
+        for part in query_coords.double().split(max(1, BASIS_AT_ONCE // points.shape[1]), dim=1)
     ]
     return torch.cat(parts, dim=1).to(input_values.dtype)  # (B, Q, C)
 
 
 def _radial(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     distance2 = squared_distances(p, q)
-    return 0.5 * torch.xlogy(distance2, distance2)  # (B, P, Q), 0 where points coincide
+    # xlogy(distance2, distance2), which is slower: 0 where points coincide.
+    return 0.5 * distance2 * distance2.clamp_min(torch.finfo(distance2.dtype).tiny).log()  # (B, P, Q)
 
 
 def _affine(p: torch.Tensor) -> torch.Tensor:
