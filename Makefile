@@ -49,7 +49,7 @@ test: $(STAMP)
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
-	$(BIN)/python -m pytest tests/test_browser.py
+	NF_PRESET=smoke $(BIN)/python -m pytest tests/test_browser.py
 
 lab: $(STAMP)
 	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
