@@ -9,12 +9,7 @@ from torch import nn
 from torchdiffeq import odeint
 
 from nfhelpers.flow import to_diffusers_sigma, to_diffusers_velocity
-from nfhelpers.models import (
-    MambaDiffusion,
-    MambaDiffusionAutoencoder,
-    MambaDiffusionAutoencoderConfig,
-    MambaDiffusionConfig,
-)
+from nfhelpers.models import MambaDiffusion, MambaDiffusionConfig
 from nfhelpers.samplers import (
     SAMPLERS,
     ddim,
@@ -428,30 +423,20 @@ def test_of_a_split_batch_nothing_is_kept():
     assert torch.equal(drawn, sample(GaussianField(), *field, steps=1, generator=_seeded()))
 
 
-def test_the_deterministic_decoding_of_a_latent_is_computed_once_a_run():
-    config = MambaDiffusionAutoencoderConfig(
-        phase=2,
-        latent_dim=6,
-        d_model=8,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        d_state=2,
-        num_cosines=3,
-        spectrum_width=8,
-        num_fourier_features=4,
-    )
-    torch.manual_seed(0)
-    model, decodings = MambaDiffusionAutoencoder(config).eval(), []
-    model.decoder.register_forward_hook(lambda *given: decodings.append(given))
-    coords, latent, noise = _field(queries=5)[0], torch.randn(3, 6), torch.randn(3, 5, 3)
+def test_the_deterministic_decoding_of_a_latent_is_computed_once_a_run(autoencoder):
+    model, decodings = autoencoder, []
+    coords, latent = _field(queries=5)[0], torch.randn(3, model.config.latent_dim, generator=_seeded())
+    noise = torch.randn(3, 5, 3, generator=_seeded())
+    hook = model.decoder.register_forward_hook(lambda *given: decodings.append(given))
     drawn = decode_stochastic(model, coords, latent, noise, method="euler", steps=3)
     assert len(decodings) == 1
-    with torch.no_grad():
-        expected = euler(lambda x, t: model.decode(coords, latent, t.expand(3), x), noise, _times(3).float())
-    torch.testing.assert_close(drawn, expected)
     decodings.clear()
     split = decode_stochastic(model, coords, latent, noise, method="euler", steps=3, max_batch=2)
     assert len(decodings) == 2
+    hook.remove()
+    with torch.no_grad():
+        expected = euler(lambda x, t: model.decode(coords, latent, t.expand(3), x), noise, _times(3).float())
+    torch.testing.assert_close(drawn, expected)
     torch.testing.assert_close(split, drawn)
 
 
