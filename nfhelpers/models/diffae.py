@@ -68,8 +68,8 @@ SPECTRUM_NOISE = 1e-3
 """Power of noise at each point, beside that of the mean colour."""
 
 SPECTRUM_TAIL = 0.1
-"""Power of what 24 cosines a side cannot say of images, at each point, beside that of the mean colour: the sum
-of `spectrum_power` beyond them is 0.06 up to 32 cosines, 0.17 up to 64."""
+"""Power of what 24 cosines a side cannot say of images, at each point, beside that of the mean colour: the
+sum of `spectrum_power` beyond them is 0.06 up to 32 cosines, 0.17 up to 64."""
 
 SPECTRUM_VARIANCE = 0.2
 """Power of the mean colour, of values in [-1, 1] (measured on CIFAR-10)."""
