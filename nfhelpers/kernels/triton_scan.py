@@ -13,6 +13,7 @@ Four things make it fast, each found by reading the compiled code and the stalls
   all N states of one channel (of N > 16, a part). The sum over states and all that a channel needs once
   (softplus, gate, loads) then stay within a thread.
 - What a step needs is loaded well before, explicitly: the compiler moves no load past a store or a barrier.
+  The backward pass loads inputs two groups ahead: it recomputes states over those of the next.
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
 - The gradients of B and C are sums over channels, dC[n] = sum_d h[n, d] dy[d]: the matrix unit takes them,
@@ -34,7 +35,7 @@ import triton
 import triton.language as tl
 
 STEPS = 8  # steps between saved states
-GROUP = 4  # steps whose states the backward pass holds in registers; divides STEPS
+GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -374,6 +375,7 @@ def backward_kernel(
     us = ()
     deltas = ()
     dys = ()
+    zs = ()
     for i in tl.static_range(GROUP):
         last_t = (groups_of_steps - 1) * GROUP + i
         row = row_at(order_ptr, last_t, L, backwards, HAS_ORDER, WIDE)
@@ -381,32 +383,36 @@ def backward_kernel(
         us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
         deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
         dys = dys + (load_channels(dy_ptr, row * dy_l + d, d_mask & (last_t < L)),)  # noqa: RUF005
+        if HAS_Z:
+            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)  # noqa: RUF005
+    rows2 = ()
+    us2 = ()
+    deltas2 = ()
+    for i in tl.static_range(GROUP):
+        row = row_at(order_ptr, tl.maximum((groups_of_steps - 2) * GROUP, 0) + i, L, backwards, HAS_ORDER, WIDE)
+        rows2 = rows2 + (row,)  # noqa: RUF005
+        us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
+        deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps):
         start = (groups_of_steps - 1 - walked) * GROUP
-        rows2 = ()
+        rows3 = ()
         for i in tl.static_range(GROUP):
-            next_t = tl.maximum(start - GROUP, 0) + i
-            rows2 = rows2 + (row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE),)  # noqa: RUF005
+            next_t = tl.maximum(start - 2 * GROUP, 0) + i
+            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE),)  # noqa: RUF005
 
-        # The states once more: from the saved one up to the group ...
-        for earlier in range(start // STEPS * STEPS, start, GROUP):
-            u0 = ()
-            delta0 = ()
+        # The states once more: from the saved one up to the group, over the next group's steps ...
+        if start % STEPS > 0:
             B0 = ()
+            if not B_FIXED:
+                for i in tl.static_range(GROUP):
+                    B0 = B0 + (load_weight(rows_ptr + rows2[i] * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
             for i in tl.static_range(GROUP):
-                row = row_at(order_ptr, earlier + i, L, backwards, HAS_ORDER, WIDE)
-                u0 = u0 + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
-                delta0 = delta0 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
-                if not B_FIXED:
-                    B0 = B0 + (load_weight(rows_ptr + row * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
-            for i in tl.static_range(GROUP):
-                u = u0[i].to(tl.float32)
-                delta, _ = step_size(delta0[i], bias, HAS_BIAS, SOFTPLUS)
+                delta, _ = step_size(deltas2[i], bias, HAS_BIAS, SOFTPLUS)
                 if not B_FIXED:
                     B = B0[i]
-                h = advance(h, delta, u, B, A2, TIED, HOLD, BLOCK_N)
+                h = advance(h, delta, us2[i].to(tl.float32), B, A2, TIED, HOLD, BLOCK_N)
 
         # ... then within it. B and C are read well before their use: at two warps a scheduler nothing else
         # hides the latency, and neither a store nor a barrier lets a load pass.
@@ -414,6 +420,8 @@ def backward_kernel(
         if not B_FIXED:
             for i in tl.static_range(GROUP):
                 Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
+        if HAS_Z and not C_FIXED:
+            C = load_weight(rows_ptr + rows[0] * ROW, True, BLOCK_N, BOTH)
         before = ()
         gated = ()
         sizes = ()
@@ -435,12 +443,12 @@ def backward_kernel(
             h = advance(h, delta, u, B, A2, TIED, HOLD, BLOCK_N)
             dy = dys[i].to(tl.float32)
             if HAS_Z:
-                if not C_FIXED:
-                    C = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N, BOTH)
                 y = tl.sum(h * C, axis=0)
+                if not C_FIXED and i < GROUP - 1:
+                    C = load_weight(rows_ptr + rows[i + 1] * ROW, True, BLOCK_N, BOTH)
                 if HAS_D:
                     y += D * u
-                z = load_channels(z_ptr, rows[i] * z_l + d, d_mask).to(tl.float32)
+                z = zs[i].to(tl.float32)
                 gate = tl.sigmoid(z)
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(dz_ptr + rows[i] * dz_l + d, dz, mask=d_mask & live)
@@ -454,13 +462,16 @@ def backward_kernel(
             sizes = sizes + (delta,)  # noqa: RUF005
             slopes = slopes + (slope,)  # noqa: RUF005
         # The loads of the next group now: the compiler cannot move a load past a store.
-        us2 = ()
-        deltas2 = ()
+        us3 = ()
+        deltas3 = ()
         dys2 = ()
+        zs2 = ()
         for i in tl.static_range(GROUP):
-            us2 = us2 + (load_channels(u_ptr, rows2[i] * u_l + d, d_mask),)  # noqa: RUF005
-            deltas2 = deltas2 + (load_channels(delta_ptr, rows2[i] * dt_l + d, d_mask),)  # noqa: RUF005
+            us3 = us3 + (load_channels(u_ptr, rows3[i] * u_l + d, d_mask),)  # noqa: RUF005
+            deltas3 = deltas3 + (load_channels(delta_ptr, rows3[i] * dt_l + d, d_mask),)  # noqa: RUF005
             dys2 = dys2 + (load_channels(dy_ptr, rows2[i] * dy_l + d, d_mask),)  # noqa: RUF005
+            if HAS_Z:
+                zs2 = zs2 + (load_channels(z_ptr, rows2[i] * z_l + d, d_mask),)  # noqa: RUF005
 
         # And backwards through them.
         dus = ()
@@ -532,7 +543,11 @@ def backward_kernel(
         rows = rows2
         us = us2
         deltas = deltas2
+        rows2 = rows3
+        us2 = us3
+        deltas2 = deltas3
         dys = dys2
+        zs = zs2
 
     bknd = bk * num_state * dim + nd
     if TIED:
