@@ -389,7 +389,8 @@ def backward_kernel(
     us2 = ()
     deltas2 = ()
     for i in tl.static_range(GROUP):
-        row = row_at(order_ptr, tl.maximum((groups_of_steps - 2) * GROUP, 0) + i, L, backwards, HAS_ORDER, WIDE)
+        next_t = tl.maximum((groups_of_steps - 2) * GROUP, 0) + i
+        row = row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE)
         rows2 = rows2 + (row,)  # noqa: RUF005
         us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
         deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
