@@ -7,7 +7,8 @@ presets.toml (demo on a CPU, full on a GPU), float32 on a CPU and bfloat16 autoc
 204 observed pixels and 1,024 queries, a 32 x 32 grid, which are the 1,228 tokens of seed 002. The same model,
 with the same weights, is run with other scans:
 
-    the backend that the library picks here, and compiled (on a GPU, or with --compile)
+    the backend that the library picks here; with CUDA graphs (on a GPU); compiled and with CUDA graphs (on a
+                         GPU; compiled alone with --compile)
     chunked, mamba_ssm   other backends, where they work
     loop                 one step after another under autograd (the seed's "old" version)
     einsum               the decay between every pair of positions (the seed's "fast" version): O(L^2)
@@ -20,7 +21,7 @@ larger the batch, the smaller a loop's part: its cost is mostly the steps, every
 
 `growth` follows the time of a step over the side of the queried field, the batch and the layers, as exponents
 of the last doubling. `waiting` runs `train.fit` itself on the preset's data, and says which part of the time
-training waited for the data loader.
+training waited for the data loader: on a GPU at most, as the device may compute meanwhile.
 
 Ratios are what a CPU's table is for; on a GPU times are absolute. The shortest of several runs counts. JSON
 goes to benchmarks/results when all was measured at full size, else only where --out says.
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import scan
 import torch
@@ -200,10 +202,10 @@ def field_batch(batch, side, device):
     return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
-def make_step(model, batch_size, side, device, bf16, compiled=False):
+def make_step(model, batch_size, side, device, bf16, compiled=False, graph=False):
     """A function that does one training step of the model, as `train.fit` does it."""
     model = model.to(device).train()
-    network = torch.compile(model) if compiled else model
+    network = torch.compile(model, dynamic=False) if compiled else model
     if isinstance(model, models.LocalMamba2D):
         task = train._GridTask(model)
         batch = evaluate.grid_batch(model.config, side, batch_size)
@@ -217,21 +219,26 @@ def make_step(model, batch_size, side, device, bf16, compiled=False):
         "t": torch.rand(batch_size, generator=generator).to(device),
         "noise": torch.randn(data.shape, generator=generator).to(device),
     }
-    objective = train._Objective(network, task)
     parameters = list(train._trained(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     average = EMAModel(parameters, decay=0.999, foreach=True)
+    like_fit = SimpleNamespace(
+        objective=torch.autocast(device.type, torch.bfloat16, enabled=bf16)(train._Objective(network, task)),
+        accelerator=SimpleNamespace(backward=torch.Tensor.backward),
+        graphs=train._Graphs({}, torch.cuda.graph_pool_handle()) if graph else None,
+    )
+    add_gradient = train._add_gradient_by_graph if graph else train._add_gradient
 
     def step():
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = objective(batch, **draws)
-        loss.backward()
+        optimizer.zero_grad(set_to_none=not graph)
+        loss = add_gradient(like_fit, batch, draws, 1)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        torch.stack([loss.detach(), norm]).tolist()  # the guard against values that are not finite
-        clip_grads_with_norm_(parameters, 1.0, norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        optimizer.found_inf = (~finite).float()
+        clip_grads_with_norm_(parameters, 1.0, norm.where(finite, 0.0))
         optimizer.step()
         average.step(parameters)
+        torch.stack([loss, norm]).tolist()  # the guard against values that are not finite
 
     return step
 
@@ -263,7 +270,9 @@ def measure_steps(name, options):
     else:
         scans = scans[:1]
     if options.compile:
-        scans.insert(1, (f"{chosen} compiled", batch))
+        scans.insert(1, (f"{chosen} compiled" + " graph" * (device.type == "cuda"), batch))
+    if device.type == "cuda":
+        scans.insert(1, (f"{chosen} graph", batch))
     rows = []
     for scan_name, size in scans:
         row = {
@@ -271,8 +280,9 @@ def measure_steps(name, options):
             "note": "",
         }  # fmt: skip
         rows.append(row)
-        backend, _, compiled = scan_name.partition(" ")
-        step = make_step(make_model(name, preset), size, side, device, options.bf16, bool(compiled))
+        backend, *how = scan_name.split()
+        model = make_model(name, preset)
+        step = make_step(model, size, side, device, options.bf16, "compiled" in how, "graph" in how)
         try:
             if backend == "einsum":
                 DECAYS.clear()

@@ -59,6 +59,8 @@ from nfhelpers.models.diffae import check_latent
 from nfhelpers.models.local_mamba import LocalMamba2D, batch_keys, grid_flow_loss
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
+QUERY_COUNTS = 4
+"""How many counts of query points `vary_queries` draws from: each is a compilation and a graph of its own."""
 ITEM_KEYS = ("input_coords", "input_values", "query_coords", "query_values")
 MAPPING_LEARNING_RATE = 1 / 3
 """Learning rate of parameters marked `_mapping`, as a part of the others' (Crowson et al. 2024)."""
@@ -78,6 +80,7 @@ _FREE_SETTINGS = {
     "progress",
     "cpu",
     "compile",
+    "cuda_graphs",
     "gradient_checkpointing",
     "gradient_accumulation",
     "halve_on_oom",
@@ -99,13 +102,15 @@ class TrainConfig:
     norm, math.inf for none; ema_decay: of the averaged weights, in [0, 1). gradient_accumulation: slices of
     a batch that pass through the model one after the other; halve_on_oom: double them when memory runs out,
     instead of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only);
-    gradient_checkpointing, compile: memory against time. vary_queries: of sparse fields, each step keeps a
-    random subset of the query points, between min_query_fraction (in (0, 1]) and all of them, because a scan
-    sees other sequences when it is later asked for a full field. evaluate_every, visualise_every, save_every:
-    in epochs (the last epoch is always evaluated and drawn); save_every_steps: also save the resumable state
-    after this many steps, None for once an epoch. field_images: validation images of the full-field PSNR
-    and picture. num_workers: of the data loader. cpu: train on the CPU even where a GPU is present;
-    progress: progress bar and, in a notebook, live figure; title: of the run, above that figure.
+    gradient_checkpointing, compile: memory against time. cuda_graphs: on a single GPU, launch the thousand
+    kernels of loss and gradient as one, from the second step of a shape on (without effect elsewhere).
+    vary_queries: of sparse fields, each step keeps a random subset of the query points, one of QUERY_COUNTS
+    counts between min_query_fraction (in (0, 1]) and all of them, because a scan sees other sequences when it
+    is later asked for a full field. evaluate_every, visualise_every, save_every: in epochs (the last epoch is
+    always evaluated and drawn); save_every_steps: also save the resumable state after this many steps, None
+    for once an epoch. field_images: validation images of the full-field PSNR and picture. num_workers: of the
+    data loader. cpu: train on the CPU even where a GPU is present; progress: progress bar and, in a notebook,
+    live figure; title: of the run, above that figure.
 
     Raises ValueError on illegal values, TypeError on unknown names.
     """
@@ -123,6 +128,7 @@ class TrainConfig:
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     vary_queries: bool = True
     min_query_fraction: float = 0.25
     evaluate_every: int = 2
@@ -273,7 +279,8 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     if saved is not None:
         _restore_model(model, optimizer, saved[0])
-    network = torch.compile(model) if config.compile else model
+    # Batches come in a few shapes, and code for one is faster than code for any.
+    network = torch.compile(model, dynamic=False) if config.compile else model
     # Accelerate wraps (autocast, DDP) what it prepares. It gets the objective, so that the model itself keeps
     # its own forward.
     objective, prepared = accelerator.prepare(_Objective(network, task), optimizer)
@@ -302,6 +309,7 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
         progress=progress,
         log=log,
         signals=[],
+        graphs=_graphs(config, accelerator),
     )
     show = config.progress and accelerator.is_main_process
     live = _LiveFigure(show)
@@ -442,13 +450,16 @@ class _Run:
     progress: _Progress
     log: "_Log"
     signals: list  # that asked several processes to stop
+    graphs: "_Graphs | None"
 
 
 def _train_epoch(run, bar):
     """The steps that are left of this epoch; False if they ran out of memory and slices were halved."""
     try:
-        for slices in _epoch_batches(run):
-            loss = _step(run, slices)
+        batches = _epoch_batches(run)
+        slices = next(batches, None)
+        while slices is not None:
+            loss, slices = _step(run, slices, batches)
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         return True
@@ -458,12 +469,17 @@ def _train_epoch(run, bar):
         parts, run.slice_size = 2 * run.config.gradient_accumulation, run.slice_size // 2
         run.config = replace(run.config, gradient_accumulation=parts)
         tqdm.write(f"{error}. Going on with gradient_accumulation={parts}", file=sys.stderr)
+    if run.graphs is not None:
+        run.graphs.captured.clear()
     torch.cuda.empty_cache()  # now that the error, which holds the tensors of the step, is gone
     return False
 
 
-def _step(run, slices):
-    """One optimizer step; returns the loss of the whole batch."""
+def _step(run, slices, batches):
+    """One optimizer step; returns the loss of the whole batch, and the next of the batches, None at the end.
+
+    All work of the step is handed to the device before anything is read back from it.
+    """
     config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
     try:
         loss = _accumulate(run, slices)
@@ -471,44 +487,48 @@ def _step(run, slices):
         if not _is_out_of_memory(error):
             raise
         raise MemoryError(_out_of_memory(run, error)) from error
+    following = next(batches, None)
     run.accelerator.unscale_gradients(run.prepared)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
-    loss, norm_value = torch.stack([loss, norm]).tolist()
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
     # The loss scaler of fp16 finds its scale by overflowing now and then; it skips such a step.
     scaler = run.accelerator.scaler
-    skipped = scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
-    if not math.isfinite(loss) or not (math.isfinite(norm_value) or skipped):
-        _raise_non_finite(run, slices, loss, norm_value)
+    may_skip = scaler is not None and scaler.get_scale() > 1
+    if scaler is None:
+        run.optimizer.found_inf = (~finite).float()  # and without it the optimizer does, on the device
     rate = config.learning_rate * cosine_schedule(
         progress.step, total_steps, round(config.warmup_fraction * total_steps)
     )
     with _deferred_interrupt(), _writing(run):
-        if math.isfinite(norm_value):
-            clip_grads_with_norm_(parameters, config.clip_norm, norm)
+        clip_grads_with_norm_(parameters, config.clip_norm, norm.where(finite, 0.0))
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         run.prepared.step()
         if not run.prepared.step_was_skipped:
             run.ema.step(_trained(run.model).values())
+        loss, norm = torch.stack([loss, norm]).tolist()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
+            _raise_non_finite(run, slices, loss, norm)
         progress.step += 1
         run.log.add(
             step=progress.step,
             epoch=progress.epoch + 1,
             loss=loss,
             learning_rate=rate,
-            gradient_norm=norm_value,
+            gradient_norm=norm,
             **run.task.details(slices[0].batch),
         )
     if config.save_every_steps and progress.step % config.save_every_steps == 0:
         _save(run)
     _stop_together(run)
-    return loss
+    return loss, following
 
 
 def _is_out_of_memory(error):
     """Of a GPU, or of the CPU, for which PyTorch has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    chain = error, error.__context__  # where a graph is captured, its end fails, too
+    return any(isinstance(e, torch.OutOfMemoryError) for e in chain) or "DefaultCPUAllocator" in str(error)
 
 
 def _out_of_memory(run, error):
@@ -646,6 +666,10 @@ def _check_setup(model, train_data, validation_data, config, accelerator):
         )
     if len(validation_data) == 0:
         raise ValueError("the validation dataset is empty; pass at least one item")
+    if config.cuda_graphs and config.gradient_checkpointing:
+        raise ValueError(
+            "gradient_checkpointing reads the random state, which a CUDA graph cannot; pass cuda_graphs=False"
+        )
     if config.halve_on_oom and accelerator.num_processes > 1:
         raise ValueError(
             f"halve_on_oom=True needs a single process, here are {accelerator.num_processes}, of which one "
@@ -747,9 +771,10 @@ class _FieldTask:
             return
         queries = batches[0]["query_values"].shape[1]
         fewest = max(1, round(config.min_query_fraction * queries))
-        count = int(torch.randint(fewest, queries + 1, (), generator=generator))
+        counts = torch.linspace(fewest, queries, QUERY_COUNTS).round().int()
+        count = int(counts[torch.randint(QUERY_COUNTS, (), generator=generator)])
         keep = torch.randperm(queries, generator=generator)[:count].sort().values
-        keep = keep.to(batches[0]["query_values"].device)
+        keep = _to_device({"keep": keep}, batches[0]["query_values"].device)["keep"]
         for batch in batches:
             for key in ("query_coords", "query_values"):
                 batch[key] = batch[key][:, keep]
@@ -841,8 +866,8 @@ def _epoch_batches(run):
         run.train_data.set_epoch(run.progress.epoch)
     loader = iter(_loader(run.train_data, order.flatten(0, 1).tolist(), config, accelerator))
     run.model.train()
-    for indices in order.tolist():
-        yield _step_slices(run, loader, indices)
+    for step, indices in enumerate(order.tolist(), start=run.progress.step):
+        yield _step_slices(run, loader, step, indices)
 
 
 def _layout(run):
@@ -868,8 +893,11 @@ def _leave_signals_to_parent(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _to_device(batch, accelerator):
-    return {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+def _to_device(tensors, device):
+    """Tensors by name, on their way to the device: a copy from pinned memory waits for nothing."""
+    if device.type == "cuda":
+        tensors = {key: value.pin_memory() for key, value in tensors.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -882,15 +910,15 @@ class _Slice:
     draws: dict
 
 
-def _step_slices(run, loader, step_indices):
-    """The slices of one optimizer step on this process, with what is drawn for this step."""
+def _step_slices(run, loader, step, step_indices):
+    """The slices of an optimizer step (0 is the first) on this process, with what is drawn for this step."""
     batches = []
     for indices in step_indices:
         batch = next(loader)
-        _check_batch(run.task, batch, f"step {run.progress.step + 1}, items {indices} of the train dataset")
-        batches.append(_to_device(batch, run.accelerator))
+        _check_batch(run.task, batch, f"step {step + 1}, items {indices} of the train dataset")
+        batches.append(_to_device(batch, run.accelerator.device))
     config, device = run.config, run.accelerator.device
-    generator = _generator(config.seed, _STEP, run.progress.step)
+    generator = _generator(config.seed, _STEP, step)
     run.task.thin(batches, config, generator)
     data, size = batches[0][run.task.data], config.batch_size
     draws = {
@@ -900,9 +928,10 @@ def _step_slices(run, loader, step_indices):
     }
     process = run.accelerator.process_index
     mine = {
-        name: x.reshape(*_layout(run), *x.shape[1:])[:, process].to(device)  # (parts, b, ...)
+        name: x.reshape(*_layout(run), *x.shape[1:])[:, process]  # (parts, b, ...)
         for name, x in draws.items()
     }
+    mine = _to_device(mine, device)
     return [
         _Slice(indices, batch, {name: x[part] for name, x in mine.items()})
         for part, (indices, batch) in enumerate(zip(step_indices, batches, strict=True))
@@ -916,16 +945,69 @@ def _seed_dropout(run, part):
 
 def _accumulate(run, slices):
     """Leave the gradient of the whole batch's loss on the parameters; returns that loss, detached."""
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=run.graphs is None)
     total = 0
     for part, item in enumerate(slices):
         _seed_dropout(run, part)
         last = part == len(slices) - 1
         with nullcontext() if last else run.accelerator.no_sync(run.objective):
-            loss = run.objective(item.batch, **item.draws) / len(slices)
-            run.accelerator.backward(loss)
-        total = total + loss.detach().float()
+            add_gradient = _add_gradient if run.graphs is None else _add_gradient_by_graph
+            total = total + add_gradient(run, item.batch, item.draws, len(slices))
     return run.accelerator.reduce(total, "mean")
+
+
+def _add_gradient(run, batch, draws, parts):
+    """Add the gradient of a slice's part of the batch's loss to the parameters'; returns it, detached."""
+    loss = run.objective(batch, **draws) / parts
+    run.accelerator.backward(loss)
+    return loss.detach().float()
+
+
+@dataclass
+class _Graphs:
+    """Captured CUDA graphs of `_add_gradient`, by the shapes of its tensors.
+
+    captured: (graph, the batch and draws that it reads, the loss that it writes); None after the first call,
+    which runs as it would without graphs: it compiles what it has to and allocates the gradients. pool: the
+    memory that all graphs share, as no two of them run at once.
+    """
+
+    captured: dict
+    pool: tuple
+
+
+def _graphs(config, accelerator):
+    """An empty `_Graphs` where they are wanted and possible: on one GPU."""
+    if not config.cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
+        return None
+    return _Graphs({}, torch.cuda.graph_pool_handle())
+
+
+def _add_gradient_by_graph(run, batch, draws, parts):
+    """`_add_gradient`, launched as a whole."""
+    captured = run.graphs.captured
+    key = parts, *(x.shape for x in (*batch.values(), *draws.values()))
+    if key not in captured:
+        captured[key] = None
+        return _add_gradient(run, batch, draws, parts)
+    if captured[key] is None:
+        captured[key] = _capture(run, batch, draws, parts)
+    graph, (own_batch, own_draws), loss = captured[key]
+    for own, given in ((own_batch, batch), (own_draws, draws)):
+        for name, x in given.items():
+            own[name].copy_(x)
+    graph.replay()
+    return loss.clone()
+
+
+def _capture(run, batch, draws, parts):
+    """Record `_add_gradient` on copies of these tensors, running nothing: what `_Graphs.captured` holds."""
+    own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
+    graph = torch.cuda.CUDAGraph()
+    # The data loader's thread may pin memory meanwhile: only this thread is watched.
+    with torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local"):
+        loss = _add_gradient(run, *own, parts)
+    return graph, own, loss
 
 
 def _raise_non_finite(run, slices, loss, norm):
@@ -1017,7 +1099,7 @@ def _validate(run):
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]
         noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
         with accelerator.autocast():
-            loss = run.task.loss(model, _to_device(batch, accelerator), t, noise)
+            loss = run.task.loss(model, _to_device(batch, accelerator.device), t, noise)
         total += loss.item() * len(indices)
     if accelerator.num_processes > 1:
         total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from nfhelpers import evaluate, metrics, plots, samplers, train
+from nfhelpers.__main__ import main, trainable
 from nfhelpers.flow import skip_weight
 from nfhelpers.images import SparseFields, grid_coords, to_image, to_model
 from nfhelpers.models import LocalMamba2D, LocalMamba2DConfig
@@ -303,7 +304,7 @@ def test_queries_vary_by_step_in_canonical_order(reference, tmp_path):
     _, result, model = reference
     counts = [coords.shape[1] for _, coords, _ in model.seen]
     assert [int(row["queries"]) for row in rows(reference[0]) if row["queries"]] == counts
-    assert min(counts) >= 8 and max(counts) <= 32 and len(set(counts)) > 5
+    assert set(counts) == {8, 16, 24, 32}  # from a quarter to all
     for _, coords, _ in model.seen:
         order = (coords[..., 1] * 8).floor() * 8 + (coords[..., 0] * 8).floor()
         assert (order.diff(dim=1) > 0).all()
@@ -388,9 +389,10 @@ def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
     compiled = []
 
     class Compiled(nn.Module):
-        def __init__(self, module):
+        def __init__(self, module, dynamic):
             super().__init__()
             self._orig_mod = module
+            assert dynamic is False
 
         def forward(self, *arguments):
             compiled.append(self.training)
@@ -400,6 +402,28 @@ def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
     fit(tiny(), fields(), settings(tmp_path, epochs=1, compile=True))
     assert len(compiled) == 4
     assert set(load_file(tmp_path / "latest" / "model.safetensors")) == set(tiny().state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", trainable())
+def test_cuda_graphs_give_the_same_run(name, tmp_path, monkeypatch):
+    captures, capture = [], train._capture
+    monkeypatch.setattr(train, "_capture", lambda *arguments: captures.append(1) or capture(*arguments))
+    losses = {}
+    for graphs in ("false", "true"):
+        folder = tmp_path / graphs
+        options = ["--preset", "smoke", "--output", str(folder), "--set", "train.epochs=4"]
+        assert main(["train", name, *options, "--set", f"train.cuda_graphs={graphs}"]) == 0
+        assert bool(captures) == (graphs == "true")
+        losses[graphs] = [float(row["loss"]) for row in rows(folder) if row["loss"]]
+    assert losses["true"] == pytest.approx(losses["false"], rel=2e-3)
+
+
+def test_cuda_graphs_are_without_effect_on_a_cpu(reference, tmp_path):
+    fit(tiny(), fields(), settings(tmp_path, cuda_graphs=True))
+    assert_same_run(tmp_path, reference[0])
+    with pytest.raises(ValueError, match="gradient_checkpointing reads the random state"):
+        fit(tiny(), fields(), settings(tmp_path, cuda_graphs=True, gradient_checkpointing=True))
 
 
 def test_workers_give_the_same_run(reference, tmp_path):
@@ -441,7 +465,7 @@ def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
 
     data = fields()
     data[0].__class__ = StopsOnce
-    data[0].left = 2 + 5  # the first and last items, then within the second batch
+    data[0].left = 2 + 9  # the first and last items, then within the third batch, drawn during step 6
     second = fit(tiny(), data, settings(tmp_path))
     assert (second.interrupted, second.steps) == (True, 5)
 
@@ -608,14 +632,17 @@ class Dirty(SparseFields):
 def test_nan_in_a_batch_stops_with_step_layer_and_item(tmp_path):
     data = fields()
     data[0].__class__ = Dirty
+    model = tiny()
     with pytest.raises(FloatingPointError) as caught:
-        fit(tiny(), data, settings(tmp_path, save_every_steps=1))
+        fit(model, data, settings(tmp_path, save_every_steps=1))
     message = str(caught.value)
     state = load_file(tmp_path / "state.safetensors")
     steps = int(state["optimizer.last.weight.step"])
     assert 4 <= steps < 8 and message.startswith(f"step {steps + 1}: the loss is nan")
     assert "'first' (Linear)" in message and "input_values of dataset items [7]" in message
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    for name, parameter in model.named_parameters():  # the failed step is not taken, here neither
+        assert torch.equal(parameter, state[f"model.{name}"]), name
 
 
 def test_infinite_gradient_of_a_finite_loss_names_the_layer(tmp_path):

@@ -43,12 +43,14 @@ def thin_plate_spline(
     """
     points = input_coords.double()  # (B, I, 2)
     affine = _affine(points)  # (B, I, 3)
-    bending = _radial(points, points) + RIDGE * torch.eye(points.shape[1]).to(points)  # (B, I, I)
-    slopes = RIDGE * torch.tensor([0.0, 1.0, 1.0]).to(points).diag().expand(len(points), 3, 3)
+    like = dict(dtype=points.dtype, device=points.device)
+    bending = _radial(points, points) + RIDGE * torch.eye(points.shape[1], **like)  # (B, I, I)
+    slopes = RIDGE * F.pad(torch.eye(2, **like), (1, 0, 1, 0)).expand(len(points), 3, 3)
     system = torch.cat(
         [torch.cat([bending, affine], dim=-1), torch.cat([affine.mT, -slopes], dim=-1)], dim=1
     )  # (B, I+3, I+3)
-    weights = torch.linalg.solve(system, F.pad(input_values.double(), (0, 0, 0, 3)))  # (B, I+3, C)
+    # The ridge keeps the system regular: no wait for the device to say so.
+    weights, _ = torch.linalg.solve_ex(system, F.pad(input_values.double(), (0, 0, 0, 3)))  # (B, I+3, C)
     parts = [
         torch.cat([_radial(part, points), _affine(part)], dim=-1) @ weights  # (B, q, C)
         for part in query_coords.double().split(max(1, BASIS_AT_ONCE // points.shape[1]), dim=1)
