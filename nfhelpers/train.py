@@ -1005,8 +1005,16 @@ def _capture(run, batch, draws, parts):
     own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
     graph = torch.cuda.CUDAGraph()
     # The data loader's thread may pin memory meanwhile: only this thread is watched.
-    with torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local"):
-        loss = _add_gradient(run, *own, parts)
+    try:
+        with torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local"):
+            loss = _add_gradient(run, *own, parts)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            raise
+        raise RuntimeError(
+            f"{type(run.model).__name__} does something that a CUDA graph cannot hold, such as solving a "
+            f"linear system; pass cuda_graphs=False ({error.__context__ or error})"
+        ) from error
     return graph, own, loss
 
 

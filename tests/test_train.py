@@ -404,8 +404,11 @@ def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
     assert set(load_file(tmp_path / "latest" / "model.safetensors")) == set(tiny().state_dict())
 
 
+SOLVING = ("field", "diffae_phase1")  # linear systems, for which torch waits for the device
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", trainable())
+@pytest.mark.parametrize("name", [name for name in trainable() if name != "diffae_phase2"])
 def test_cuda_graphs_give_the_same_run(name, tmp_path, monkeypatch):
     captures, capture = [], train._capture
     monkeypatch.setattr(train, "_capture", lambda *arguments: captures.append(1) or capture(*arguments))
@@ -413,7 +416,12 @@ def test_cuda_graphs_give_the_same_run(name, tmp_path, monkeypatch):
     for graphs in ("false", "true"):
         folder = tmp_path / graphs
         options = ["--preset", "smoke", "--output", str(folder), "--set", "train.epochs=4"]
-        assert main(["train", name, *options, "--set", f"train.cuda_graphs={graphs}"]) == 0
+        command = ["train", name, *options, "--set", f"train.cuda_graphs={graphs}"]
+        if name in SOLVING and graphs == "true":
+            with pytest.raises(RuntimeError, match="a CUDA graph cannot hold.*pass cuda_graphs=False"):
+                main(command)
+            return
+        assert main(command) == 0
         assert bool(captures) == (graphs == "true")
         losses[graphs] = [float(row["loss"]) for row in rows(folder) if row["loss"]]
     assert losses["true"] == pytest.approx(losses["false"], rel=2e-3)
