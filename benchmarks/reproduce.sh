@@ -16,7 +16,7 @@
 #     OUT       folder of runs, results and tables             (runs/reproduce/$PRESET)
 #     PRESET    of presets.toml; smoke runs everything small    (full)
 #     SLICE     seconds after which the call ends with exit status 75, "call again"; none: no limit
-#     COMPILE   models to train with torch.compile              (none: "v1 v2", or all)
+#     COMPILE   models to train with torch.compile, or all      (v1; none in smoke)
 #     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=128"
 #     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else
 #               CIFAR-10 is downloaded)
@@ -31,7 +31,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PRESET=${PRESET:-full}
 OUT=${OUT:-runs/reproduce/$PRESET}
 SLICE=${SLICE:-}
-COMPILE=${COMPILE:-}
+[ "$PRESET" = smoke ] && COMPILE=${COMPILE:-} || COMPILE=${COMPILE-v1}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if [ -z "${NF_DATA:-}" ] && [ -d ../shared/data/cifar-10-batches-bin ]; then
     NF_DATA=$(cd ../shared/data && pwd)
