@@ -116,7 +116,7 @@ def resize_field(field, height, width, order=3):
     return resized.clip(0, 1)
 
 
-def classical_baselines(input_coords, input_values, height, width, *, observed_size=None):
+def classical_baselines(input_coords, input_values, height, width, *, observed_size=None, methods=CLASSICAL):
     """Fields interpolated from scattered observed pixels, without learning.
 
     Args:
@@ -125,46 +125,48 @@ def classical_baselines(input_coords, input_values, height, width, *, observed_s
         height, width: size of the fields to return.
         observed_size: (H, W) of the grid from which the pixels were observed; (height, width) if None.
             Only the biharmonic inpainting needs it: it fills that grid, then resamples it bicubically.
+        methods: some of `CLASSICAL`.
 
     Returns:
-        dict of (height, width, 3) float64 arrays clipped to [0, 1]:
+        dict of (height, width, 3) float64 arrays clipped to [0, 1], one a method:
         "linear", on the Delaunay triangles, and "cubic", Clough-Tocher on the same triangles (both take the
         nearest observed pixel outside the convex hull); "rbf", thin-plate spline through all points;
         "biharmonic".
 
     Raises ValueError for wrong shapes, values outside [0, 1], fewer than three points or points on one line,
-    and for points that do not lie on the observed grid.
+    for points that do not lie on the observed grid, and for a method that is none.
 
     Sources: scipy.interpolate and skimage.restoration.inpaint_biharmonic (Damelin and Hoang, 2018).
     """
     coords, values = _as_points(input_coords, input_values)
     if height < 1 or width < 1:
         raise ValueError(f"the size {height}x{width} is empty; pass positive sizes such as 32, 32")
+    unknown = [name for name in methods if name not in CLASSICAL]
+    if unknown:
+        raise ValueError(f"methods {unknown} are unknown; pass some of {CLASSICAL}")
     query = grid_coords(height, width).numpy().astype(np.float64)  # (H*W, 2)
-
-    try:
-        linear = LinearNDInterpolator(coords, values)(query)
-        cubic = CloughTocher2DInterpolator(coords, values)(query)
-        rbf = RBFInterpolator(coords, values, kernel="thin_plate_spline")(query)
-    except (QhullError, np.linalg.LinAlgError) as error:
-        raise ValueError(
-            f"the {len(coords)} observed points cannot be triangulated (all on one line?); pass points that "
-            "span the plane"
-        ) from error
-    nearest = NearestNDInterpolator(coords, values)(query)
-    outside = np.isnan(linear).any(axis=1)
-    linear[outside] = nearest[outside]
-    outside = np.isnan(cubic).any(axis=1)
-    cubic[outside] = nearest[outside]
-
-    grid = observed_size or (height, width)
-    filled = _biharmonic(coords, values, *grid)
-    return {
-        "linear": linear.reshape(height, width, 3).clip(0, 1),
-        "cubic": cubic.reshape(height, width, 3).clip(0, 1),
-        "rbf": rbf.reshape(height, width, 3).clip(0, 1),
-        "biharmonic": resize_field(filled, height, width, order=3),
-    }
+    found = {}
+    for name in methods:
+        if name == "biharmonic":
+            filled = _biharmonic(coords, values, *(observed_size or (height, width)))
+            found[name] = resize_field(filled, height, width, order=3)
+            continue
+        try:
+            if name == "rbf":
+                field = RBFInterpolator(coords, values, kernel="thin_plate_spline")(query)  # (H*W, 3)
+            else:
+                kind = LinearNDInterpolator if name == "linear" else CloughTocher2DInterpolator
+                field = kind(coords, values)(query)  # (H*W, 3)
+        except (QhullError, np.linalg.LinAlgError) as error:
+            raise ValueError(
+                f"the {len(coords)} observed points cannot be triangulated (all on one line?); pass points "
+                "that span the plane"
+            ) from error
+        outside = np.isnan(field).any(axis=1)
+        if outside.any():
+            field[outside] = NearestNDInterpolator(coords, values)(query[outside])
+        found[name] = field.reshape(height, width, 3).clip(0, 1)
+    return found
 
 
 def _biharmonic(coords, values, height, width):

@@ -259,8 +259,11 @@ def own_image_figure(
     fields_ = evaluate.observe_images(picture[None], observed, seed)
     result, name = _reconstruct(models[model], fields_, sampler, steps, seed)
     coords, values = fields_["input_coords"][0], images.to_image(fields_["input_values"][0])
-    smooth = evaluate.classical_baselines(coords, values, size, size)["biharmonic"][None]
-    target, made = result["images"], {f"{model}, {name}": result["fields"], "biharmonic": smooth}
+    smooth = evaluate.classical_baselines(coords, values, size, size, methods=("biharmonic",))
+    target, made = (
+        result["images"],
+        {f"{model}, {name}": result["fields"], "biharmonic": smooth["biharmonic"][None]},
+    )
     columns = {"observed": plots.observed_pixels(target, result["mask"])}
     columns |= {label.replace(", ", "\n"): field for label, field in made.items()}
     scores = [

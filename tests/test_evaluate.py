@@ -124,6 +124,17 @@ def test_biharmonic_of_a_complete_grid_is_the_grid_and_needs_its_size():
         evaluate.classical_baselines(coords, values, 16, 16)
 
 
+def test_baselines_that_are_asked_for_are_those_of_all():
+    coords = scattered(16, 16, 60)
+    every = evaluate.classical_baselines(coords, ramp(coords), 16, 16)
+    for name in evaluate.CLASSICAL:
+        (alone,) = evaluate.classical_baselines(coords, ramp(coords), 16, 16, methods=(name,)).items()
+        assert alone[0] == name
+        np.testing.assert_array_equal(alone[1], every[name])
+    with pytest.raises(ValueError, match=r"methods \['spline'\] are unknown.*'biharmonic'"):
+        evaluate.classical_baselines(coords, ramp(coords), 16, 16, methods=("rbf", "spline"))
+
+
 @pytest.mark.parametrize(
     ("coords", "values", "message"),
     [
