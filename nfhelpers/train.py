@@ -103,7 +103,8 @@ class TrainConfig:
     a batch that pass through the model one after the other; halve_on_oom: double them when memory runs out,
     instead of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only);
     gradient_checkpointing, compile: memory against time. cuda_graphs: on a single GPU, launch the thousand
-    kernels of loss and gradient as one, from the second step of a shape on (without effect elsewhere).
+    kernels of loss and gradient as one, from the second step of a shape on (without effect elsewhere, and
+    with gradient_checkpointing, which reads the random state).
     vary_queries: of sparse fields, each step keeps a random subset of the query points, one of QUERY_COUNTS
     counts between min_query_fraction (in (0, 1]) and all of them, because a scan sees other sequences when it
     is later asked for a full field. evaluate_every, visualise_every, save_every: in epochs (the last epoch is
@@ -666,10 +667,6 @@ def _check_setup(model, train_data, validation_data, config, accelerator):
         )
     if len(validation_data) == 0:
         raise ValueError("the validation dataset is empty; pass at least one item")
-    if config.cuda_graphs and config.gradient_checkpointing:
-        raise ValueError(
-            "gradient_checkpointing reads the random state, which a CUDA graph cannot; pass cuda_graphs=False"
-        )
     if config.halve_on_oom and accelerator.num_processes > 1:
         raise ValueError(
             f"halve_on_oom=True needs a single process, here are {accelerator.num_processes}, of which one "
@@ -977,10 +974,10 @@ class _Graphs:
 
 
 def _graphs(config, accelerator):
-    """An empty `_Graphs` where they are wanted and possible: on one GPU."""
-    if not config.cuda_graphs or accelerator.device.type != "cuda" or accelerator.num_processes > 1:
-        return None
-    return _Graphs({}, torch.cuda.graph_pool_handle())
+    """An empty `_Graphs` where they are wanted and possible."""
+    single_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    wanted = config.cuda_graphs and single_gpu and not config.gradient_checkpointing
+    return _Graphs({}, torch.cuda.graph_pool_handle()) if wanted else None
 
 
 def _add_gradient_by_graph(run, batch, draws, parts):
