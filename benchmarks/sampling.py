@@ -7,9 +7,10 @@ Models are those of presets.toml with random weights (demo on a CPU, full on a G
 observed pixels and 1,024 queries; localmamba samples grids of its preset's size, where a query is a pixel.
 `mean` is the posterior mean in one evaluation, which is all that diffae_phase1 has. The scan's share is 1 -
 (time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over
-the time here. With --checkpoints, trained models reconstruct test photos of these sides from a fifth of their
-pixels instead, as the widgets do, and the scan's share is not measured. The shortest of several runs counts.
-JSON goes to benchmarks/results when all was measured at full size, else only where --out says.
+the time here; both are measured in the first row of a model, as an evaluation is the same in all. With
+--checkpoints, trained models reconstruct test photos of these sides from a fifth of their pixels instead, as
+the widgets do, and the scan's share is not measured. The shortest of several runs counts. JSON goes to
+benchmarks/results when all was measured at full size, else only where --out says.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def measure(name, options):
         for scan_name in (kernels.choose_backend(device), "none", "loop"):
             with scanning(scan_name):
                 seconds[scan_name] = evaluate.best_seconds(call, device, repeats=20, budget=options.budget)
-            if name == "local":  # it has no scan
+            if name == "local" or rows:  # it has no scan; an evaluation costs the same in all samplers
                 break
         first, without, loop = (*seconds.values(), None, None)[:3]
         rows.append(
@@ -190,22 +191,19 @@ def main(arguments=None):
     options = parse(arguments)
     threads = torch.get_num_threads()
     print(f"{scan.device_name(options.device)}, {threads} threads, preset {options.preset}", flush=True)
+    command = shlex.join(["python", "benchmarks/sampling.py", *arguments])
+    config = {"preset": options.preset, "threads": threads, "steps": options.steps, "batch": options.batch}
     rows = []
     for name in options.checkpoints or options.models:
         start = time.perf_counter()
         rows += measure_checkpoint(name, options) if options.checkpoints else measure(name, options)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        if options.out:  # after each model: a run that is cut off keeps what it has
+            evaluate.write_results(rows, options.out, command=command, config=config)
     print()
     print(report(rows))
     if options.out:
-        command = shlex.join(["python", "benchmarks/sampling.py", *arguments])
-        config = {
-            "preset": options.preset,
-            "threads": threads,
-            "steps": options.steps,
-            "batch": options.batch,
-        }
-        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=config)}")
+        print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ def classical_baselines(input_coords, input_values, height, width, *, observed_s
         nearest observed pixel outside the convex hull); "rbf", thin-plate spline through all points;
         "biharmonic".
 
-    Raises ValueError for wrong shapes, values outside [0, 1], fewer than three points or points on one line,
-    for points that do not lie on the observed grid, and for a method that is none.
+    Raises ValueError for wrong shapes, values outside [0, 1], fewer than three points, points on one line
+    (all methods but biharmonic) or off the observed grid (biharmonic), and for a method that is none.
 
     Sources: scipy.interpolate and skimage.restoration.inpaint_biharmonic (Damelin and Hoang, 2018).
     """

@@ -103,8 +103,8 @@ class TrainConfig:
     a batch that pass through the model one after the other; halve_on_oom: double them when memory runs out,
     instead of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only);
     gradient_checkpointing, compile: memory against time. cuda_graphs: on a single GPU, launch the thousand
-    kernels of loss and gradient as one, from the second step of a shape on (without effect elsewhere, and
-    with gradient_checkpointing, which reads the random state).
+    kernels of loss and gradient as one, from the second step of a shape on; they keep memory of their own
+    (without effect elsewhere, and with gradient_checkpointing, which reads the random state).
     vary_queries: of sparse fields, each step keeps a random subset of the query points, one of QUERY_COUNTS
     counts between min_query_fraction (in (0, 1]) and all of them, because a scan sees other sequences when it
     is later asked for a full field. evaluate_every, visualise_every, save_every: in epochs (the last epoch is
@@ -258,7 +258,8 @@ def fit(model, data, config, *, callback=None):
     _check_setup(model, train_data, validation_data, config, accelerator)
     task = _GridTask(model) if isinstance(model, LocalMamba2D) else _FieldTask()
     identity = {
-        "config": {k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS},
+        "config": {k: v for k, v in asdict(config).items() if k not in _FREE_SETTINGS}
+        | ({"query_counts": QUERY_COUNTS} if config.vary_queries else {}),
         "model": _model_settings(model),
         "data": {
             **_check_dataset(task, train_data, "train"),
@@ -470,8 +471,9 @@ def _train_epoch(run, bar):
         parts, run.slice_size = 2 * run.config.gradient_accumulation, run.slice_size // 2
         run.config = replace(run.config, gradient_accumulation=parts)
         tqdm.write(f"{error}. Going on with gradient_accumulation={parts}", file=sys.stderr)
-    if run.graphs is not None:
-        run.graphs.captured.clear()
+    run.graphs = None  # they hold memory of their own
+    if run.config.compile:
+        torch.compiler.reset()  # smaller slices are other shapes, of which it keeps only so many
     torch.cuda.empty_cache()  # now that the error, which holds the tensors of the step, is gone
     return False
 
@@ -479,7 +481,8 @@ def _train_epoch(run, bar):
 def _step(run, slices, batches):
     """One optimizer step; returns the loss of the whole batch, and the next of the batches, None at the end.
 
-    All work of the step is handed to the device before anything is read back from it.
+    All work of the step is handed to the device before anything is read back from it, but for the scale of
+    fp16.
     """
     config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
     try:
@@ -506,8 +509,7 @@ def _step(run, slices, batches):
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         run.prepared.step()
-        if not run.prepared.step_was_skipped:
-            run.ema.step(_trained(run.model).values())
+        run.ema.step(_trained(run.model).values())  # of a step that was skipped, with the same weights again
         loss, norm = torch.stack([loss, norm]).tolist()
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
             _raise_non_finite(run, slices, loss, norm)
@@ -534,6 +536,8 @@ def _is_out_of_memory(error):
 
 def _out_of_memory(run, error):
     """What a step needed, what there is, and what helps."""
+    if isinstance(error.__context__, torch.OutOfMemoryError):  # of a capture, whose end failed after it
+        error = error.__context__
     found = str(error).split(". If reserved")[0]  # torch's own advice follows
     if run.accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.accelerator.device)
@@ -542,6 +546,8 @@ def _out_of_memory(run, error):
     remedies = ["a smaller batch_size or precision='bf16' (another curve, so another output_dir)"]
     if not run.config.gradient_checkpointing and hasattr(run.model, "gradient_checkpointing"):
         remedies.insert(0, "gradient_checkpointing=True (less memory a layer, a third more time)")
+    if run.graphs is not None:
+        remedies.insert(0, "cuda_graphs=False (they keep memory of their own)")
     if run.slice_size % 2 == 0:
         parts = 2 * run.config.gradient_accumulation
         remedies.insert(0, f"gradient_accumulation={parts} (half as many samples at once)")
@@ -1002,15 +1008,16 @@ def _capture(run, batch, draws, parts):
     own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
     graph = torch.cuda.CUDAGraph()
     # The data loader's thread may pin memory meanwhile: only this thread is watched.
+    capture = torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local")
     try:
-        with torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local"):
+        with _deferred_interrupt(), capture:
             loss = _add_gradient(run, *own, parts)
     except RuntimeError as error:
         if _is_out_of_memory(error):
             raise
         raise RuntimeError(
             f"{type(run.model).__name__} does something that a CUDA graph cannot hold, such as solving a "
-            f"linear system; pass cuda_graphs=False ({error.__context__ or error})"
+            f"linear system; pass cuda_graphs=False, in a new process ({error.__context__ or error})"
         ) from error
     return graph, own, loss
 

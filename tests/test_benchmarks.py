@@ -222,6 +222,8 @@ def test_sampling_benchmark_prints_its_table(load_benchmark, tmp_path, capsys):
         ("diffae_phase2", "heun"), ("localmamba", "heun"),
     }  # fmt: skip
     assert rows["v1", "heun"]["evaluations"] == 3 and rows["v1", "heun"]["queries"] == 16
+    assert rows["v1", "mean"]["loop"] > 0 and rows["localmamba", "heun"]["loop"] > 0  # of the first row alone
+    assert rows["v1", "heun"]["loop"] is None and rows["v1", "heun"]["share"] is None
 
 
 def test_sampling_benchmark_of_a_trained_model(load_benchmark, repository, tmp_path):

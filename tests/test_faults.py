@@ -27,6 +27,7 @@ from test_train import (  # noqa: F401  fixtures
     blank_figures,
     fields,
     gradients,
+    recorded,
     reference,
     rows,
     settings,
@@ -382,6 +383,13 @@ def test_first_remedy_and_halving_go_on_to_the_same_curve(reference, tmp_path, c
     assert "Going on with gradient_accumulation=2" in capsys.readouterr().err
     for folder in ("by hand", "halved"):
         assert_same_run(tmp_path / folder, reference[0], 1e-5)
+
+
+def test_halving_lets_go_of_the_graphs(reference, recorded, tmp_path):  # noqa: F811
+    config = settings(tmp_path, halve_on_oom=True, cuda_graphs=True)
+    assert fit(hungry(), fields(), config).steps == 24
+    assert all(len(graph.own[0]["query_values"]) == 4 for graph in recorded)  # of no smaller slice
+    assert_same_run(tmp_path, reference[0], 1e-5)
 
 
 def test_halving_ends_at_what_cannot_be_halved(tmp_path):

@@ -407,6 +407,44 @@ def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
 SOLVING = ("field", "diffae_phase1")  # linear systems, for which torch waits for the device
 
 
+class Recorded:
+    """Stands in for a CUDA graph: does again what it was captured doing, on its own tensors."""
+
+    def __init__(self, run, batch, draws, parts):
+        self.own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
+        self.call = lambda: train._add_gradient(run, *self.own, parts)
+        self.loss = torch.zeros(())
+
+    def replay(self):
+        self.loss.copy_(self.call())
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """CUDA graphs by `Recorded`, on a CPU; the list of those that were captured."""
+    captured = []
+
+    def capture(*arguments):
+        captured.append(Recorded(*arguments))
+        return captured[-1], captured[-1].own, captured[-1].loss
+
+    monkeypatch.setattr(
+        train, "_graphs", lambda config, _: train._Graphs({}, None) if config.cuda_graphs else None
+    )
+    monkeypatch.setattr(train, "_capture", capture)
+    return captured
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation": 2}, {"vary_queries": False}])
+def test_steps_by_graph_are_the_steps(changes, recorded, tmp_path):
+    """Every shape once as it is, then by its graph, with what this step has drawn."""
+    for graphs in (False, True):
+        config = settings(tmp_path / str(graphs), cuda_graphs=graphs, **changes)
+        fit(tiny(dropout=0.3), fields(), config)
+    assert len(recorded) == (1 if "vary_queries" in changes else train.QUERY_COUNTS)
+    assert_same_run(tmp_path / "True", tmp_path / "False", 1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", [name for name in trainable() if name != "diffae_phase2"])
 def test_cuda_graphs_give_the_same_run(name, tmp_path, monkeypatch):
