@@ -85,7 +85,7 @@ def panel(draw, controls, *, button=None, cache=32):
         control.observe(redraw if button is None else invite, names="value")
     if button is None:
         return ipywidgets.VBox([*controls.values(), text, image, below])
-    press = ipywidgets.Button(description=button)
+    press = ipywidgets.Button(description=button, layout={"width": "max-content"})
     press.on_click(redraw)
     return ipywidgets.VBox([*controls.values(), press, text, image, below])
 
