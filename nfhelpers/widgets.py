@@ -690,7 +690,7 @@ DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w7", "w7_flip")
 """Directions of a scan that `directions_panel` offers."""
 
 
-def directions_figure(config, directions, size=32, *, batch_size=1, repeats=3, device="cpu", title=None):
+def directions_figure(config, directions, size=32, *, batch_size=1, repeats=1, device="cpu", title=None):
     """Cost of a set of scan directions beside attention: what `directions_panel` draws.
 
     config: `LocalMamba2DConfig`, whose directions are replaced; the others: as in `evaluate.mixer_costs`.
