@@ -260,10 +260,8 @@ def own_image_figure(
     result, name = _reconstruct(models[model], fields_, sampler, steps, seed)
     coords, values = fields_["input_coords"][0], images.to_image(fields_["input_values"][0])
     smooth = evaluate.classical_baselines(coords, values, size, size, methods=("biharmonic",))
-    target, made = (
-        result["images"],
-        {f"{model}, {name}": result["fields"], "biharmonic": smooth["biharmonic"][None]},
-    )
+    target = result["images"]
+    made = {f"{model}, {name}": result["fields"], "biharmonic": smooth["biharmonic"][None]}
     columns = {"observed": plots.observed_pixels(target, result["mask"])}
     columns |= {label.replace(", ", "\n"): field for label, field in made.items()}
     scores = [
