@@ -34,6 +34,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -867,7 +868,7 @@ def _epoch_batches(run):
     ]  # (steps, parts, slice_size)
     if hasattr(run.train_data, "set_epoch"):
         run.train_data.set_epoch(run.progress.epoch)
-    loader = iter(_loader(run.train_data, order.flatten(0, 1).tolist(), config, accelerator))
+    loader = _loader(run.train_data, order.flatten(0, 1).tolist(), config, accelerator)
     run.model.train()
     for step, indices in enumerate(order.tolist(), start=run.progress.step):
         yield _step_slices(run, loader, step, indices)
@@ -879,7 +880,8 @@ def _layout(run):
 
 
 def _loader(dataset, batches, config, accelerator):
-    return DataLoader(
+    """The batches of these indices, one after the other."""
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=config.num_workers,
@@ -887,6 +889,13 @@ def _loader(dataset, batches, config, accelerator):
         generator=torch.Generator(),  # so that the loader takes nothing from the global one
         worker_init_fn=_leave_signals_to_parent,
     )
+    try:
+        yield from loader
+    except (ConnectionError, EOFError):
+        # What a worker has loaded is lost with it. torch raises its death wherever its signal arrives: here.
+        if config.num_workers:
+            time.sleep(5)
+        raise
 
 
 def _leave_signals_to_parent(worker):
