@@ -318,13 +318,11 @@ def add_ratios(rows):
         first = next(other for other in rows if other["batch"] == row["batch"])["seconds"]
         row["images_per_second"] = seconds and row["batch"] / seconds
         row["slower"] = seconds and first and seconds / first
+        at_batch = without and without["seconds"] and seconds and row["batch"] == without["batch"]
+        row["at_most"] = seconds / without["seconds"] if at_batch else None
         # Where the launches take longer than the kernels, the scan's share cannot be seen.
-        same = without and all(
-            of(row) == of(without) for of in (lambda row: row["batch"], lambda row: row["scan"].split()[1:])
-        )
-        row["share"] = 1 - without["seconds"] / seconds if same and seconds and without["seconds"] else None
-        at_batch = without and without["seconds"] and row["batch"] == without["batch"]
-        row["at_most"] = seconds / without["seconds"] if at_batch and seconds else None
+        alike = at_batch and row["scan"].split()[1:] == without["scan"].split()[1:]
+        row["share"] = 1 - without["seconds"] / seconds if alike else None
 
 
 def preset_batch(name, preset):
