@@ -225,6 +225,7 @@ def make_step(model, batch_size, side, device, bf16, compiled=False, graph=False
     average = EMAModel(parameters, decay=0.999, foreach=True)
     like_fit = SimpleNamespace(
         model=model,
+        optimizer=optimizer,
         objective=torch.autocast(device.type, torch.bfloat16, enabled=bf16)(train._Objective(network, task)),
         accelerator=SimpleNamespace(backward=torch.Tensor.backward),
         graphs=train._Graphs({}, torch.cuda.graph_pool_handle()) if graph else None,
@@ -232,7 +233,7 @@ def make_step(model, batch_size, side, device, bf16, compiled=False, graph=False
     add_gradient = train._add_gradient_by_graph if graph else train._add_gradient
 
     def step():
-        optimizer.zero_grad(set_to_none=not graph)
+        optimizer.zero_grad()
         loss = add_gradient(like_fit, batch, draws, 1)
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         finite = torch.isfinite(loss) & torch.isfinite(norm)

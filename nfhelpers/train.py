@@ -511,6 +511,7 @@ def _step(run, slices, batches):
             group["lr"] = rate * group["lr_scale"]
         run.prepared.step()
         run.ema.step(_trained(run.model).values())  # of a step that was skipped, with the same weights again
+        run.log.write()  # of the step before, while the device is busy
         loss, norm = torch.stack([loss, norm]).tolist()
         if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
             _raise_non_finite(run, slices, loss, norm)
@@ -957,7 +958,7 @@ def _seed_dropout(run, part):
 
 def _accumulate(run, slices):
     """Leave the gradient of the whole batch's loss on the parameters; returns that loss, detached."""
-    run.optimizer.zero_grad(set_to_none=run.graphs is None)
+    run.optimizer.zero_grad()
     total = 0
     for part, item in enumerate(slices):
         _seed_dropout(run, part)
@@ -979,9 +980,9 @@ def _add_gradient(run, batch, draws, parts):
 class _Graphs:
     """Captured CUDA graphs of `_add_gradient`, by the shapes of its tensors.
 
-    captured: (graph, the batch and draws that it reads, the loss that it writes); None after the first call,
-    which runs as it would without graphs: it compiles what it has to and allocates the gradients. pool: the
-    memory that all graphs share, as no two of them run at once.
+    captured: (graph, the batch and draws that it reads, the loss and the gradients of the parameters that it
+    writes); None after the first call, which runs as it would without graphs, and compiles what it has to.
+    pool: the memory that all graphs share, as no two of them run at once.
     """
 
     captured: dict
@@ -1004,17 +1005,29 @@ def _add_gradient_by_graph(run, batch, draws, parts):
         return _add_gradient(run, batch, draws, parts)
     if captured[key] is None:
         captured[key] = _capture(run, batch, draws, parts)
-    graph, (own_batch, own_draws), loss = captured[key]
+    graph, (own_batch, own_draws), loss, gradients = captured[key]
     for own, given in ((own_batch, batch), (own_draws, draws)):
         for name, x in given.items():
             own[name].copy_(x)
     graph.replay()
+    for parameter, gradient in zip(_trained(run.model).values(), gradients, strict=True):
+        if gradient is None:
+            continue
+        if parts == 1:  # nothing to add to, and the next replay comes after the step
+            parameter.grad = gradient
+        elif parameter.grad is None:
+            parameter.grad = gradient.clone()
+        else:
+            parameter.grad += gradient
     return loss.clone()
 
 
 def _capture(run, batch, draws, parts):
     """Record `_add_gradient` on copies of these tensors, running nothing: what `_Graphs.captured` holds."""
     own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
+    parameters = list(_trained(run.model).values())
+    so_far = [parameter.grad for parameter in parameters]
+    run.optimizer.zero_grad()  # so that the graph writes gradients, and does not add to these
     graph = torch.cuda.CUDAGraph()
     # The data loader's thread may pin memory meanwhile: only this thread is watched.
     capture = torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local")
@@ -1028,7 +1041,10 @@ def _capture(run, batch, draws, parts):
             f"{type(run.model).__name__} does something that a CUDA graph cannot hold, such as solving a "
             f"linear system; pass cuda_graphs=False, in a new process ({error.__context__ or error})"
         ) from error
-    return graph, own, loss
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, so_far, strict=True):
+        parameter.grad = gradient
+    return graph, own, loss, gradients
 
 
 def _raise_non_finite(run, slices, loss, norm):
@@ -1512,7 +1528,10 @@ def save_model(model, folder):
 
 
 class _Log:
-    """History in memory; on the main process also log.csv and TensorBoard, from the resumed step on."""
+    """History in memory; on the main process also log.csv and TensorBoard, from the resumed step on.
+
+    Rows are written by `write`, when there is time for it.
+    """
 
     def __init__(self, folder, progress, write):
         self.history = {
@@ -1529,6 +1548,7 @@ class _Log:
         for row in rows:
             self._remember(row)
         self.file = self.board = None
+        self.unwritten = []
         if write:
             from torch.utils.tensorboard import (
                 SummaryWriter,
@@ -1554,11 +1574,17 @@ class _Log:
     def add(self, **row):
         self._remember(row)
         if self.file is not None:
+            self.unwritten.append(row)
+
+    def write(self):
+        rows, self.unwritten = self.unwritten, []  # on a full disk, each is tried once
+        for row in rows:
             self.writer.writerow(row)
             for name in row.keys() - {"step", "epoch"}:
                 self.board.add_scalar(name, row[name], row["step"])
 
     def flush(self):
+        self.write()
         os.fsync(self.file.fileno())
         self.board.flush()
 
@@ -1567,6 +1593,7 @@ class _Log:
 
     def __exit__(self, *exception):
         if self.file is not None:
+            self.write()
             self.file.close()
             self.board.close()
 

@@ -414,9 +414,17 @@ class Recorded:
         self.own = tuple({name: x.clone() for name, x in given.items()} for given in (batch, draws))
         self.call = lambda: train._add_gradient(run, *self.own, parts)
         self.loss = torch.zeros(())
+        self.parameters = list(run.model.parameters())
+        self.gradients = [torch.zeros_like(p) for p in self.parameters]
 
     def replay(self):
+        so_far = [p.grad for p in self.parameters]
+        for p in self.parameters:
+            p.grad = None
         self.loss.copy_(self.call())
+        for p, own, before in zip(self.parameters, self.gradients, so_far, strict=True):
+            own.copy_(p.grad)
+            p.grad = before
 
 
 @pytest.fixture
@@ -426,7 +434,7 @@ def recorded(monkeypatch):
 
     def capture(*arguments):
         captured.append(Recorded(*arguments))
-        return captured[-1], captured[-1].own, captured[-1].loss
+        return captured[-1], captured[-1].own, captured[-1].loss, captured[-1].gradients
 
     monkeypatch.setattr(
         train, "_graphs", lambda config, _: train._Graphs({}, None) if config.cuda_graphs else None
