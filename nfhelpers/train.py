@@ -50,7 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nfhelpers import evaluate
@@ -88,6 +88,7 @@ _FREE_SETTINGS = {
     "visualise_every",
     "save_every",
     "save_every_steps",
+    "save_interval",
     "title",
 }
 
@@ -110,9 +111,10 @@ class TrainConfig:
     counts between min_query_fraction (in (0, 1]) and all of them, because a scan sees other sequences when it
     is later asked for a full field. evaluate_every, visualise_every, save_every: in epochs (the last epoch is
     always evaluated and drawn); save_every_steps: also save the resumable state after this many steps, None
-    for once an epoch. field_images: validation images of the full-field PSNR and picture. num_workers: of the
-    data loader. cpu: train on the CPU even where a GPU is present; progress: progress bar and, in a notebook,
-    live figure; title: of the run, above that figure.
+    for once an epoch; save_interval: seconds, at the end of an epoch it is saved if it is at least that old
+    (the last epoch's always). field_images: validation images of the full-field PSNR and picture.
+    num_workers: of the data loader. cpu: train on the CPU even where a GPU is present; progress: progress bar
+    and, in a notebook, live figure; title: of the run, above that figure.
 
     Raises ValueError on illegal values, TypeError on unknown names.
     """
@@ -137,6 +139,7 @@ class TrainConfig:
     visualise_every: int = 5
     save_every: int = 10
     save_every_steps: int | None = None
+    save_interval: float = 0.0
     field_images: int = 8
     num_workers: int = 0
     seed: int = 0
@@ -170,6 +173,7 @@ _RANGES = {
     "clip_norm": ("(0, inf]", lambda x: x > 0),
     "ema_decay": ("[0, 1)", lambda x: 0 <= x < 1),
     "min_query_fraction": ("(0, 1]", lambda x: 0 < x <= 1),
+    "save_interval": ("[0, inf)", lambda x: 0 <= x < math.inf),
 }
 
 
@@ -313,6 +317,11 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
         log=log,
         signals=[],
         graphs=_graphs(config, accelerator),
+        loaders={
+            training: _loader(dataset, config, accelerator)
+            for training, dataset in ((True, train_data), (False, validation_data))
+        },
+        saved=time.monotonic(),
     )
     show = config.progress and accelerator.is_main_process
     live = _LiveFigure(show)
@@ -326,10 +335,15 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
         log,
         bar,
     ):
+        batches = None
         try:
             while progress.epoch < config.epochs:
-                if not _train_epoch(run, bar):
+                batches = batches or _epoch_batches(run, progress.epoch)
+                if not _train_epoch(run, batches, bar):
+                    batches = None
                     continue  # with smaller slices
+                more = progress.epoch + 1 < config.epochs  # workers go on while the model is evaluated
+                batches = _epoch_batches(run, progress.epoch + 1) if more else None
                 field = _finish_epoch(run, live)
                 if callback is not None and accelerator.is_main_process:
                     callback(progress.epoch, log.history, field)
@@ -345,6 +359,10 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
                 f"num_workers than {config.num_workers}, 0 for none, or give the container more (docker run "
                 "--shm-size), then run again to resume"
             ) from error
+        finally:  # workers, which ignore signals, end once nothing refers to their loader
+            run.loaders.clear()
+            if batches is not None:
+                batches.close()
     ema.copy_to(_trained(model).values())
     model.eval()
     best, latest = folder / "best", folder / "latest"
@@ -454,19 +472,45 @@ class _Run:
     log: "_Log"
     signals: list  # that asked several processes to stop
     graphs: "_Graphs | None"
+    loaders: dict  # DataLoaders, by whether they are of the train_data
+    unread: "_Unread | None" = None
+    saved: float = 0.0  # when the state was last saved, in seconds of a clock that only runs
 
 
-def _train_epoch(run, bar):
-    """The steps that are left of this epoch; False if they ran out of memory and slices were halved."""
-    try:
-        batches = _epoch_batches(run)
-        slices = next(batches, None)
-        while slices is not None:
-            loss, slices = _step(run, slices, batches)
+@dataclass(frozen=True)
+class _Unread:
+    """A step that was handed to the device, and whose outcome was not read back yet."""
+
+    slices: list
+    outcome: torch.Tensor  # (2,): loss and gradient norm, on the CPU once they have `arrived`
+    arrived: torch.cuda.Event | None
+    rate: float
+    may_skip: bool  # the norm may be infinite
+
+
+def _train_epoch(run, batches, bar):
+    """The steps of these batches; False if they ran out of memory and slices were halved.
+
+    The gradient of a step is handed to the device before the outcome of the step before is read back, so that
+    the device does not wait for Python.
+    """
+
+    def read_back():
+        loss = _read_back(run)
+        if loss is not None:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    run.model.train()
+    try:
+        for slices in batches:
+            loss = _gradient(run, slices)
+            read_back()
+            _update(run, slices, loss)
+        read_back()
         return True
     except MemoryError as error:
+        read_back()  # the step before was done
         if not run.config.halve_on_oom or run.slice_size % 2:
             raise
         parts, run.slice_size = 2 * run.config.gradient_accumulation, run.slice_size // 2
@@ -479,20 +523,22 @@ def _train_epoch(run, bar):
     return False
 
 
-def _step(run, slices, batches):
-    """One optimizer step; returns the loss of the whole batch, and the next of the batches, None at the end.
-
-    All work of the step is handed to the device before anything is read back from it, but for the scale of
-    fp16.
-    """
-    config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
+def _gradient(run, slices):
+    """Leave the gradient of a step's loss on the parameters; returns the loss."""
     try:
-        loss = _accumulate(run, slices)
+        return _accumulate(run, slices)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
         raise MemoryError(_out_of_memory(run, error)) from error
-    following = next(batches, None)
+
+
+def _update(run, slices, loss):
+    """One optimizer step, handed to the device, with what `_read_back` needs.
+
+    Nothing is read back from it, but for the scale of fp16.
+    """
+    config, progress, total_steps = run.config, run.progress, run.config.epochs * run.steps_per_epoch
     run.accelerator.unscale_gradients(run.prepared)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
@@ -505,29 +551,43 @@ def _step(run, slices, batches):
     rate = config.learning_rate * cosine_schedule(
         progress.step, total_steps, round(config.warmup_fraction * total_steps)
     )
-    with _deferred_interrupt(), _writing(run):
+    with _deferred_interrupt():
         clip_grads_with_norm_(parameters, config.clip_norm, norm.where(finite, 0.0))
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         run.prepared.step()
         run.ema.step(_trained(run.model).values())  # of a step that was skipped, with the same weights again
-        run.log.write()  # of the step before, while the device is busy
-        loss, norm = torch.stack([loss, norm]).tolist()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or may_skip):
-            _raise_non_finite(run, slices, loss, norm)
         progress.step += 1
+        run.unread = _Unread(slices, *_to_host(torch.stack([loss, norm])), rate, may_skip)
+
+
+def _read_back(run):
+    """Wait for the step that was handed to the device last, and log it; returns its loss, None if it was read
+    before."""
+    if run.unread is None:
+        return None
+    progress, item = run.progress, run.unread
+    with _deferred_interrupt(), _writing(run):
+        run.log.write()  # what was logged before, while the device is busy
+        run.unread = None
+        if item.arrived is not None:
+            item.arrived.synchronize()
+        loss, norm = item.outcome.tolist()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or item.may_skip):
+            progress.step -= 1
+            _raise_non_finite(run, item.slices, loss, norm)
         run.log.add(
             step=progress.step,
             epoch=progress.epoch + 1,
             loss=loss,
-            learning_rate=rate,
+            learning_rate=item.rate,
             gradient_norm=norm,
-            **run.task.details(slices[0].batch),
+            **run.task.details(item.slices[0].batch),
         )
-    if config.save_every_steps and progress.step % config.save_every_steps == 0:
+    if run.config.save_every_steps and progress.step % run.config.save_every_steps == 0:
         _save(run)
     _stop_together(run)
-    return loss, following
+    return loss
 
 
 def _is_out_of_memory(error):
@@ -604,7 +664,8 @@ def _finish_epoch(run, live):
                 if field is not None:
                     heading += ", reconstruction: one-step posterior mean"
                 live.draw(run.log.history, field, heading, picture)
-        _save(run)
+        if epoch == config.epochs or time.monotonic() - run.saved >= config.save_interval:
+            _save(run)
     return field
 
 
@@ -616,11 +677,13 @@ def _save(run):
     """
     if not run.accelerator.is_main_process:
         return
+    _read_back(run)
     with _deferred_interrupt(), _writing(run):
         run.log.flush()
         with _averaged(run.ema, run.model):
             save_model(run.model, run.folder / "latest")
         _save_state(run)
+        run.saved = time.monotonic()
 
 
 @contextmanager
@@ -856,23 +919,16 @@ def _generator(*words):
     return torch.Generator().manual_seed(_seed(*words))
 
 
-def _epoch_batches(run):
-    """The slices of each step that is left of this epoch, on this process."""
-    config, accelerator = run.config, run.accelerator
-    order = torch.randperm(
-        len(run.train_data), generator=_generator(config.seed, _SHUFFLE, run.progress.epoch)
-    )
+def _epoch_batches(run, epoch):
+    """The slices of each step that is left of this epoch, on this process; workers begin at once."""
+    config, accelerator, first = run.config, run.accelerator, epoch * run.steps_per_epoch
+    order = torch.randperm(len(run.train_data), generator=_generator(config.seed, _SHUFFLE, epoch))
     order = order[: run.steps_per_epoch * config.batch_size]
     order = order.reshape(run.steps_per_epoch, *_layout(run))[:, :, accelerator.process_index]
-    order = order[
-        run.progress.step - run.progress.epoch * run.steps_per_epoch :
-    ]  # (steps, parts, slice_size)
-    if hasattr(run.train_data, "set_epoch"):
-        run.train_data.set_epoch(run.progress.epoch)
-    loader = _loader(run.train_data, order.flatten(0, 1).tolist(), config, accelerator)
-    run.model.train()
-    for step, indices in enumerate(order.tolist(), start=run.progress.step):
-        yield _step_slices(run, loader, step, indices)
+    order = order[run.progress.step - first :]  # (steps, parts, slice_size)
+    batches = _load(run, True, epoch, order.flatten(0, 1).tolist())
+    steps = enumerate(order.tolist(), start=run.progress.step)
+    return (_step_slices(run, batches, step, indices) for step, indices in steps)
 
 
 def _layout(run):
@@ -880,21 +936,47 @@ def _layout(run):
     return run.config.gradient_accumulation, run.accelerator.num_processes, run.slice_size
 
 
-def _loader(dataset, batches, config, accelerator):
-    """The batches of these indices, one after the other."""
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
+class _Epochs(Dataset):
+    """A dataset whose items are asked for by (epoch, index): so its copies in workers learn of the epoch."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.epoch = None
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if epoch != self.epoch and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        self.epoch = epoch
+        return self.dataset[index]
+
+
+def _loader(dataset, config, accelerator):
+    """A DataLoader whose workers stay, for `_load`."""
+    return DataLoader(
+        _Epochs(dataset),
+        batch_sampler=[],
         num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # so that the loader takes nothing from the global one
         worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _load(run, training, epoch, batches):
+    """The batches of these indices of a dataset, one after the other; workers begin at once."""
+    loader = run.loaders[training]
+    loader.batch_sampler[:] = [[(epoch, index) for index in indices] for indices in batches]
+    return _from_workers(iter(loader), run.config.num_workers)
+
+
+def _from_workers(batches, num_workers):
     try:
-        yield from loader
+        yield from batches
     except (ConnectionError, EOFError):
         # What a worker has loaded is lost with it. torch raises its death wherever its signal arrives: here.
-        if config.num_workers:
+        if num_workers:
             time.sleep(5)
         raise
 
@@ -913,6 +995,19 @@ def _to_device(tensors, device):
     return {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
 
 
+def _to_host(x):
+    """A copy of x on its way to the CPU, and when it has arrived; x itself and None where it is no GPU's.
+
+    Without an event, reading would wait for all that was handed to the device after it.
+    """
+    if x.device.type != "cuda":
+        return x, None
+    copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived
+
+
 @dataclass(frozen=True)
 class _Slice:
     """What passes through the model at once: dataset indices, batch, and draws: t (b,), noise, as the data
@@ -924,7 +1019,10 @@ class _Slice:
 
 
 def _step_slices(run, loader, step, step_indices):
-    """The slices of an optimizer step (0 is the first) on this process, with what is drawn for this step."""
+    """The slices of an optimizer step (0 is the first) on this process, with what is drawn for this step.
+
+    `loader`: the batches of this epoch that are left.
+    """
     batches = []
     for indices in step_indices:
         batch = next(loader)
@@ -1071,6 +1169,8 @@ def _raise_non_finite(run, slices, loss, norm):
     layers = {module: name or "the model itself" for name, module in model.named_modules()}
     if math.isfinite(loss):
         what = f"the gradient norm is {norm} (loss {loss:.4g})"
+        run.graphs = None
+        _accumulate(run, slices)  # on the parameters there may be the gradient of the next step
         # Gradients run from the output back: what broke first is the last layer that was executed.
         bad = {
             module
@@ -1130,7 +1230,7 @@ def _validate(run):
     times = (order + 0.5) / len(dataset)
     total = 0.0
     model.eval()
-    for indices, batch in zip(batches, _loader(dataset, batches, config, accelerator), strict=True):
+    for indices, batch in zip(batches, _load(run, False, 0, batches), strict=True):
         _check_batch(run.task, batch, f"items {indices} of the validation dataset")
         shape = batch[run.task.data].shape[1:]
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]

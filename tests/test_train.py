@@ -517,9 +517,9 @@ def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
 
     data = fields()
     data[0].__class__ = StopsOnce
-    data[0].left = 2 + 9  # the first and last items, then within the third batch, drawn during step 6
+    data[0].left = 2 + 9  # the first and last items, then within the third batch, drawn after step 6
     second = fit(tiny(), data, settings(tmp_path))
-    assert (second.interrupted, second.steps) == (True, 5)
+    assert (second.interrupted, second.steps) == (True, 6)
 
     data = fields()
     data[1].__class__ = StopsOnce

@@ -592,8 +592,9 @@ def _pack_rows(weights, sizes, block_n):
     like = dict(dtype=torch.float32, device=weights[0].device)
     rows = torch.empty(*sizes, block_n // quad, len(weights), quad, **like)
     for i, weight in enumerate(weights):
-        padded = F.pad(weight, (0, block_n - weight.shape[-1]))
-        rows[..., i, :] = padded.unflatten(-1, (-1, quad))
+        if weight.shape[-1] < block_n:
+            weight = F.pad(weight, (0, block_n - weight.shape[-1]))
+        rows[..., i, :] = weight.unflatten(-1, (-1, quad))
     return rows
 
 
