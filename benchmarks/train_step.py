@@ -370,10 +370,10 @@ def measure_waiting(name, options):
         data["source"] = options.data
     datasets = command_line.load_datasets(name, data, 0)
     waited, total = [], []
-    loader = train._loader
+    loading = train._from_workers
 
     def timed(*arguments):
-        batches = iter(loader(*arguments))
+        batches = loading(*arguments)
         while True:
             start = time.perf_counter()
             item = next(batches, None)
@@ -400,11 +400,11 @@ def measure_waiting(name, options):
             cpu=options.device.type == "cpu",
             progress=False,
         )
-        train._loader, train._train_epoch = timed, timed_epoch
+        train._from_workers, train._train_epoch = timed, timed_epoch
         try:
             train.fit(make_model(name, options.preset), datasets, config)
         finally:
-            train._loader, train._train_epoch = loader, epoch
+            train._from_workers, train._train_epoch = loading, epoch
     seconds, waiting = total[-1]  # the first epoch compiles kernels
     steps = len(datasets[0]) // batch
     return {

@@ -196,14 +196,14 @@ def test_time_that_training_waits_is_found(load_benchmark, monkeypatch):
         pictures = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
         return Slow(pictures), SparseFields(pictures[:2], seed=0)
 
-    step = bench.train._step
+    update = bench.train._update
 
-    def slow_step(*arguments):
+    def slow_update(*arguments):
         clock[0] += 0.12
-        return step(*arguments)
+        return update(*arguments)
 
     monkeypatch.setattr(bench.command_line, "load_datasets", slow_datasets)
-    monkeypatch.setattr(bench.train, "_step", slow_step)
+    monkeypatch.setattr(bench.train, "_update", slow_update)
     row = bench.measure_waiting("v1", bench.parse("--quick --device cpu".split()))
     assert row["seconds"] == pytest.approx(0.2) and row["waiting"] == pytest.approx(0.4)
 
