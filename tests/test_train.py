@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -483,6 +484,70 @@ def test_workers_give_the_same_run(reference, tmp_path):
     assert_same_run(tmp_path, reference[0])
 
 
+class Forgetful:
+    """Fields whose epoch is an attribute, which only the copy it is set on learns of; says who loads what."""
+
+    def __init__(self, log):
+        self.images, self.epoch, self.log = gradients(18, 0), None, log
+
+    def __len__(self):
+        return len(self.images)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        with open(self.log, "a") as file:
+            file.write(f"{os.getpid()} {self.epoch}\n")
+        return SparseFields(self.images, queries=0.5, seed=self.epoch)[index]
+
+
+def test_workers_stay_and_learn_of_epochs(tmp_path):
+    loaded = {}
+    for workers in (0, 2):
+        log = tmp_path / f"log{workers}"
+        config = settings(tmp_path / str(workers), epochs=3, num_workers=workers)
+        fit(tiny(), (Forgetful(log), fields()[1]), config)
+        loaded[workers] = [line.split() for line in log.read_text().splitlines()][
+            2:
+        ]  # first and last: checked
+        assert Counter(epoch for _, epoch in loaded[workers]) == {"0": 16, "1": 16, "2": 16}
+    assert {pid for pid, _ in loaded[0]} == {str(os.getpid())}
+    pids = {epoch: {pid for pid, e in loaded[2] if e == epoch} for epoch in "012"}
+    assert pids["0"] == pids["1"] == pids["2"] and len(pids["0"]) == 2 and str(os.getpid()) not in pids["0"]
+    assert_same_run(tmp_path / "2", tmp_path / "0")
+
+
+def test_a_gradient_is_begun_before_the_step_before_is_read_back(tmp_path, monkeypatch):
+    order = []
+
+    def noted(name, function):
+        def call(run, *arguments):
+            if name != "_read_back" or run.unread is not None:
+                order.append((name, run.progress.step))
+            return function(run, *arguments)
+
+        return call
+
+    for name in ("_gradient", "_update", "_read_back"):
+        monkeypatch.setattr(train, name, noted(name, getattr(train, name)))
+    fit(tiny(), fields(), settings(tmp_path, epochs=1, save_every_steps=None))
+    begun = [(("_gradient", step), ("_read_back", step), ("_update", step)) for step in range(4)]
+    expected = [entry for triple in begun for entry in triple] + [("_read_back", 4)]
+    expected.remove(("_read_back", 0))
+    assert order == expected
+
+
+def test_save_interval_leaves_out_saves_but_the_last(tmp_path, monkeypatch):
+    saved = []
+    save = train._save_state
+    monkeypatch.setattr(train, "_save_state", lambda run: saved.append(run.progress.epoch) or save(run))
+    fit(tiny(), fields(), settings(tmp_path / "each", epochs=3, save_every_steps=None))
+    fit(tiny(), fields(), settings(tmp_path / "last", epochs=3, save_every_steps=None, save_interval=1e6))
+    assert saved == [1, 2, 3, 3]
+    assert_same_run(tmp_path / "last", tmp_path / "each")
+
+
 # ------------------------------------------------------------------------------------ stop and resume
 
 
@@ -740,6 +805,7 @@ class DirtyValidation(SparseFields):
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"seed": -1}, "seed=-1"),
         ({"save_every_steps": 0}, "save_every_steps=0"),
+        ({"save_interval": -1}, r"save_interval=-1 is outside \[0, inf\)"),
         ({"learning_rate": 0.0}, r"learning_rate=0.0 is outside \(0, inf\)"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"ema_decay": 1.0}, "ema_decay"),

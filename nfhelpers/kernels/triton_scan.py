@@ -133,7 +133,11 @@ def advance(h, delta, u, B, A2, TIED: tl.constexpr, HOLD: tl.constexpr, N: tl.co
 @triton.jit
 def sum_channels(x, y, PRECISION: tl.constexpr):
     """sum over d of x (N, D) y (D,), in each of 8 columns, a tile of the matrix unit: (N, 8)."""
-    return tl.dot(x, tl.broadcast_to(y[:, None], (y.shape[0], 8)), input_precision=PRECISION)
+    y = tl.broadcast_to(y[:, None], (y.shape[0], 8))
+    if PRECISION == "bf16":
+        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+    else:
+        return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -184,7 +188,7 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.const
 # --------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["group_dim", "reverse"])
+@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
     y_ptr, states_ptr, last_ptr,
@@ -295,7 +299,7 @@ def forward_kernel(
     tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask)
 
 
-@triton.jit(do_not_specialize=["group_dim", "reverse"])
+@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
 def backward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
     states_ptr, dy_ptr, dlast_ptr,
@@ -686,22 +690,27 @@ def backward(
     per_row = (blocks, batch, directions, groups, length, num_state)
     new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     dA = new(per_channel if tied else per_sample)
-    dB, dC = (new(per_sample if x.dim() == 3 else per_row) for x in (B, C))
+    # Gradients of B and C that are bfloat16 themselves take partial sums and products in bfloat16, those in
+    # float16 products rounded to the 11 bits of tf32.
+    varying = {x.dtype for x in (B, C) if x.dim() == 5}
+    partial = torch.bfloat16 if varying == {torch.bfloat16} else torch.float32
+    precision = "tf32x3" if torch.float32 in varying else "tf32"
+    if partial is torch.bfloat16 and arguments["BLOCK_N"] >= 16:  # a tile of the matrix unit
+        precision = "bf16"
+    dB, dC = (new(per_sample) if x.dim() == 3 else new(per_row, dtype=partial) for x in (B, C))
     dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
-    # tf32 rounds to 11 bits: enough for gradients of B and C that are half precision themselves.
-    exact = any(x.dim() == 5 and x.dtype == torch.float32 for x in (B, C))
     with torch.cuda.device_of(u):
         backward_kernel[grid](
             **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz), one=1.0,
-            HAS_DLAST=grad_last is not None, PRECISION="tf32x3" if exact else "tf32",
+            HAS_DLAST=grad_last is not None, PRECISION=precision,
             GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
     dA = dA.sum(0) if tied else dA.sum(0).transpose(1, 2)
     dB, dC = (
-        partial.sum(0).transpose(1, 2) if x.dim() == 3 else partial.sum(0)
-        for partial, x in ((dB, B), (dC, C))
+        found.sum(0).transpose(1, 2) if x.dim() == 3 else found.sum(0, dtype=torch.float32)
+        for found, x in ((dB, B), (dC, C))
     )
     dD, dbias = (new(0) if x is None else x.sum(0) for x in (dD, dbias))
     if u.shape[1] < directions:
