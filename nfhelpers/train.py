@@ -1228,7 +1228,7 @@ def _validate(run):
     # Times evenly spread over the items: less variance than drawing them.
     order = torch.randperm(len(dataset), generator=_generator(config.seed, _VALIDATION))
     times = (order + 0.5) / len(dataset)
-    total = 0.0
+    total = torch.zeros((), device=accelerator.device)
     model.eval()
     for indices, batch in zip(batches, _load(run, False, 0, batches), strict=True):
         _check_batch(run.task, batch, f"items {indices} of the validation dataset")
@@ -1237,10 +1237,8 @@ def _validate(run):
         noise, t = torch.stack(noise).to(accelerator.device), times[indices].to(accelerator.device)
         with accelerator.autocast():
             loss = run.task.loss(model, _to_device(batch, accelerator.device), t, noise)
-        total += loss.item() * len(indices)
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum").item()
-    return total / len(dataset)
+        total += loss.float() * len(indices)  # read back at the end: the next batch need not wait
+    return accelerator.reduce(total, "sum").item() / len(dataset)
 
 
 def _reconstruct(run):

@@ -709,8 +709,7 @@ def backward(
         )  # fmt: skip
     dA = dA.sum(0) if tied else dA.sum(0).transpose(1, 2)
     dB, dC = (
-        found.sum(0).transpose(1, 2) if x.dim() == 3 else found.sum(0, dtype=torch.float32)
-        for found, x in ((dB, B), (dC, C))
+        found.sum(0).transpose(1, 2) if x.dim() == 3 else found.sum(0) for found, x in ((dB, B), (dC, C))
     )
     dD, dbias = (new(0) if x is None else x.sum(0) for x in (dD, dbias))
     if u.shape[1] < directions:
