@@ -556,4 +556,7 @@ def checkpoint_names(*paths):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0 and torch.distributed.is_initialized():  # its threads would abort a process that just ends
+        torch.distributed.destroy_process_group()
+    sys.exit(code)

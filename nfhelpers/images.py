@@ -456,6 +456,12 @@ class SparseFields(Dataset):
         # Shared memory: persistent DataLoader workers hold a copy of the dataset made before set_epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
+    def __copy__(self) -> "SparseFields":
+        """The same images, at an epoch of its own."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _epoch=self._epoch.clone().share_memory_())
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the draws of this epoch (no effect on a dataset with a seed); call it before iterating."""
         self._epoch.fill_(_non_negative_int("epoch", epoch))

@@ -21,6 +21,7 @@ Sources: seed 002 (Adam, 1e-4, cosine); Loshchilov & Hutter, "SGDR", ICLR 2017 (
 al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024 (averaged weights).
 """
 
+import copy
 import csv
 import errno
 import fcntl
@@ -99,22 +100,23 @@ class TrainConfig:
 
     output_dir: folder of the run; a run that was stopped there is resumed. epochs; batch_size: samples an
     optimizer step, over all processes and accumulation steps together. learning_rate: peak, reached after
-    warmup_fraction (in [0, 1)) of all steps, then a cosine down to 0. weight_decay: AdamW's, on matrices
-    only (not on biases, norms or parameters marked `_no_weight_decay`). clip_norm: largest global gradient
-    norm, math.inf for none; ema_decay: of the averaged weights, in [0, 1). gradient_accumulation: slices of
-    a batch that pass through the model one after the other; halve_on_oom: double them when memory runs out,
-    instead of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only);
-    gradient_checkpointing, compile: memory against time. cuda_graphs: on a single GPU, launch the thousand
-    kernels of loss and gradient as one, from the second step of a shape on; they keep memory of their own
-    (without effect elsewhere, and with gradient_checkpointing, which reads the random state).
+    warmup_fraction (in [0, 1)) of all steps, then a cosine down to 0. weight_decay: AdamW's, on matrices only
+    (not on biases, norms or parameters marked `_no_weight_decay`). clip_norm: largest global gradient norm,
+    math.inf for none; ema_decay: of the averaged weights, in [0, 1). gradient_accumulation: slices of a batch
+    that pass through the model one after the other; halve_on_oom: double them when memory runs out, instead
+    of stopping (one process only). precision: "fp32", "bf16" or "fp16" (GPU only); gradient_checkpointing,
+    compile: memory against time. cuda_graphs: on a single GPU, launch the thousand kernels of loss and
+    gradient as one, from the second step of a shape on; they keep memory of their own, and gradients for each
+    shape (without effect elsewhere, and with gradient_checkpointing, which reads the random state).
     vary_queries: of sparse fields, each step keeps a random subset of the query points, one of QUERY_COUNTS
     counts between min_query_fraction (in (0, 1]) and all of them, because a scan sees other sequences when it
     is later asked for a full field. evaluate_every, visualise_every, save_every: in epochs (the last epoch is
     always evaluated and drawn); save_every_steps: also save the resumable state after this many steps, None
     for once an epoch; save_interval: seconds, at the end of an epoch it is saved if it is at least that old
-    (the last epoch's always). field_images: validation images of the full-field PSNR and picture.
-    num_workers: of the data loader. cpu: train on the CPU even where a GPU is present; progress: progress bar
-    and, in a notebook, live figure; title: of the run, above that figure.
+    (the last epoch's always): what was done since is what a kill or an error loses. field_images: validation
+    images of the full-field PSNR and picture. num_workers: of each of the two data loaders. cpu: train on the
+    CPU even where a GPU is present; progress: progress bar and, in a notebook, live figure; title: of the
+    run, above that figure.
 
     Raises ValueError on illegal values, TypeError on unknown names.
     """
@@ -227,11 +229,11 @@ def fit(model, data, config, *, callback=None):
     is weighed (`loss_weight`); data: (train dataset, validation dataset), map-style, with the dict items of
     `images.SparseFields`, or for a `LocalMamba2D` those of `spectrograms.Spectrograms` (and captions, where
     it takes them), each a function of its index alone, or of epoch and index where the dataset has
-    `set_epoch`; a validation dataset with `images` (N, H, W, 3) is also reconstructed in full. config:
-    TrainConfig. callback(epoch, history, fields), if given, is called on the main process after each epoch
-    (1 is the first); fields is None unless the epoch was evaluated or drawn, else a dict of sparse,
-    reconstruction (one-step posterior mean, as TrainResult has it) and target, each (k, H, W, 3) in [0, 1]
-    (None without images).
+    `set_epoch` (fit takes a shallow copy of each); a validation dataset with `images` (N, H, W, 3) is also
+    reconstructed in full. config: TrainConfig. callback(epoch, history, fields), if given, is called on the
+    main process after each epoch (1 is the first), when workers already load the next; fields is None unless
+    the epoch was evaluated or drawn, else a dict of sparse, reconstruction (one-step posterior mean, as
+    TrainResult has it) and target, each (k, H, W, 3) in [0, 1] (None without images).
 
     On return the model is on the training device, in eval mode, and holds the averaged (EMA) weights. An
     interrupt (Ctrl-C, a stopped cell) is not raised: the state and `latest` are written and the result says
@@ -359,10 +361,10 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
                 f"num_workers than {config.num_workers}, 0 for none, or give the container more (docker run "
                 "--shm-size), then run again to resume"
             ) from error
-        finally:  # workers, which ignore signals, end once nothing refers to their loader
-            run.loaders.clear()
-            if batches is not None:
-                batches.close()
+        finally:
+            optimizer.zero_grad()  # gradients may lie in the memory of graphs
+            with _deferred_interrupt():
+                _send_workers_home(run)
     ema.copy_to(_trained(model).values())
     model.eval()
     best, latest = folder / "best", folder / "latest"
@@ -473,8 +475,8 @@ class _Run:
     signals: list  # that asked several processes to stop
     graphs: "_Graphs | None"
     loaders: dict  # DataLoaders, by whether they are of the train_data
+    saved: float  # when the state was last saved, in seconds of a clock that only runs
     unread: "_Unread | None" = None
-    saved: float = 0.0  # when the state was last saved, in seconds of a clock that only runs
 
 
 @dataclass(frozen=True)
@@ -495,22 +497,33 @@ def _train_epoch(run, batches, bar):
     the device does not wait for Python.
     """
 
-    def read_back():
+    def due():
+        every = run.config.save_every_steps
+        return every is not None and run.progress.step % every == 0
+
+    def finish_step():
         loss = _read_back(run)
-        if loss is not None:
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if loss is None:
+            return
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if due():
+            _save(run)
+        _stop_together(run)
 
     run.model.train()
     try:
         for slices in batches:
+            if due():  # before anything else is computed: a forward pass may change buffers
+                finish_step()
             loss = _gradient(run, slices)
-            read_back()
+            finish_step()
             _update(run, slices, loss)
-        read_back()
+        finish_step()
         return True
     except MemoryError as error:
-        read_back()  # the step before was done
+        if _read_back(run) is not None:  # the step before was done
+            bar.update()
         if not run.config.halve_on_oom or run.slice_size % 2:
             raise
         parts, run.slice_size = 2 * run.config.gradient_accumulation, run.slice_size // 2
@@ -584,9 +597,6 @@ def _read_back(run):
             gradient_norm=norm,
             **run.task.details(item.slices[0].batch),
         )
-    if run.config.save_every_steps and progress.step % run.config.save_every_steps == 0:
-        _save(run)
-    _stop_together(run)
     return loss
 
 
@@ -782,7 +792,7 @@ def _check_dataset(task, dataset, name):
 def _check_batch(task, batch, where, *, finite=False):
     """Shapes, dtypes and ranges of a batch, on the CPU, where looking at them waits for no device.
 
-    While training, values that are not finite pass: `_step` stops at these and names step and layer.
+    While training, values that are not finite pass: `_read_back` stops at these and names step and layer.
     """
     try:
         task.check(batch, finite)
@@ -937,17 +947,18 @@ def _layout(run):
 
 
 class _Epochs(Dataset):
-    """A dataset whose items are asked for by (epoch, index): so its copies in workers learn of the epoch."""
+    """A dataset whose items are asked for by (epoch, index): so its copies in workers learn of the epoch.
+
+    It has a copy of its own: another may be at another epoch meanwhile.
+    """
 
     def __init__(self, dataset):
-        self.dataset = dataset
-        self.epoch = None
+        self.dataset = copy.copy(dataset)
 
     def __getitem__(self, key):
         epoch, index = key
-        if epoch != self.epoch and hasattr(self.dataset, "set_epoch"):
+        if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        self.epoch = epoch
         return self.dataset[index]
 
 
@@ -979,6 +990,14 @@ def _from_workers(batches, num_workers):
         if num_workers:
             time.sleep(5)
         raise
+
+
+def _send_workers_home(run):
+    """End the workers. Left to themselves they may outlive an error, whose traceback refers to them, until
+    Python ends and waits for them, for ever: they ignore the signal that it sends."""
+    for loader in run.loaders.values():
+        if loader._iterator is not None:  # there is no public way
+            loader._iterator._shutdown_workers()
 
 
 def _leave_signals_to_parent(worker):
@@ -1628,7 +1647,7 @@ def save_model(model, folder):
 class _Log:
     """History in memory; on the main process also log.csv and TensorBoard, from the resumed step on.
 
-    Rows are written by `write`, when there is time for it.
+    The files are a row or two behind: rows are written by `write`, when there is time for it.
     """
 
     def __init__(self, folder, progress, write):
@@ -1689,11 +1708,17 @@ class _Log:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        if self.file is not None:
-            self.write()
-            self.file.close()
-            self.board.close()
+    def __exit__(self, kind, error, traceback):
+        if self.file is None:
+            return
+        failures = []
+        for end in (self.write, self.file.close, self.board.close):
+            try:
+                end()
+            except OSError as failure:  # a full disk; an error that is under way says more
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
 
 
 def _read_log(path):

@@ -218,6 +218,12 @@ def test_worker_that_dies_is_named_and_the_state_stays(reference, tmp_path):  # 
     assert_same_run(tmp_path, reference[0])
 
 
+def test_a_program_ends_after_an_error_in_a_worker(tmp_path, capfd):
+    """Workers that an error keeps would be waited for: they ignore the signal to end."""
+    assert worker(tmp_path, "broken", "workers").wait(timeout=60) == 1
+    assert "KeyError: 'broken item'" in capfd.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------- files
 
 
@@ -357,6 +363,14 @@ class Hungry(TinyField):
 def hungry():
     torch.manual_seed(3)
     return Hungry()
+
+
+def test_out_of_memory_waits_for_no_other_process(tmp_path, monkeypatch):
+    together, stop = [], train._stop_together
+    monkeypatch.setattr(train, "_stop_together", lambda run: together.append(run.progress.step) or stop(run))
+    with pytest.raises(MemoryError, match="step 4"):
+        fit(hungry(), fields(), settings(tmp_path, save_every_steps=None))
+    assert together == [1, 2]  # not of step 3, which is read back when the error is there
 
 
 def test_out_of_memory_names_need_and_remedies(tmp_path):

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import get_worker_info
 
 from nfhelpers import evaluate, metrics, plots, samplers, train
 from nfhelpers.__main__ import main, trainable
@@ -103,6 +105,13 @@ def chirps():
 class SlowFields(SparseFields):
     def __getitem__(self, index):
         time.sleep(0.01)
+        return super().__getitem__(index)
+
+
+class BrokenFields(SparseFields):
+    def __getitem__(self, index):
+        if index == 5 and get_worker_info() is not None:
+            raise KeyError("broken item")
         return super().__getitem__(index)
 
 
@@ -484,6 +493,15 @@ def test_workers_give_the_same_run(reference, tmp_path):
     assert_same_run(tmp_path, reference[0])
 
 
+def test_one_dataset_may_serve_training_and_validation(tmp_path):
+    """Validation is of epoch 0 whatever the workers have begun to load."""
+    for workers in (0, 1):
+        data = SparseFields(gradients(18, 0), queries=0.5)
+        config = settings(tmp_path / str(workers), epochs=3, evaluate_every=1, num_workers=workers)
+        fit(tiny(), (data, data), config, callback=lambda *given, data=data: data.set_epoch(0))
+    assert_same_run(tmp_path / "1", tmp_path / "0")
+
+
 class Forgetful:
     """Fields whose epoch is an attribute, which only the copy it is set on learns of; says who loads what."""
 
@@ -538,14 +556,50 @@ def test_a_gradient_is_begun_before_the_step_before_is_read_back(tmp_path, monke
     assert order == expected
 
 
-def test_save_interval_leaves_out_saves_but_the_last(tmp_path, monkeypatch):
-    saved = []
-    save = train._save_state
+def test_the_next_epoch_is_loaded_while_one_is_evaluated(tmp_path, monkeypatch):
+    order = []
+    begin, finish = train._epoch_batches, train._finish_epoch
+    monkeypatch.setattr(train, "_epoch_batches", lambda *given: order.append(given[1]) or begin(*given))
+    monkeypatch.setattr(train, "_finish_epoch", lambda *given: order.append("end") or finish(*given))
+    fit(tiny(), fields(), settings(tmp_path, epochs=3))
+    assert order == [0, 1, "end", 2, "end", "end"]
+
+
+def test_save_interval_is_kept_but_for_the_last_epoch(tmp_path, monkeypatch):
+    """By a clock on which an epoch takes ten seconds."""
+    clock, saved, save = [0], [], train._save_state
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(train, "_save_state", lambda run: saved.append(run.progress.epoch) or save(run))
-    fit(tiny(), fields(), settings(tmp_path / "each", epochs=3, save_every_steps=None))
-    fit(tiny(), fields(), settings(tmp_path / "last", epochs=3, save_every_steps=None, save_interval=1e6))
-    assert saved == [1, 2, 3, 3]
-    assert_same_run(tmp_path / "last", tmp_path / "each")
+
+    def tick(*given):
+        clock[0] += 10
+
+    for interval in (0, 15):
+        config = settings(tmp_path / str(interval), save_every_steps=None, save_interval=interval)
+        fit(tiny(), fields(), config, callback=tick)
+    assert saved == [1, 2, 3, 4, 5, 6, 3, 5, 6]
+    assert_same_run(tmp_path / "15", tmp_path / "0")
+
+
+def test_a_state_has_the_buffers_of_its_step(tmp_path, monkeypatch):
+    class Counting(TinyField):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, *arguments):
+            self.calls += self.training
+            return super().forward(*arguments)
+
+    saved, save = [], train._save_state
+
+    def noted(run):
+        saved.append((run.progress.step, int(run.model.calls)))
+        save(run)
+
+    monkeypatch.setattr(train, "_save_state", noted)
+    fit(Counting(), fields(), settings(tmp_path, epochs=2))
+    assert saved == [(3, 3), (4, 4), (6, 6), (8, 8)]
 
 
 # ------------------------------------------------------------------------------------ stop and resume
@@ -588,7 +642,7 @@ def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
 
     data = fields()
     data[1].__class__ = StopsOnce
-    data[1].left = 2 + 2 * 8 - 3
+    data[1].left = 2 + 5 + 4  # the first and last items, one evaluation, then within the next
     third = fit(tiny(), data, settings(tmp_path))
     assert (third.interrupted, third.steps) == (True, 16) and third.history["val_step"] == [8]
 
@@ -781,6 +835,47 @@ def test_infinite_gradient_of_a_finite_loss_names_the_layer(tmp_path):
     ):
         fit(Root(), fields(), settings(tmp_path))
     assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_infinite_gradient_of_one_step_names_the_layer_of_that_step(tmp_path):
+    """And not of the next, whose gradient is there already."""
+
+    class Root(TinyField):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Linear(2, 3)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+        def forward(self, noisy_values, query_coords, t, input_coords, input_values):
+            velocity = super().forward(noisy_values, query_coords, t, input_coords, input_values)
+            black = bool((input_values == -1).all((1, 2)).any())
+            return velocity + self.gate(query_coords).abs().sqrt() if black else velocity
+
+    data = fields()
+    first = torch.randperm(18, generator=train._generator(0, train._SHUFFLE, 0))[0]
+    data[0].images[first] = 0
+    with pytest.raises(FloatingPointError, match=r"step 1: the gradient norm is nan .*'gate' \(Linear\)"):
+        fit(Root(), data, settings(tmp_path))
+
+
+def test_an_error_leaves_the_rows_before_it_and_is_not_hidden_by_a_full_disk(tmp_path, monkeypatch):
+    def stop(epoch, history, field):
+        raise KeyError("callback")
+
+    config = settings(tmp_path, save_every_steps=None, save_interval=1e6)
+    with pytest.raises(KeyError, match="callback"):
+        fit(tiny(), fields(), config, callback=stop)
+    assert [int(row["step"]) for row in rows(tmp_path)] == [1, 2, 3, 4]
+
+    def full(epoch, history, field):
+        monkeypatch.setattr(
+            train._Log, "write", lambda log: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+        )
+        stop(epoch, history, field)
+
+    with pytest.raises(KeyError, match="callback"):
+        fit(tiny(), fields(), config, callback=full)
 
 
 def test_nan_in_the_validation_data_is_named_as_such(tmp_path):
@@ -1062,6 +1157,7 @@ if __name__ == "__main__":
         / "process{RANK}of{WORLD_SIZE}".format_map({"RANK": 0, "WORLD_SIZE": 1, **os.environ})
     ).touch()
     model, data = (tiny_grids(), chirps()) if "grids" in sys.argv[2:] else (tiny(), fields())
-    if "slow" in sys.argv[2:]:
-        data[0].__class__ = SlowFields
+    for name, kind in (("slow", SlowFields), ("broken", BrokenFields)):
+        if name in sys.argv[2:]:
+            data[0].__class__ = kind
     fit(model, data, settings(sys.argv[1], num_workers=2 if "workers" in sys.argv[2:] else 0))
