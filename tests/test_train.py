@@ -498,7 +498,8 @@ def test_one_dataset_may_serve_training_and_validation(tmp_path):
     for workers in (0, 1):
         data = SparseFields(gradients(18, 0), queries=0.5)
         config = settings(tmp_path / str(workers), epochs=3, evaluate_every=1, num_workers=workers)
-        fit(tiny(), (data, data), config, callback=lambda *given, data=data: data.set_epoch(0))
+        fit(tiny(), (data, data), config, callback=lambda *given, data=data: data.set_epoch(7))
+        assert data._epoch == 7  # fit has copies of its own
     assert_same_run(tmp_path / "1", tmp_path / "0")
 
 
