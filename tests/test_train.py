@@ -464,14 +464,17 @@ def test_steps_by_graph_are_the_steps(changes, recorded, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("name", [name for name in trainable() if name != "diffae_phase2"])
-def test_cuda_graphs_give_the_same_run(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "parts"), [*((name, 1) for name in trainable() if name != "diffae_phase2"), ("v1", 2)]
+)
+def test_cuda_graphs_give_the_same_run(name, parts, tmp_path, monkeypatch):
     captures, capture = [], train._capture
     monkeypatch.setattr(train, "_capture", lambda *arguments: captures.append(1) or capture(*arguments))
     losses = {}
     for graphs in ("false", "true"):
         folder = tmp_path / graphs
         options = ["--preset", "smoke", "--output", str(folder), "--set", "train.epochs=4"]
+        options += ["--set", f"train.gradient_accumulation={parts}"]
         command = ["train", name, *options, "--set", f"train.cuda_graphs={graphs}"]
         if name in SOLVING and graphs == "true":
             with pytest.raises(RuntimeError, match="a CUDA graph cannot hold.*pass cuda_graphs=False"):
