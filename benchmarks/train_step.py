@@ -43,7 +43,6 @@ import scan
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from nfhelpers import __main__ as command_line
@@ -220,28 +219,37 @@ def make_step(model, batch_size, side, device, bf16, compiled=False, graph=False
         "t": torch.rand(batch_size, generator=generator).to(device),
         "noise": torch.randn(data.shape, generator=generator).to(device),
     }
-    parameters = list(train._trained(model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    average = EMAModel(parameters, decay=0.999, foreach=True)
-    like_fit = SimpleNamespace(
-        model=model,
-        optimizer=optimizer,
-        objective=torch.autocast(device.type, torch.bfloat16, enabled=bf16)(train._Objective(network, task)),
-        accelerator=SimpleNamespace(backward=torch.Tensor.backward),
-        graphs=train._Graphs({}, torch.cuda.graph_pool_handle()) if graph else None,
+    config = train.TrainConfig(
+        "unused",
+        epochs=1,
+        learning_rate=1e-6,
+        warmup_fraction=0.0,
+        precision="bf16" if bf16 else "fp32",
+        cuda_graphs=graph,
+        cpu=device.type == "cpu",
     )
-    add_gradient = train._add_gradient_by_graph if graph else train._add_gradient
+    accelerator = train._accelerator(config)
+    optimizer = torch.optim.AdamW(train._parameter_groups(model, config.weight_decay), fused=True)
+    objective, prepared = accelerator.prepare(train._Objective(network, task), optimizer)
+    like_fit = SimpleNamespace(
+        config=config,
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        prepared=prepared,
+        ema=EMAModel(train._trained(model).values(), decay=config.ema_decay, foreach=True),
+        accelerator=accelerator,
+        graphs=train._graphs(config, accelerator),
+        progress=train._Progress(),
+        steps_per_epoch=10**9,  # the learning rate stays what it is
+        unread=None,
+    )
+    slices = [train._Slice([], batch, draws)]
 
     def step():
-        optimizer.zero_grad()
-        loss = add_gradient(like_fit, batch, draws, 1)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        optimizer.found_inf = (~finite).float()
-        clip_grads_with_norm_(parameters, 1.0, norm.where(finite, 0.0))
-        optimizer.step()
-        average.step(parameters)
-        torch.stack([loss, norm]).tolist()  # the guard against values that are not finite
+        train._update(like_fit, slices, train._accumulate(like_fit, slices))
+        if like_fit.unread.arrived is not None:
+            like_fit.unread.arrived.synchronize()
 
     return step
 

@@ -820,19 +820,23 @@ def test_nan_in_a_batch_stops_with_step_layer_and_item(tmp_path):
         assert torch.equal(parameter, state[f"model.{name}"]), name
 
 
+class Gated(TinyField):
+    """The square root has an infinite slope at 0, where the zero-initialised gate is."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(2, 3)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def root(self, query_coords):
+        return self.gate(query_coords).abs().sqrt()
+
+
 def test_infinite_gradient_of_a_finite_loss_names_the_layer(tmp_path):
-    class Root(TinyField):
-        """The square root has an infinite slope at 0, where the zero-initialised gate is."""
-
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(2, 3)
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
-
+    class Root(Gated):
         def forward(self, noisy_values, query_coords, *field):
-            root = self.gate(query_coords).abs().sqrt()
-            return super().forward(noisy_values, query_coords, *field) + root
+            return super().forward(noisy_values, query_coords, *field) + self.root(query_coords)
 
     with pytest.raises(
         FloatingPointError, match=r"step 1: the gradient norm is nan .*'gate' \(Linear\).*finite"
@@ -844,17 +848,11 @@ def test_infinite_gradient_of_a_finite_loss_names_the_layer(tmp_path):
 def test_infinite_gradient_of_one_step_names_the_layer_of_that_step(tmp_path):
     """And not of the next, whose gradient is there already."""
 
-    class Root(TinyField):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(2, 3)
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
-
+    class Root(Gated):
         def forward(self, noisy_values, query_coords, t, input_coords, input_values):
             velocity = super().forward(noisy_values, query_coords, t, input_coords, input_values)
             black = bool((input_values == -1).all((1, 2)).any())
-            return velocity + self.gate(query_coords).abs().sqrt() if black else velocity
+            return velocity + self.root(query_coords) if black else velocity
 
     data = fields()
     first = torch.randperm(18, generator=train._generator(0, train._SHUFFLE, 0))[0]
