@@ -248,8 +248,7 @@ def make_step(model, batch_size, side, device, bf16, compiled=False, graph=False
 
     def step():
         train._update(like_fit, slices, train._accumulate(like_fit, slices))
-        if like_fit.unread.arrived is not None:
-            like_fit.unread.arrived.synchronize()
+        like_fit.unread.wait()
 
     return step
 

@@ -319,10 +319,8 @@ def _fit(model, task, train_data, validation_data, config, accelerator, identity
         log=log,
         signals=[],
         graphs=_graphs(config, accelerator),
-        loaders={
-            training: _loader(dataset, config, accelerator)
-            for training, dataset in ((True, train_data), (False, validation_data))
-        },
+        train_loader=_loader(train_data, config, accelerator),
+        validation_loader=_loader(validation_data, config, accelerator),
         saved=time.monotonic(),
     )
     show = config.progress and accelerator.is_main_process
@@ -474,7 +472,8 @@ class _Run:
     log: "_Log"
     signals: list  # that asked several processes to stop
     graphs: "_Graphs | None"
-    loaders: dict  # DataLoaders, by whether they are of the train_data
+    train_loader: DataLoader  # for `_load`
+    validation_loader: DataLoader
     saved: float  # when the state was last saved, in seconds of a clock that only runs
     unread: "_Unread | None" = None
 
@@ -488,6 +487,12 @@ class _Unread:
     arrived: torch.cuda.Event | None
     rate: float
     may_skip: bool  # the norm may be infinite
+
+    def wait(self):
+        """Loss and gradient norm."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.outcome.tolist()
 
 
 def _train_epoch(run, batches, bar):
@@ -583,9 +588,7 @@ def _read_back(run):
     with _deferred_interrupt(), _writing(run):
         run.log.write()  # what was logged before, while the device is busy
         run.unread = None
-        if item.arrived is not None:
-            item.arrived.synchronize()
-        loss, norm = item.outcome.tolist()
+        loss, norm = item.wait()
         if not math.isfinite(loss) or not (math.isfinite(norm) or item.may_skip):
             progress.step -= 1
             _raise_non_finite(run, item.slices, loss, norm)
@@ -936,7 +939,7 @@ def _epoch_batches(run, epoch):
     order = order[: run.steps_per_epoch * config.batch_size]
     order = order.reshape(run.steps_per_epoch, *_layout(run))[:, :, accelerator.process_index]
     order = order[run.progress.step - first :]  # (steps, parts, slice_size)
-    batches = _load(run, True, epoch, order.flatten(0, 1).tolist())
+    batches = _load(run.train_loader, epoch, order.flatten(0, 1).tolist())
     steps = enumerate(order.tolist(), start=run.progress.step)
     return (_step_slices(run, batches, step, indices) for step, indices in steps)
 
@@ -975,11 +978,10 @@ def _loader(dataset, config, accelerator):
     )
 
 
-def _load(run, training, epoch, batches):
-    """The batches of these indices of a dataset, one after the other; workers begin at once."""
-    loader = run.loaders[training]
+def _load(loader, epoch, batches):
+    """The batches of these indices, one after the other; workers begin at once."""
     loader.batch_sampler[:] = [[(epoch, index) for index in indices] for indices in batches]
-    return _from_workers(iter(loader), run.config.num_workers)
+    return _from_workers(iter(loader), loader.num_workers)
 
 
 def _from_workers(batches, num_workers):
@@ -995,7 +997,7 @@ def _from_workers(batches, num_workers):
 def _send_workers_home(run):
     """End the workers. Left to themselves they may outlive an error, whose traceback refers to them, until
     Python ends and waits for them, for ever: they ignore the signal that it sends."""
-    for loader in run.loaders.values():
+    for loader in (run.train_loader, run.validation_loader):
         if loader._iterator is not None:  # there is no public way
             loader._iterator._shutdown_workers()
 
@@ -1021,10 +1023,10 @@ def _to_host(x):
     """
     if x.device.type != "cuda":
         return x, None
-    copy = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    host = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return copy, arrived
+    return host, arrived
 
 
 @dataclass(frozen=True)
@@ -1249,7 +1251,7 @@ def _validate(run):
     times = (order + 0.5) / len(dataset)
     total = torch.zeros((), device=accelerator.device)
     model.eval()
-    for indices, batch in zip(batches, _load(run, False, 0, batches), strict=True):
+    for indices, batch in zip(batches, _load(run.validation_loader, 0, batches), strict=True):
         _check_batch(run.task, batch, f"items {indices} of the validation dataset")
         shape = batch[run.task.data].shape[1:]
         noise = [torch.randn(shape, generator=_generator(config.seed, _VALIDATION, i)) for i in indices]

@@ -530,9 +530,8 @@ def test_workers_stay_and_learn_of_epochs(tmp_path):
         log = tmp_path / f"log{workers}"
         config = settings(tmp_path / str(workers), epochs=3, num_workers=workers)
         fit(tiny(), (Forgetful(log), fields()[1]), config)
-        loaded[workers] = [line.split() for line in log.read_text().splitlines()][
-            2:
-        ]  # first and last: checked
+        lines = log.read_text().splitlines()[2:]  # after the first and last item, which are checked
+        loaded[workers] = [line.split() for line in lines]
         assert Counter(epoch for _, epoch in loaded[workers]) == {"0": 16, "1": 16, "2": 16}
     assert {pid for pid, _ in loaded[0]} == {str(os.getpid())}
     pids = {epoch: {pid for pid, e in loaded[2] if e == epoch} for epoch in "012"}
@@ -871,9 +870,7 @@ def test_an_error_leaves_the_rows_before_it_and_is_not_hidden_by_a_full_disk(tmp
     assert [int(row["step"]) for row in rows(tmp_path)] == [1, 2, 3, 4]
 
     def full(epoch, history, field):
-        monkeypatch.setattr(
-            train._Log, "write", lambda log: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
-        )
+        monkeypatch.setattr(train._Log, "write", lambda log: Path("/dev/full").write_text("a row"))
         stop(epoch, history, field)
 
     with pytest.raises(KeyError, match="callback"):
