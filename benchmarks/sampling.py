@@ -3,7 +3,8 @@
     python benchmarks/sampling.py [--quick] [--preset full] [--models v1] [--samplers heun] [--device cuda]
     python benchmarks/sampling.py --checkpoints checkpoints/field-photos [--sides 32 96] [--samplers heun]
 
-Models are those of presets.toml with random weights (demo on a CPU, full on a GPU), float32. A field has 204
+Models are those of presets.toml with random weights (demo on a CPU, full on a GPU), float32, which a GPU
+multiplies as TF32 (`run.allow_tf32`), as the command line does. A field has 204
 observed pixels and 1,024 queries; localmamba samples grids of its preset's size, where a query is a pixel.
 `mean` is the posterior mean in one evaluation, which is all that diffae_phase1 has. The scan's share is 1 -
 (time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over
@@ -189,6 +190,7 @@ def parse(arguments=None):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    run.allow_tf32()
     threads = torch.get_num_threads()
     print(f"{scan.device_name(options.device)}, {threads} threads, preset {options.preset}", flush=True)
     command = shlex.join(["python", "benchmarks/sampling.py", *arguments])

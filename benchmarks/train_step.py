@@ -311,6 +311,8 @@ def measure_steps(name, options):
             if not train._is_out_of_memory(error):
                 raise
             row["note"] = "out of memory"
+        del model, step
+        torch.cuda.empty_cache()  # libraries such as cuSOLVER take memory of their own
         milliseconds = cell(row["seconds"] and row["seconds"] * 1e3, "{:.1f} ms")
         print(f"{name}, {scan_name}, batch {size}: {milliseconds} {row['note']}", flush=True)
     add_ratios(rows)
@@ -357,6 +359,8 @@ def measure_growth(name, options):
             row |= measure(step, options.device, options.budget)
         except torch.OutOfMemoryError:
             pass
+        del model, step
+        torch.cuda.empty_cache()
     return rows
 
 

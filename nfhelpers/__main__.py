@@ -400,7 +400,8 @@ def parse_overrides(pairs):
 
 
 def pick_device(name):
-    """The named device, or the default; raises ValueError for cuda without a GPU."""
+    """The named device, or the default, for models; raises ValueError for cuda without a GPU."""
+    run.allow_tf32()
     if name is None:
         return run.default_device()
     if name == "cuda" and not torch.cuda.is_available():

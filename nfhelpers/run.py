@@ -200,6 +200,15 @@ def default_precision(device):
     return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
+def allow_tf32():
+    """Let this process's GPU multiply float32 matrices on its matrix units, inputs rounded to 11 bits (TF32).
+
+    Sampling is float32; benchmarks/README.md has its time and PSNR with and without. The commands train,
+    evaluate and compare do this, the notebooks do not: they check results to more digits.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def describe_device(device):
     """One line on a device: its name and memory, or the CPU's threads."""
     device = torch.device(device)

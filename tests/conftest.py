@@ -1,5 +1,5 @@
 """Shared by all tests: the repository's folder, a small autoencoder, one thread a process, no NF_*
-variables of the shell."""
+variables of the shell, float32 products that are exact."""
 
 from pathlib import Path
 
@@ -41,6 +41,13 @@ def clean_environment(monkeypatch):
     """NF_* of the caller's shell must not decide what a test sees."""
     for name in ("NF_PRESET", "NF_SCAN_BACKEND"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """`run.allow_tf32` of one test must not round what the next compares."""
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_configure():

@@ -1419,6 +1419,16 @@ def test_times_and_coordinates_outside_the_unit_interval_are_refused(kind, name,
         tiny_model(kind)(**arguments)
 
 
+def test_neighbourhoods_beyond_what_attention_takes_at_once(monkeypatch):
+    model, arguments = tiny_model("local"), field()
+    whole = model(**arguments)
+    monkeypatch.setattr(fields_module, "MOST_SEQUENCES", 5)
+    calls = []
+    model.layers[0].register_forward_hook(lambda layer, inputs, output: calls.append(len(output)))
+    torch.testing.assert_close(model(**arguments), whole, rtol=1e-6, atol=1e-6)
+    assert max(calls) == 5 and sum(calls) == whole.shape[0] * whole.shape[1]
+
+
 def test_ranges_are_not_read_back_from_another_device():
     """On the meta device reading a value back is an error: shapes alone must do."""
     check_shapes(**{name: x.to("meta") for name, x in field().items()})

@@ -150,6 +150,21 @@ def test_state_alone_has_a_gradient():
     assert_matches_reference(last_state, problem(length=9, seed=3))
 
 
+def test_sums_of_partials():
+    """Of several shapes and dtypes in one launch; more rows and columns than a program takes, and fewer."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((37, 3, 201), (5, 7), (1, 513), (64, 256))
+    partials = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    like = [
+        torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.float32, torch.float64)
+    ]
+    sums = triton_scan._sums((partials[0], None, *partials[1:]), (like[0], None, *like[1:]))
+    assert sums[1].shape == (0,)
+    for x, y, dtype in zip(partials, (sums[0], *sums[2:]), like, strict=True):
+        assert y.dtype == dtype.dtype and y.shape == x.shape[1:]
+        assert relative_error(y, x.double().sum(0)) < (1e-3 if y.dtype == torch.float16 else 1e-6)
+
+
 def test_backward_is_bitwise_repeatable():
     arguments = to_device(problem(channels=40, length=19, extras=ALL))
     options = dict(delta_softplus=True, return_last_state=True, backend="triton")

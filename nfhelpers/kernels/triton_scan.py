@@ -37,6 +37,7 @@ import triton.language as tl
 STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
+SUM_TILE = 16, 256  # rows and columns that a program of `sum_kernel` adds at once
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -569,6 +570,33 @@ def backward_kernel(
         tl.store(dbias_ptr + bk * dim + d, dbias, mask=d_mask)
 
 
+# ------------------------------------------------------------------------------- kernel: sums of the partials
+
+
+@triton.jit
+def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns)."""
+    j = block * COLUMNS + tl.arange(0, COLUMNS)
+    j_mask = j < columns
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        i = start + tl.arange(0, ROWS)
+        at = i[:, None].to(tl.int64) * columns + j[None, :]
+        total += tl.load(x_ptr + at, mask=(i < rows)[:, None] & j_mask[None, :], other=0.0).to(tl.float32)
+    tl.store(out_ptr + j, tl.sum(total, axis=0), mask=j_mask)
+
+
+@triton.jit
+def sum_kernel(xs, outs, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out = x.sum(0) of each of these matrices (rows, columns), in one launch over all blocks of columns."""
+    block = tl.program_id(0)
+    for i in tl.static_range(len(xs)):
+        blocks = tl.cdiv(columns[i], COLUMNS)
+        if (block >= 0) & (block < blocks):
+            sum_rows(xs[i], outs[i], rows[i], columns[i], block, ROWS, COLUMNS)
+        block -= blocks
+
+
 # ----------------------------------------------------------------------------------- the canonical operation
 
 
@@ -707,16 +735,27 @@ def backward(
             HAS_DLAST=grad_last is not None, PRECISION=precision,
             GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
-    dA = dA.sum(0) if tied else dA.sum(0).transpose(1, 2)
-    dB, dC = (
-        found.sum(0).transpose(1, 2) if x.dim() == 3 else found.sum(0) for found, x in ((dB, B), (dC, C))
-    )
-    dD, dbias = (new(0) if x is None else x.sum(0) for x in (dD, dbias))
+        dA, dB, dC, dD, dbias = _sums((dA, dB, dC, dD, dbias), (A, B, C, D, bias))
+    dA = dA if tied else dA.transpose(1, 2)
+    dB, dC = (found.transpose(1, 2) if x.dim() == 3 else found for found, x in ((dB, B), (dC, C)))
     if u.shape[1] < directions:
         du = du.sum(1, keepdim=True)
     found = (du, ddelta, dA, dB, dC, dD, new(0) if dz is None else dz, dbias)
     given = (u, delta, A, B, C, D, z, bias)
     return tuple(x if y is None else _in_memory_of(y, x) for x, y in zip(found, given, strict=True))
+
+
+def _sums(partials, like):
+    """The sum of each partial over its first dimension, in the dtype of its `like`; shape (0,) for None."""
+    sums = [
+        like[0].new_empty(0) if x is None else torch.empty(x.shape[1:], dtype=y.dtype, device=x.device)
+        for x, y in zip(partials, like, strict=True)
+    ]
+    xs, outs = zip(*((x, y) for x, y in zip(partials, sums, strict=True) if x is not None), strict=True)
+    columns = tuple(y.numel() for y in outs)
+    blocks = sum(triton.cdiv(size, SUM_TILE[1]) for size in columns)
+    sum_kernel[(blocks,)](xs, outs, tuple(len(x) for x in xs), columns, *SUM_TILE)
+    return sums
 
 
 def _in_memory_of(like, x):

@@ -39,6 +39,8 @@ from nfhelpers.models.ssm import (
 
 POSTERIOR_STD = 0.15
 """What 20% of the pixels leave open of the others, in values of [-1, 1]: of `flow.loss_weight`."""
+MOST_SEQUENCES = 2**16 - 1
+"""That cuDNN's attention takes at once (pytorch/pytorch#181235)."""
 
 # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -678,8 +680,11 @@ class LocalImplicitField(FieldModel):
         query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
         tokens = torch.cat([query[:, :, None], conditions], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        tokens = run_layers(self.layers, tokens, recompute=self.recompute)  # (B*Q, 1+K, D)
-        residual = self.decoder(tokens[:, 0]).unflatten(0, query_coords.shape[:2])  # (B, Q, 3)
+        parts = [
+            run_layers(self.layers, part, recompute=self.recompute)[:, 0]
+            for part in tokens.split(MOST_SEQUENCES)
+        ]
+        residual = self.decoder(torch.cat(parts)).unflatten(0, query_coords.shape[:2])  # (B, Q, 3)
         return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
 
     def prepare(
