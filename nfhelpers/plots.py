@@ -351,7 +351,7 @@ def training_figure(history, fields=None, title=None):
     if len(loss) and np.nanmin(loss) > 0:
         left.set_yscale("log")
     if left.lines and len(loss):
-        left.legend(fontsize=8)
+        left.legend(fontsize=8, loc="upper right")  # "best" looks at every point
     _curve_axes(left, "step", "loss", "flow matching")
     for ax in right:
         ax.plot(val_step, val_psnr, color=COLOURS[1], marker="s", markersize=4)

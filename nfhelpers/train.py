@@ -1234,15 +1234,16 @@ def _raise_non_finite(run, slices, loss, norm):
 @contextmanager
 def _averaged(ema, model):
     """The model with the averaged weights inside, its own again afterwards, whatever happens."""
+    parameters = list(_trained(model).values())
+    own = [x.detach().clone() for x in parameters]  # on their device; `EMAModel.store` copies to the CPU
     try:
         with _deferred_interrupt():
-            ema.store(_trained(model).values())
-            ema.copy_to(_trained(model).values())
+            ema.copy_to(parameters)
         yield
     finally:
-        with _deferred_interrupt():
-            if ema.temp_stored_params is not None:
-                ema.restore(_trained(model).values())
+        with _deferred_interrupt(), torch.no_grad():
+            for x, before in zip(parameters, own, strict=True):
+                x.copy_(before)
 
 
 @torch.no_grad()

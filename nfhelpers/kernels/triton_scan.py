@@ -30,13 +30,13 @@ Glossary
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
+PACK_TILE = 1024  # weights of a program of `pack_kernel`
 SUM_TILE = 16, 256  # rows and columns that a program of `sum_kernel` adds at once
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -187,6 +187,26 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.const
 
 
 # --------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
+    """B and C (b, k, g, l, n), or one of them, as rows of which one load takes a step's weights: four of B,
+    four of C, four of B ..."""
+    QUAD: tl.constexpr = min(4, BLOCK_N)
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
+    l = l[:, None].to(tl.int64)  # noqa: E741 (L, 1)
+    n = tl.arange(0, BLOCK_N)[None, :]  # (1, N)
+    k = tl.program_id(1) // G
+    g = tl.program_id(1) % G
+    b = tl.program_id(2).to(tl.int64)
+    row = (b * tl.num_programs(1) + tl.program_id(1)) * L + l
+    for i in tl.static_range(len(xs)):
+        x_ptr = xs[i] + b * strides[i][0] + k * strides[i][1] + g * strides[i][2]
+        mask = (l < L) & (n < num_state)
+        x = tl.load(x_ptr + l * strides[i][3] + n * strides[i][4], mask=mask, other=0.0)
+        at = row * (len(xs) * BLOCK_N) + (n // QUAD * len(xs) + i) * QUAD + n % QUAD
+        tl.store(rows_ptr + at, x.to(tl.float32), mask=l < L)
 
 
 @triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
@@ -570,9 +590,6 @@ def backward_kernel(
         tl.store(dbias_ptr + bk * dim + d, dbias, mask=d_mask)
 
 
-# ------------------------------------------------------------------------------- kernel: sums of the partials
-
-
 @triton.jit
 def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns)."""
@@ -616,17 +633,15 @@ def _state_major(weight):
 
 
 def _pack_rows(weights, sizes, block_n):
-    """What varies of B and C as float32 rows, so that a step's weights are one load: four of B, four of C ...
-
-    (b, K, G, l, N / 4, 1 or 2, 4), N padded with zeros to block_n.
-    """
-    quad = min(4, block_n)
-    like = dict(dtype=torch.float32, device=weights[0].device)
-    rows = torch.empty(*sizes, block_n // quad, len(weights), quad, **like)
-    for i, weight in enumerate(weights):
-        if weight.shape[-1] < block_n:
-            weight = F.pad(weight, (0, block_n - weight.shape[-1]))
-        rows[..., i, :] = weight.unflatten(-1, (-1, quad))
+    """What varies of B and C as float32 rows (b, K, G, l, row), N padded with zeros to block_n."""
+    batch, directions, groups, length = sizes
+    rows = torch.empty(*sizes, len(weights) * block_n, dtype=torch.float32, device=weights[0].device)
+    block_l = max(1, PACK_TILE // block_n)
+    with torch.cuda.device_of(rows):  # Triton launches on the current device
+        pack_kernel[triton.cdiv(length, block_l), directions * groups, batch](
+            tuple(weights), tuple(x.stride() for x in weights), rows, groups, length, weights[0].shape[-1],
+            BLOCK_L=block_l, BLOCK_N=block_n,
+        )  # fmt: skip
     return rows
 
 
