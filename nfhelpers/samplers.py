@@ -292,14 +292,13 @@ def sample(
     source of all noise, on any device; temperature: of "sde", how much noise each step replaces, in [0, inf)
     (see `sde`; its initial noise is not scaled); of the other methods, a factor on the initial noise, 0 for
     none, 1 for a posterior sample; callback(step, t, x): called after each step with step = 1 ... steps, the
-    time reached
-    and the state of the whole batch, not clamped; max_batch: most samples that pass through the model at once
-    (query points are never split: they share one sequence), the result does not depend on it beyond float
-    error, as all noise is drawn for the whole batch; progress: show a bar. Returns (B, Nq, 3), clamped to
-    [-1, 1]. The field may be of any floating dtype, such as NumPy's float64: it is cast to the dtype of the
-    model's parameters, which is also that of the result. The model's training mode is restored, gradients are
-    not recorded. Raises ValueError on an illegal field (see flow.check_field), method, steps, temperature or
-    max_batch.
+    time reached and the state of the whole batch, not clamped; max_batch: most samples that pass through the
+    model at once (query points are never split: they share one sequence), the result does not depend on it
+    beyond float error, as all noise is drawn for the whole batch; progress: show a bar. Returns (B, Nq, 3),
+    clamped to [-1, 1]. The field may be of any floating dtype, such as NumPy's float64: it is cast to the
+    dtype of the model's parameters, which is also that of the result. The model's training mode is restored,
+    gradients are not recorded. Raises ValueError on an illegal field (see flow.check_field), method, steps,
+    temperature or max_batch.
     """
     check_field(query_coords, input_coords, input_values)
     check_method(method)
