@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --checkpoints checkpoints/field-photos [--sides 32 96] [--samplers heun]
 
 Models are those of presets.toml with random weights (demo on a CPU, full on a GPU), float32, which a GPU
-multiplies as TF32 (`run.allow_tf32`), as the command line does. A field has 204
+multiplies as TF32 (`run.allow_tf32`) unless NVIDIA_TF32_OVERRIDE=0 forbids it. A field has 204
 observed pixels and 1,024 queries; localmamba samples grids of its preset's size, where a query is a pixel.
 `mean` is the posterior mean in one evaluation, which is all that diffae_phase1 has. The scan's share is 1 -
 (time with the scan left out) / time; `loop` is the time with the seed's scan, one step after another, over

@@ -311,8 +311,9 @@ def measure_steps(name, options):
             if not train._is_out_of_memory(error):
                 raise
             row["note"] = "out of memory"
-        del model, step
-        torch.cuda.empty_cache()  # libraries such as cuSOLVER take memory of their own
+        finally:
+            del model, step
+            torch.cuda.empty_cache()  # libraries such as cuSOLVER take memory of their own
         milliseconds = cell(row["seconds"] and row["seconds"] * 1e3, "{:.1f} ms")
         print(f"{name}, {scan_name}, batch {size}: {milliseconds} {row['note']}", flush=True)
     add_ratios(rows)

@@ -28,6 +28,9 @@ from accelerate import PartialState
 
 from nfhelpers import evaluate, kernels, models, plots, run, samplers, spectrograms, train
 
+DEVICE_HELP = (
+    "default: cuda where there is one; NVIDIA_TF32_OVERRIDE=0 keeps it from rounding products to TF32"
+)
 SELF_CHECK_TOLERANCE = 1e-4
 """Largest relative error, against the float64 reference, that `doctor` takes for rounding in float32."""
 
@@ -163,7 +166,7 @@ def build_parser():
     evaluate_parser.add_argument(
         "--figures", type=Path, metavar="DIR", help="also draw the first image at all sizes"
     )
-    evaluate_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    evaluate_parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
     evaluate_parser.add_argument(
         "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
     )
@@ -201,7 +204,7 @@ def build_parser():
     compare_parser.add_argument(
         "--output", type=Path, help="folder of the results (default: runs/compare/A_vs_B)"
     )
-    compare_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    compare_parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
     compare_parser.add_argument(
         "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
     )
@@ -400,8 +403,7 @@ def parse_overrides(pairs):
 
 
 def pick_device(name):
-    """The named device, or the default, for models; raises ValueError for cuda without a GPU."""
-    run.allow_tf32()
+    """The named device, or the default; raises ValueError for cuda without a GPU."""
     if name is None:
         return run.default_device()
     if name == "cuda" and not torch.cuda.is_available():
@@ -426,6 +428,7 @@ def load_field_model(path):
 
 def evaluate_checkpoint(options, command):
     """Print the table of `evaluate.multiscale`, or `side_by_side`; write JSON and figures where asked for."""
+    run.allow_tf32()
     device, processes = join_processes(pick_device(options.device))
     names = checkpoint_names(*options.checkpoint)
     loaded = {
@@ -488,6 +491,7 @@ PICTURES = 4
 
 def compare_checkpoints(options, command):
     """Print the tables of `evaluate.compare`; write them, example pictures and the chart to a folder."""
+    run.allow_tf32()
     device, processes = join_processes(pick_device(options.device))
     paths = (options.checkpoint_a, options.checkpoint_b)
     loaded = [load_field_model(path).to(device) for path in paths]

@@ -1217,15 +1217,19 @@ def write_results(rows, path, *, command, config=None):
         "command": command,
         "config": config or {},
         "versions": {**versions(), **{name: version(name) for name in ("numpy", "scipy", "scikit-image")}},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU ({platform.machine()})",
+        "device": _device_name(),
         "rows": rows,
     }
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _device_name():
+    if not torch.cuda.is_available():
+        return f"CPU ({platform.machine()})"
+    return torch.cuda.get_device_name() + ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
 
 
 # ---------------------------------------------------------------- influence

@@ -203,10 +203,11 @@ def default_precision(device):
 def allow_tf32():
     """Let this process's GPU multiply float32 matrices on its matrix units, inputs rounded to 11 bits (TF32).
 
-    Sampling is float32; benchmarks/README.md has its time and PSNR with and without. The commands train,
-    evaluate and compare do this, the notebooks do not: they check results to more digits.
+    Sampling is float32; benchmarks/README.md has its time and PSNR with and without. The commands evaluate
+    and compare do this, the notebooks do not: they check results to more digits. NVIDIA_TF32_OVERRIDE=0 in
+    the environment forbids it.
     """
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
 
 
 def describe_device(device):
@@ -214,7 +215,8 @@ def describe_device(device):
     device = torch.device(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+        products = ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
+        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB{products})"
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu ({threads} thread{'' if threads == 1 else 's'})"

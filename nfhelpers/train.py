@@ -1234,16 +1234,21 @@ def _raise_non_finite(run, slices, loss, norm):
 @contextmanager
 def _averaged(ema, model):
     """The model with the averaged weights inside, its own again afterwards, whatever happens."""
-    parameters = list(_trained(model).values())
-    own = [x.detach().clone() for x in parameters]  # on their device; `EMAModel.store` copies to the CPU
+
+    def swap():  # without a copy: `EMAModel.store` makes one on the CPU
+        for own, average in zip(_trained(model).values(), ema.shadow_params, strict=True):
+            own.data, average.data = average.data, own.data
+
+    inside = False
     try:
         with _deferred_interrupt():
-            ema.copy_to(parameters)
+            swap()
+            inside = True
         yield
     finally:
-        with _deferred_interrupt(), torch.no_grad():
-            for x, before in zip(parameters, own, strict=True):
-                x.copy_(before)
+        if inside:
+            with _deferred_interrupt():
+                swap()
 
 
 @torch.no_grad()

@@ -1426,7 +1426,7 @@ def test_neighbourhoods_beyond_what_attention_takes_at_once(monkeypatch):
     calls = []
     model.layers[0].register_forward_hook(lambda layer, inputs, output: calls.append(len(output)))
     torch.testing.assert_close(model(**arguments), whole, rtol=1e-6, atol=1e-6)
-    assert max(calls) == 5 and sum(calls) == whole.shape[0] * whole.shape[1]
+    assert 1 < len(calls) and max(calls) <= 5 and sum(calls) == whole.shape[0] * whole.shape[1]
 
 
 def test_ranges_are_not_read_back_from_another_device():

@@ -627,6 +627,35 @@ def worker(folder, *options, launch=()):
     return start_python(*launch, __file__, folder, *options)
 
 
+@pytest.mark.parametrize("when", ["before", "between", "inside"])
+def test_an_interrupt_leaves_the_models_own_weights(when):
+    """Before the swap with the averaged ones, when one of two is swapped, after it."""
+
+    class Weights(list):
+        def __iter__(self):
+            for i, x in enumerate(super().__iter__()):
+                if when == "between" and i == 1:
+                    signal.raise_signal(signal.SIGINT)
+                yield x
+
+    def trained(model):
+        if when == "before":
+            signal.raise_signal(signal.SIGINT)
+        return dict(model.named_parameters())
+
+    model = nn.Linear(2, 2)
+    averages = Weights([torch.zeros(2, 2), torch.zeros(2)])
+    before = [x.detach().clone() for x in model.parameters()]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_trained", trained)
+        with train._averaged(SimpleNamespace(shadow_params=averages), model):
+            assert not any(x.any() for x in model.parameters())
+            signal.raise_signal(signal.SIGINT)
+    when = None
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
+    assert not any(x.any() for x in averages)
+
+
 def test_interrupts_are_resumed_to_the_same_run(reference, tmp_path):
     """Stopped in the callback of epoch 1, within epoch 2, and while epoch 4 is evaluated."""
 

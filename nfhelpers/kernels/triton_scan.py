@@ -196,13 +196,12 @@ def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, B
     QUAD: tl.constexpr = min(4, BLOCK_N)
     l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
     l = l[:, None].to(tl.int64)  # noqa: E741 (L, 1)
-    n = tl.arange(0, BLOCK_N)[None, :]  # (1, N)
-    k = tl.program_id(1) // G
-    g = tl.program_id(1) % G
+    n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
+    kg = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row = (b * tl.num_programs(1) + tl.program_id(1)) * L + l
+    row = (b * tl.num_programs(1) + kg) * L + l
     for i in tl.static_range(len(xs)):
-        x_ptr = xs[i] + b * strides[i][0] + k * strides[i][1] + g * strides[i][2]
+        x_ptr = xs[i] + b * strides[i][0] + kg // G * strides[i][1] + kg % G * strides[i][2]
         mask = (l < L) & (n < num_state)
         x = tl.load(x_ptr + l * strides[i][3] + n * strides[i][4], mask=mask, other=0.0)
         at = row * (len(xs) * BLOCK_N) + (n // QUAD * len(xs) + i) * QUAD + n % QUAD
@@ -593,7 +592,7 @@ def backward_kernel(
 @triton.jit
 def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns)."""
-    j = block * COLUMNS + tl.arange(0, COLUMNS)
+    j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     j_mask = j < columns
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, rows, ROWS):

@@ -10,6 +10,7 @@ Glossary
     k  directions of a scan; in `LocalImplicitField`, the nearest observed points a query attends to
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -682,7 +683,7 @@ class LocalImplicitField(FieldModel):
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
         parts = [
             run_layers(self.layers, part, recompute=self.recompute)[:, 0]
-            for part in tokens.split(MOST_SEQUENCES)
+            for part in tokens.chunk(math.ceil(len(tokens) / MOST_SEQUENCES))
         ]
         residual = self.decoder(torch.cat(parts)).unflatten(0, query_coords.shape[:2])  # (B, Q, 3)
         return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
