@@ -160,8 +160,8 @@ def test_sums_of_partials():
     ]
     sums = triton_scan._sums((partials[0], None, *partials[1:]), (like[0], None, *like[1:]))
     assert sums[1].shape == (0,)
-    for x, y, dtype in zip(partials, (sums[0], *sums[2:]), like, strict=True):
-        assert y.dtype == dtype.dtype and y.shape == x.shape[1:]
+    for x, y, given in zip(partials, (sums[0], *sums[2:]), like, strict=True):
+        assert y.dtype == given.dtype and y.shape == x.shape[1:]
         assert relative_error(y, x.double().sum(0)) < (1e-3 if y.dtype == torch.float16 else 1e-6)
 
 
