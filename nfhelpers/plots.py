@@ -31,6 +31,8 @@ UNOBSERVED = 0.75
 KIND_STYLE = {"mean": (COLOURS[0], "o"), "sample": (COLOURS[1], "s"), "classical": (COLOURS[2], "D")}
 TILE = 1.9  # inches of one picture
 DPI = 80
+MANY_POINTS = 2000
+"""Of a curve, from which on a legend does not look for the best place: it would look at every point."""
 
 
 # ---------------------------------------------------------------- shared pieces
@@ -351,7 +353,7 @@ def training_figure(history, fields=None, title=None):
     if len(loss) and np.nanmin(loss) > 0:
         left.set_yscale("log")
     if left.lines and len(loss):
-        left.legend(fontsize=8, loc="upper right")  # "best" looks at every point
+        left.legend(fontsize=8, loc="best" if len(loss) < MANY_POINTS else "upper right")
     _curve_axes(left, "step", "loss", "flow matching")
     for ax in right:
         ax.plot(val_step, val_psnr, color=COLOURS[1], marker="s", markersize=4)
