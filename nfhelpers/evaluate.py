@@ -45,7 +45,7 @@ from nfhelpers import metrics, samplers
 from nfhelpers.images import data_folder, grid_coords, to_image
 from nfhelpers.models import LocalMamba2D, MambaDiffusionAutoencoder
 from nfhelpers.models.local_mamba import MIXERS, batch_keys, grid_flow_loss, guided_velocity, sample_grids
-from nfhelpers.run import versions
+from nfhelpers.run import gpu_name, versions
 
 CLASSICAL = ("linear", "cubic", "rbf", "biharmonic")
 """Keys of `classical_baselines`, in the order in which they are printed; `wiener` comes after them."""
@@ -1217,19 +1217,13 @@ def write_results(rows, path, *, command, config=None):
         "command": command,
         "config": config or {},
         "versions": {**versions(), **{name: version(name) for name in ("numpy", "scipy", "scikit-image")}},
-        "device": _device_name(),
+        "device": gpu_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "rows": rows,
     }
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def _device_name():
-    if not torch.cuda.is_available():
-        return f"CPU ({platform.machine()})"
-    return torch.cuda.get_device_name() + ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
 
 
 # ---------------------------------------------------------------- influence

@@ -210,13 +210,17 @@ def allow_tf32():
     torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
 
 
+def gpu_name(device=None):
+    """Name of a GPU (the current one if None), and how it multiplies float32 matrices, if as TF32."""
+    return torch.cuda.get_device_name(device) + ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
+
+
 def describe_device(device):
     """One line on a device: its name and memory, or the CPU's threads."""
     device = torch.device(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        products = ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
-        return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB{products})"
+        return f"{device} ({gpu_name(device)}, {properties.total_memory / 2**30:.0f} GiB)"
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu ({threads} thread{'' if threads == 1 else 's'})"

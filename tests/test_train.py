@@ -651,7 +651,7 @@ def test_an_interrupt_leaves_the_models_own_weights(when):
         with train._averaged(SimpleNamespace(shadow_params=averages), model):
             assert not any(x.any() for x in model.parameters())
             signal.raise_signal(signal.SIGINT)
-    when = None
+    when = None  # what follows reads the averages, too
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
     assert not any(x.any() for x in averages)
 

@@ -200,9 +200,9 @@ def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, B
     kg = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     row = (b * tl.num_programs(1) + kg) * L + l
+    mask = (l < L) & (n < num_state)
     for i in tl.static_range(len(xs)):
         x_ptr = xs[i] + b * strides[i][0] + kg // G * strides[i][1] + kg % G * strides[i][2]
-        mask = (l < L) & (n < num_state)
         x = tl.load(x_ptr + l * strides[i][3] + n * strides[i][4], mask=mask, other=0.0)
         at = row * (len(xs) * BLOCK_N) + (n // QUAD * len(xs) + i) * QUAD + n % QUAD
         tl.store(rows_ptr + at, x.to(tl.float32), mask=l < L)
