@@ -236,11 +236,48 @@ def _initial_noise(query_coords, input_values, generator):
     return _standard_normal((*query_coords.shape[:2], input_values.shape[-1]), input_values, generator)
 
 
+EAGER_CALLS = 3  # of a run, before it is captured: the time that takes is not saved by fewer
+
+
+def launched_at_once(model, velocity):
+    """`velocity`, a function of (x, t) that evaluates the model, for one run of a sampler without gradients.
+
+    On a GPU, of a model whose class is `launch_bound`, its first `EAGER_CALLS` calls are as they were; then
+    its kernels are recorded as a CUDA graph, and further calls with the same shapes launch that, with the
+    same result. It keeps the memory of an evaluation until it is dropped. Elsewhere, where gradients are
+    recorded, and for a model with forward hooks, which a graph would not call, it is `velocity` as it is.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks")
+    hooked = any(getattr(module, name) for module in model.modules() for name in hooks)
+    if not getattr(type(model), "launch_bound", False) or hooked or torch.is_grad_enabled():
+        return velocity
+    calls, own_x, own_t, own_velocity, graph = 0, None, None, None, None
+
+    def launched(x, t):
+        nonlocal calls, own_x, own_t, own_velocity, graph
+        calls += 1
+        if not x.is_cuda or calls <= EAGER_CALLS or (graph is not None and x.shape != own_x.shape):
+            return velocity(x, t)
+        if graph is None:
+            own_x, own_t, captured = x.clone(), t.clone(), torch.cuda.CUDAGraph()
+            # Other threads may use the GPU meanwhile: only this one is watched.
+            with torch.cuda.device(x.device), torch.cuda.graph(captured, capture_error_mode="thread_local"):
+                own_velocity = velocity(own_x, own_t)
+            graph = captured
+        own_x.copy_(x)
+        own_t.copy_(t)
+        graph.replay()
+        return own_velocity.clone()
+
+    return launched
+
+
 def _conditional_velocity(model, query_coords, input_coords, input_values, max_batch):
     """The model as a function of (x, t), evaluated on at most max_batch samples at a time.
 
-    What a model can `prepare` of the points is computed once for all evaluations. Not where the batch is
-    split: its memory, a few MB a sample, would grow with the whole batch.
+    What a model can `prepare` of the points is computed once for all evaluations, and their kernels may be
+    `launched_at_once`. Not where the batch is split: the memory, a few MB a sample, would grow with the whole
+    batch.
     """
     batch = len(query_coords)
     size = batch if max_batch is None else max_batch
@@ -262,7 +299,7 @@ def _conditional_velocity(model, query_coords, input_coords, input_values, max_b
                 )
         return torch.cat(parts).to(x.dtype)
 
-    return velocity
+    return launched_at_once(model, velocity) if size >= batch else velocity
 
 
 def _times(steps, x):

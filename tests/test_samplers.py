@@ -8,8 +8,17 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from torch import nn
 from torchdiffeq import odeint
 
+from nfhelpers import samplers
 from nfhelpers.flow import to_diffusers_sigma, to_diffusers_velocity
-from nfhelpers.models import MambaDiffusion, MambaDiffusionConfig
+from nfhelpers.models import (
+    LocalMamba2D,
+    LocalMamba2DConfig,
+    MambaDiffusion,
+    MambaDiffusionConfig,
+    MambaDiffusionV2,
+    MambaDiffusionV2Config,
+)
+from nfhelpers.models.local_mamba import sample_grids
 from nfhelpers.samplers import (
     SAMPLERS,
     ddim,
@@ -564,3 +573,58 @@ def test_temperature_is_a_number_from_zero(temperature):
 def test_times_are_a_tensor(integrate):
     with pytest.raises(ValueError, match="times is a list; pass a tensor"):
         integrate(lambda x, t: x, torch.ones(2), [0.0, 1.0])
+
+
+def _tiny(kind):
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, num_layers=2, d_state=4, num_fourier_features=8, num_heads=2)
+    if kind is LocalMamba2D:
+        model = kind(LocalMamba2DConfig(channels=1, dims=(16, 32), depths=(1, 1), d_state=2, num_classes=3))
+    else:
+        model = kind((MambaDiffusionConfig if kind is MambaDiffusion else MambaDiffusionV2Config)(**sizes))
+    for parameter in model.parameters():  # some start at zero, at which a sample does not depend on them
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_only_launch_bound_models_without_hooks_and_gradients_are_launched_at_once():
+    model, velocity = _tiny(MambaDiffusion), _linear
+    assert samplers.launched_at_once(model, velocity) is velocity  # gradients
+    with torch.no_grad():
+        launched = samplers.launched_at_once(model, velocity)
+        assert launched is not velocity
+        x, t = torch.randn(4), torch.tensor(0.5)
+        assert all(torch.equal(launched(x, t), velocity(x, t)) for _ in range(samplers.EAGER_CALLS + 2))
+        assert samplers.launched_at_once(GaussianField(), velocity) is velocity
+        for register in ("register_forward_hook", "register_forward_pre_hook"):
+            handle = getattr(model.decoder, register)(lambda *given: None)
+            assert samplers.launched_at_once(model, velocity) is velocity
+            handle.remove()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", [MambaDiffusion, MambaDiffusionV2, LocalMamba2D])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_run_launched_at_once_is_the_same_run(kind, bf16, monkeypatch):
+    model = _tiny(kind).cuda()
+    field = [x.cuda() for x in _field(samples=2, queries=40)]
+    replayed = []
+
+    class Graph(torch.cuda.CUDAGraph):
+        def replay(self):
+            replayed.append(self)
+            super().replay()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            if kind is LocalMamba2D:
+                labels = torch.tensor([0, 2])
+                return sample_grids(model, 2, 8, 8, labels=labels, guidance=2.0, steps=6, generator=_seeded())
+            return sample(model, *field, steps=6, generator=_seeded())
+
+    launched = run()
+    assert len(replayed) == 11 - samplers.EAGER_CALLS and len(set(replayed)) == 1
+    monkeypatch.setattr(samplers, "EAGER_CALLS", 100)
+    assert torch.equal(launched, run()) and len(replayed) == 11 - 3

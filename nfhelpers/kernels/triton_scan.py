@@ -37,7 +37,7 @@ STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
 PACK_TILE = 1024  # weights of a program of `pack_kernel`
-SUM_TILE = 16, 256  # rows and columns that a program of `sum_kernel` adds at once
+SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -591,15 +591,22 @@ def backward_kernel(
 
 @triton.jit
 def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns)."""
+    """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns).
+
+    A thread has columns to itself, of ROWS rows at once.
+    """
     j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     j_mask = j < columns
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    at = x_ptr + j
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
     for start in range(0, rows, ROWS):
-        i = start + tl.arange(0, ROWS)
-        at = i[:, None].to(tl.int64) * columns + j[None, :]
-        total += tl.load(x_ptr + at, mask=(i < rows)[:, None] & j_mask[None, :], other=0.0).to(tl.float32)
-    tl.store(out_ptr + j, tl.sum(total, axis=0), mask=j_mask)
+        xs = ()
+        for i in tl.static_range(ROWS):
+            xs = xs + (tl.load(at, mask=j_mask & (start + i < rows), other=0.0),)  # noqa: RUF005
+            at += columns
+        for i in tl.static_range(ROWS):
+            total += xs[i].to(tl.float32)
+    tl.store(out_ptr + j, total, mask=j_mask)
 
 
 @triton.jit
@@ -749,7 +756,7 @@ def backward(
             HAS_DLAST=grad_last is not None, PRECISION=precision,
             GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
-        dA, dB, dC, dD, dbias = _sums((dA, dB, dC, dD, dbias), (A, B, C, D, bias))
+        dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # first those of many rows
     dA = dA if tied else dA.transpose(1, 2)
     dB, dC = (found.transpose(1, 2) if x.dim() == 3 else found for found, x in ((dB, B), (dC, C)))
     if u.shape[1] < directions:
@@ -768,7 +775,7 @@ def _sums(partials, like):
     xs, outs = zip(*((x, y) for x, y in zip(partials, sums, strict=True) if x is not None), strict=True)
     columns = tuple(y.numel() for y in outs)
     blocks = sum(triton.cdiv(size, SUM_TILE[1]) for size in columns)
-    sum_kernel[(blocks,)](xs, outs, tuple(len(x) for x in xs), columns, *SUM_TILE)
+    sum_kernel[(blocks,)](xs, outs, tuple(len(x) for x in xs), columns, *SUM_TILE, num_warps=1)
     return sums
 
 

@@ -39,7 +39,7 @@ from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import mlp, sinusoidal_embedding
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, start_as_identity
-from nfhelpers.samplers import SAMPLERS, evaluation_mode
+from nfhelpers.samplers import SAMPLERS, evaluation_mode, launched_at_once
 
 MIXERS = ("ssm", "attention")
 SKIPS = ("concat", "lerp")
@@ -500,6 +500,8 @@ class LocalMamba2D(FieldModel):
     Synthesis with Hourglass Diffusion Transformers", 2024.
     """
 
+    launch_bound = True
+
     def __init__(self, config: LocalMamba2DConfig):
         super().__init__()
         self.config = config
@@ -782,7 +784,7 @@ def sample_grids(
         raise ValueError(f"method={method!r} is unknown; choose one of {tuple(SAMPLERS)}")
     device = model.out_proj.weight.device
     labels, captions = (None if part is None else part.to(device) for part in (labels, captions))
-    velocity = guided_velocity(model, labels, captions, guidance)
+    velocity = launched_at_once(model, guided_velocity(model, labels, captions, guidance))
     shape = (count, model.config.channels, height, width)
     source = device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=source).to(device)  # (B, C, H, W)

@@ -424,6 +424,8 @@ class MambaDiffusion(TokenField):
     Both point sets are scanned in `config.order`.
     """
 
+    launch_bound = True
+
     def __init__(self, config: MambaDiffusionConfig):
         super().__init__(config, config.order)
         d = config.d_model
@@ -485,6 +487,8 @@ class MambaDiffusionV2(TokenField):
     Both point sets are scanned in `config.order`. Queries exchange what they know (`QuerySelfAttention`), all
     with all up to 4,096 of them, beyond that in windows.
     """
+
+    launch_bound = True
 
     def __init__(self, config: MambaDiffusionV2Config):
         super().__init__(config, config.order)
