@@ -22,7 +22,9 @@ Sources: seed 002 (Heun with 50 steps); seed 003 (SDE and DDIM sampling, tempera
 et al. 2023; and the papers named below.
 """
 
+import functools
 import math
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -236,34 +238,86 @@ def _initial_noise(query_coords, input_values, generator):
     return _standard_normal((*query_coords.shape[:2], input_values.shape[-1]), input_values, generator)
 
 
-EAGER_CALLS = 3  # of a run, before it is captured: the time that takes is not saved by fewer
+RECORD_FROM = 10  # evaluations of a run: to record one takes as long as four or five replays save
+EAGER_CALLS = 3  # evaluations before the one that is recorded, in which kernels are compiled and chosen
+
+_one_recording = threading.Lock()
 
 
-def launched_at_once(model, velocity):
-    """`velocity`, a function of (x, t) that evaluates the model, for one run of a sampler without gradients.
+@functools.cache
+def _recording_stream(device):
+    return torch.cuda.Stream(device)  # torch's own is of the device that recorded first
 
-    On a GPU, of a model whose class is `launch_bound`, its first `EAGER_CALLS` calls are as they were; then
-    its kernels are recorded as a CUDA graph, and further calls with the same shapes launch that, with the
-    same result. It keeps the memory of an evaluation until it is dropped. Elsewhere, where gradients are
-    recorded, and for a model with forward hooks, which a graph would not call, it is `velocity` as it is.
+
+@contextmanager
+def recording(graph, device, pool=None):
+    """What this thread launches on `device` inside is recorded in the CUDA graph and not run.
+
+    Other threads may launch and allocate meanwhile. To begin with it waits for the device and hands unused
+    memory back; one recording goes on at a time. pool: memory shared with other graphs.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    hooked = any(getattr(module, name) for module in model.modules() for name in hooks)
-    if not getattr(type(model), "launch_bound", False) or hooked or torch.is_grad_enabled():
+    stream, mode = _recording_stream(device), "thread_local"
+    with _one_recording, torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
+        yield
+
+
+def _record(model, velocity, x, t):
+    """(graph, x, t, velocity): a CUDA graph of one evaluation, and the tensors that it reads and writes."""
+    graph, own_x, own_t = torch.cuda.CUDAGraph(), x.clone(), t.clone()
+    try:
+        with recording(graph, x.device):
+            own_velocity = velocity(own_x, own_t)
+    except RuntimeError as error:
+        if any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
+            raise
+        raise RuntimeError(
+            f"{type(model).__name__} does something that a CUDA graph cannot hold, such as reading a tensor "
+            f"back; set launch_bound = False in its class, in a new process ({error.__context__ or error})"
+        ) from error
+    return graph, own_x, own_t, own_velocity
+
+
+def _is_recordable(model):
+    """Whether a graph does all that a call of the model does: it runs none of its Python again."""
+    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+    hooked = torch.nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
+    )
+    own_class = vars(type(model)).get("launch_bound", False)  # a subclass may do what cannot be recorded
+    compiled = any(module._compiled_call_impl is not None for module in modules)
+    return own_class and not hooked and not compiled and len({tensor.device for tensor in tensors}) == 1
+
+
+def _can_record(x):
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode()
+    return x.is_cuda and not (torch.is_grad_enabled() or modes or torch.cuda.is_current_stream_capturing())
+
+
+def launched_at_once(model, velocity, evaluations):
+    """`velocity`, a function of (x, t) that evaluates the model, for one run of so many evaluations.
+
+    On a GPU, for a model that is `launch_bound`, the kernels of an evaluation are recorded as a CUDA graph
+    after `EAGER_CALLS` of them; further calls with tensors of the same kind launch that, with the same
+    result. It keeps the memory of an evaluation until it is dropped. It is `velocity` as it is elsewhere, in
+    short runs, where gradients are recorded, and where a graph would leave something out: for a model with
+    forward hooks, of a subclass that does not say `launch_bound = True` itself, or on several devices.
+    Raises RuntimeError where an evaluation cannot be recorded.
+    """
+    if evaluations < RECORD_FROM or not _is_recordable(model):
         return velocity
-    calls, own_x, own_t, own_velocity, graph = 0, None, None, None, None
+    calls, recorded = 0, None
 
     def launched(x, t):
-        nonlocal calls, own_x, own_t, own_velocity, graph
+        nonlocal calls, recorded
         calls += 1
-        if not x.is_cuda or calls <= EAGER_CALLS or (graph is not None and x.shape != own_x.shape):
+        if calls <= EAGER_CALLS or not _can_record(x):
             return velocity(x, t)
-        if graph is None:
-            own_x, own_t, captured = x.clone(), t.clone(), torch.cuda.CUDAGraph()
-            # Other threads may use the GPU meanwhile: only this one is watched.
-            with torch.cuda.device(x.device), torch.cuda.graph(captured, capture_error_mode="thread_local"):
-                own_velocity = velocity(own_x, own_t)
-            graph = captured
+        if recorded is None:
+            recorded = _record(model, velocity, x, t)
+        graph, own_x, own_t, own_velocity = recorded
+        for own, given in ((own_x, x), (own_t, t)):
+            if (own.shape, own.dtype, own.device) != (given.shape, given.dtype, given.device):
+                return velocity(x, t)
         own_x.copy_(x)
         own_t.copy_(t)
         graph.replay()
@@ -272,7 +326,7 @@ def launched_at_once(model, velocity):
     return launched
 
 
-def _conditional_velocity(model, query_coords, input_coords, input_values, max_batch):
+def _conditional_velocity(model, query_coords, input_coords, input_values, max_batch, evaluations):
     """The model as a function of (x, t), evaluated on at most max_batch samples at a time.
 
     What a model can `prepare` of the points is computed once for all evaluations, and their kernels may be
@@ -299,7 +353,7 @@ def _conditional_velocity(model, query_coords, input_coords, input_values, max_b
                 )
         return torch.cat(parts).to(x.dtype)
 
-    return launched_at_once(model, velocity) if size >= batch else velocity
+    return launched_at_once(model, velocity, evaluations) if size >= batch else velocity
 
 
 def _times(steps, x):
@@ -351,7 +405,10 @@ def sample(
     else:
         x = temperature * x
     with evaluation_mode(model):
-        velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
+        evaluations = steps * EVALUATIONS[method]
+        velocity = _conditional_velocity(
+            model, query_coords, input_coords, input_values, max_batch, evaluations
+        )
         x = SAMPLERS[method](velocity, x, _times(steps, x), **options)
     return x.clamp(-1, 1)
 
@@ -394,7 +451,10 @@ def posterior_mean(
     integrate = euler if steps == 1 else heun
     mean = squares = torch.zeros((), dtype=input_values.dtype, device=input_values.device)
     with evaluation_mode(model):
-        velocity = _conditional_velocity(model, query_coords, input_coords, input_values, max_batch)
+        evaluations = draws * (1 if steps == 1 else 2 * steps)
+        velocity = _conditional_velocity(
+            model, query_coords, input_coords, input_values, max_batch, evaluations
+        )
         for count in tqdm(range(1, draws + 1), desc="draws", disable=not progress):
             x = _initial_noise(query_coords, input_values, generator)
             x = integrate(velocity, x, _times(steps, x)).clamp(-1, 1)

@@ -60,6 +60,7 @@ from nfhelpers.flow import check_field, flow_matching_loss, interpolate, target_
 from nfhelpers.metrics import psnr
 from nfhelpers.models.diffae import check_latent
 from nfhelpers.models.local_mamba import LocalMamba2D, batch_keys, grid_flow_loss
+from nfhelpers.samplers import recording
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 QUERY_COUNTS = 4
@@ -1156,10 +1157,8 @@ def _capture(run, batch, draws, parts):
     so_far = [parameter.grad for parameter in parameters]
     run.optimizer.zero_grad()  # so that the graph writes gradients, and does not add to these
     graph = torch.cuda.CUDAGraph()
-    # The data loader's thread may pin memory meanwhile: only this thread is watched.
-    capture = torch.cuda.graph(graph, pool=run.graphs.pool, capture_error_mode="thread_local")
     try:
-        with _deferred_interrupt(), capture:
+        with _deferred_interrupt(), recording(graph, run.accelerator.device, run.graphs.pool):
             loss = _add_gradient(run, *own, parts)
     except RuntimeError as error:
         if _is_out_of_memory(error):

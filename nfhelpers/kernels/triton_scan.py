@@ -593,7 +593,7 @@ def backward_kernel(
 def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns).
 
-    A thread has columns to itself, of ROWS rows at once.
+    Each thread adds columns of its own, ROWS rows loaded before they are added.
     """
     j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     j_mask = j < columns
@@ -756,7 +756,7 @@ def backward(
             HAS_DLAST=grad_last is not None, PRECISION=precision,
             GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
-        dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # first those of many rows
+        dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
     dA = dA if tied else dA.transpose(1, 2)
     dB, dC = (found.transpose(1, 2) if x.dim() == 3 else found for found, x in ((dB, B), (dC, C)))
     if u.shape[1] < directions:

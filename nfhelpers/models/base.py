@@ -85,8 +85,8 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
     The hub mixin by itself ignores unknown config keys and missing weights, and falls back to pickled
     weights; here each of these is an error. Weights may lie in float16 or bfloat16 on disk; they load as
     float32. `gradient_checkpointing` trades compute for memory: blocks are recomputed in the
-    backward pass. Of a class that is `launch_bound`, a GPU takes longer to be told of an evaluation's many
-    short kernels than to run them: samplers launch it as one (`samplers.launched_at_once`).
+    backward pass. For a class that is `launch_bound`, the CPU takes longer to launch the short kernels of an
+    evaluation than a GPU to run them: samplers record them as one (`samplers.launched_at_once`).
     """
 
     gradient_checkpointing: bool = False

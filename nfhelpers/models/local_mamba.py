@@ -39,7 +39,7 @@ from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import mlp, sinusoidal_embedding
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, start_as_identity
-from nfhelpers.samplers import SAMPLERS, evaluation_mode, launched_at_once
+from nfhelpers.samplers import EVALUATIONS, SAMPLERS, evaluation_mode, launched_at_once
 
 MIXERS = ("ssm", "attention")
 SKIPS = ("concat", "lerp")
@@ -48,7 +48,7 @@ _FLIP = "_flip"
 # ---------------------------------------------------------------------------------------------------- helpers
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # without a limit: CUDA graphs read them where they are
 def _orders(height: int, width: int, directions: tuple[str, ...], device: torch.device) -> torch.Tensor:
     # What is kept must not depend on where it is asked for first.
     with torch.inference_mode(False), torch.device("cpu"):
@@ -69,7 +69,7 @@ def walks_backwards(directions: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(kind.endswith(_FLIP) for kind in directions)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _coords(height: int, width: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False), torch.device("cpu"):
         return grid_coords(height, width)[None].to(device)
@@ -784,7 +784,8 @@ def sample_grids(
         raise ValueError(f"method={method!r} is unknown; choose one of {tuple(SAMPLERS)}")
     device = model.out_proj.weight.device
     labels, captions = (None if part is None else part.to(device) for part in (labels, captions))
-    velocity = launched_at_once(model, guided_velocity(model, labels, captions, guidance))
+    velocity = guided_velocity(model, labels, captions, guidance)
+    velocity = launched_at_once(model, velocity, steps * EVALUATIONS[method])
     shape = (count, model.config.channels, height, width)
     source = device if generator is None else generator.device
     noise = torch.randn(shape, generator=generator, device=source).to(device)  # (B, C, H, W)
