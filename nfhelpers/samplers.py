@@ -250,30 +250,31 @@ def _recording_stream(device):
 
 
 @contextmanager
-def recording(graph, device, pool=None):
+def recording(graph, model, device, remedy, pool=None):
     """What this thread launches on `device` inside is recorded in the CUDA graph and not run.
 
     Other threads may launch and allocate meanwhile. To begin with it waits for the device and hands unused
-    memory back; one recording goes on at a time. pool: memory shared with other graphs.
+    memory back; one recording goes on at a time. pool: memory shared with other graphs. Raises RuntimeError
+    with the `remedy` where the model does what cannot be recorded.
     """
     stream, mode = _recording_stream(device), "thread_local"
-    with _one_recording, torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
-        yield
-
-
-def _record(model, velocity, x, t):
-    """(graph, x, t, velocity): a CUDA graph of one evaluation, and the tensors that it reads and writes."""
-    graph, own_x, own_t = torch.cuda.CUDAGraph(), x.clone(), t.clone()
     try:
-        with recording(graph, x.device):
-            own_velocity = velocity(own_x, own_t)
+        with _one_recording, torch.cuda.graph(graph, pool, stream, capture_error_mode=mode):
+            yield
     except RuntimeError as error:
         if any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__context__)):
             raise
         raise RuntimeError(
             f"{type(model).__name__} does something that a CUDA graph cannot hold, such as reading a tensor "
-            f"back; set launch_bound = False in its class, in a new process ({error.__context__ or error})"
+            f"back or solving a linear system; {remedy}, in a new process ({error.__context__ or error})"
         ) from error
+
+
+def _record(model, velocity, x, t):
+    """(graph, x, t, velocity): a CUDA graph of one evaluation, and the tensors that it reads and writes."""
+    graph, own_x, own_t = torch.cuda.CUDAGraph(), x.clone(), t.clone()
+    with recording(graph, model, x.device, "set launch_bound = False in its class"):
+        own_velocity = velocity(own_x, own_t)
     return graph, own_x, own_t, own_velocity
 
 

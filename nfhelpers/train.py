@@ -1156,17 +1156,9 @@ def _capture(run, batch, draws, parts):
     parameters = list(_trained(run.model).values())
     so_far = [parameter.grad for parameter in parameters]
     run.optimizer.zero_grad()  # so that the graph writes gradients, and does not add to these
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with _deferred_interrupt(), recording(graph, run.accelerator.device, run.graphs.pool):
-            loss = _add_gradient(run, *own, parts)
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
-            raise
-        raise RuntimeError(
-            f"{type(run.model).__name__} does something that a CUDA graph cannot hold, such as solving a "
-            f"linear system; pass cuda_graphs=False, in a new process ({error.__context__ or error})"
-        ) from error
+    graph, device, pool = torch.cuda.CUDAGraph(), run.accelerator.device, run.graphs.pool
+    with _deferred_interrupt(), recording(graph, run.model, device, "pass cuda_graphs=False", pool):
+        loss = _add_gradient(run, *own, parts)
     gradients = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, so_far, strict=True):
         parameter.grad = gradient
