@@ -3,6 +3,7 @@
 import functools
 import itertools
 import sys
+import threading
 import warnings
 from decimal import Decimal, localcontext
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from scipy.linalg import expm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import ProfilerActivity, profile
 
 import nfhelpers
@@ -1123,3 +1126,31 @@ def test_self_check_sees_a_wrong_backend(monkeypatch):
 def test_relative_error_of_nan_is_infinite():
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
     assert relative_error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
+
+
+def test_what_is_traced_is_called_ahead_with_zeros_of_the_same_layout():
+    seen, go = [], threading.Event()
+
+    def launch(x, y, empty, nothing, number):
+        go.wait()
+        seen.append((x, y, empty, nothing, number))
+
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 8, dtype=torch.bfloat16).transpose(1, 2)
+        given = x, torch.empty(3, 1, 4).expand(3, 7, 4), torch.empty(0, 3), None, 2
+        kernels._compile_ahead(launch, *given)
+        kernels._compile_ahead(launch, *given)  # nothing: they are alike
+    assert not seen
+    go.set()
+    kernels._await_compiled()
+    for real, fake in zip(seen[0][:3], given[:3], strict=True):
+        assert type(real) is torch.Tensor and not real.any()
+        assert real.shape == fake.shape and real.stride() == fake.stride() and real.dtype == fake.dtype
+    assert len(seen) == 1 and seen[0][3:] == (None, 2)
+
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        unknown = torch.empty(shapes.create_unbacked_symint(), 3)
+        kernels._compile_ahead(launch, unknown, *given[1:])
+    kernels._await_compiled()
+    assert len(seen) == 1

@@ -4,6 +4,7 @@ Runs on a CUDA device, or on any machine in Triton's interpreter, in a process o
 ``TRITON_INTERPRET=1 pytest tests/test_triton.py``. The interpreter is slow, so sizes there are small.
 """
 
+import functools
 import os
 
 import pytest
@@ -199,9 +200,11 @@ HALVES = (
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
-def test_half_precision_inputs_keep_a_float32_state(dtype, tied):
-    arguments = problem(length=21, states=16, extras=ALL, tied=tied)
+@pytest.mark.parametrize(
+    "states, tied", [(16, False), (16, True), (1, False), (5, True), (40, False)], ids=str
+)
+def test_half_precision_inputs_keep_a_float32_state(dtype, states, tied):
+    arguments = problem(length=21, states=states, extras=ALL, tied=tied)
     halves = ("u", "delta", "B", "C", "z")
     arguments = {name: x.to(dtype).float() if name in halves else x for name, x in arguments.items()}
     options = dict(delta_softplus=True, tied_decay=tied)
@@ -212,3 +215,25 @@ def test_half_precision_inputs_keep_a_float32_state(dtype, tied):
     for x, y, name in zip(wanted, found, ["y", *arguments], strict=True):
         assert y.dtype == (dtype if name in ("y", *halves) else torch.float32)
         assert relative_error(y.cpu().double(), x) < 2e-2, name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_kernels_compile_while_torch_compile_traces(monkeypatch):
+    arguments = to_device(problem(channels=48, length=21, extras=ALL, seed=5))
+    calls = []
+    for name in ("forward", "backward"):
+        function = getattr(triton_scan, name)
+
+        def record(*given, name=name, function=function):
+            calls.append((name, bool(given[0].any())))  # zeros ahead
+            return function(*given)
+
+        monkeypatch.setattr(triton_scan, name, record)
+    scan = functools.partial(selective_scan, delta_softplus=True, backend="triton")
+    eager = outputs_and_gradients(scan, arguments)
+    calls.clear()
+    compiled = outputs_and_gradients(torch.compile(scan, dynamic=False), arguments)
+    for name in ("forward", "backward"):
+        real = [values for called, values in calls if called == name]
+        assert not real[0] and real[-1]
+    assert all(relative_error(x, y) < 1e-5 for x, y in zip(compiled, eager, strict=True))

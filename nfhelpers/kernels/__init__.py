@@ -33,7 +33,9 @@ A gradient has its argument's shape and dtype and the layout `torch.empty_like` 
 import functools
 import importlib
 import os
+import threading
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -388,15 +390,65 @@ def _layout(name):
     return str(tuple(_module(name).states_shape(2, 3, 1_000_003, 5, 7)))
 
 
+class _Like(NamedTuple):
+    """A tensor but for its values."""
+
+    shape: tuple
+    stride: tuple
+    dtype: torch.dtype
+    device: torch.device
+
+
+_compiled_ahead = {}  # (function, arguments), tensors as `_Like`, -> thread; None once it was waited for
+
+
+def _compile_ahead(function, *arguments):
+    """While a call of `function` is traced, call it on a thread with zeros in place of its tensors.
+
+    Triton compiles a kernel when it is first launched, for 5 to 15 seconds and mostly without Python's lock;
+    torch.compile is busy longer than that before it launches anything. Nothing where a call like this was
+    made before, or a size is not known yet.
+    """
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if not all(isinstance(size, int) for x in tensors for size in (*x.shape, *x.stride())):
+        return
+    like = tuple(
+        _Like(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    )
+    if (function, like) in _compiled_ahead:
+        return
+
+    def zeros(x):
+        if not isinstance(x, _Like):
+            return x
+        extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride, strict=True))
+        return torch.zeros(max(extent, 0), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
+
+    thread = threading.Thread(target=lambda: function(*map(zeros, like)), daemon=True)
+    _compiled_ahead[function, like] = thread
+    thread.start()
+
+
+def _await_compiled():
+    """Wait for the threads of `_compile_ahead`: they must not launch anything while a graph is captured."""
+    for call, thread in list(_compiled_ahead.items()):
+        if thread is not None:
+            thread.join()
+            _compiled_ahead[call] = None
+
+
 def _register(name):
     """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
 
     def run(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states, layout=""):
         arguments = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states)
+        _await_compiled()
         with torch.autocast(u.device.type, enabled=False):
             return _module(name).forward(*arguments)
 
     def run_backward(grad_y, *arguments):
+        _await_compiled()
         with torch.autocast(grad_y.device.type, enabled=False):
             return _module(name).backward(grad_y, *arguments)
 
@@ -411,6 +463,10 @@ def _register(name):
         states = B.shape[-1]
         y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
         kept = _module(name).states_shape(batch, directions, length, channels, states)
+        if name == "triton" and u.is_cuda:
+            given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
+            for keep in {keep_states, False}:  # what is trained is evaluated, too
+                _compile_ahead(_module(name).forward, *given, keep)
         return (
             y,
             A.new_empty(batch, directions, channels, states),
@@ -420,6 +476,8 @@ def _register(name):
     @backward_op.register_fake
     def _(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, *options):
         arguments = (u, delta, A, B, C, D, z, bias)
+        if name == "triton" and u.is_cuda:
+            _compile_ahead(_module(name).backward, grad_y, grad_last, states, *arguments, *options)
         return tuple(A.new_empty(0) if x is None else torch.empty_like(x) for x in arguments)
 
     def setup(ctx, inputs, output):

@@ -16,8 +16,9 @@ Four things make it fast, each found by reading the compiled code and the stalls
   The backward pass loads inputs two groups ahead: it recomputes states over those of the next.
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
-- The gradients of B and C are sums over channels, dC[n] = sum_d h[n, d] dy[d]: the matrix unit takes them,
-  where a reduction across threads would take most of the time.
+- The gradients of B and C are sums over channels, dC[n] = sum_d h[n, d] dy[d]. The matrix unit takes them,
+  those of four steps at once, from the registers in which the products are: a reduction across threads would
+  take most of the time, and a matrix product over d would move each product through shared memory.
 
 Glossary
     b, k, l, d, n  batch, direction, row, channel, state
@@ -39,6 +40,7 @@ TILE = 512  # states of a program: 16 in each of 32 threads
 PACK_TILE = 1024  # weights of a program of `pack_kernel`
 SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
 
+QUAD = tl.constexpr(4)  # neighbouring states of B, then of C, in a row
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -132,13 +134,62 @@ def advance(h, delta, u, B, A2, TIED: tl.constexpr, HOLD: tl.constexpr, N: tl.co
 
 
 @triton.jit
-def sum_channels(x, y, PRECISION: tl.constexpr):
-    """sum over d of x (N, D) y (D,), in each of 8 columns, a tile of the matrix unit: (N, 8)."""
-    y = tl.broadcast_to(y[:, None], (y.shape[0], 8))
-    if PRECISION == "bf16":
-        return tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+def left(a, b):
+    return a
+
+
+@triton.jit
+def stack_steps(xs):
+    """(N, D, T) of T = 2 or 4 tiles (N, D)."""
+    if len(xs) == 2:
+        return tl.join(xs[0], xs[1])
     else:
-        return tl.dot(x, y, input_precision=PRECISION)
+        x = tl.join(tl.join(xs[0], xs[2]), tl.join(xs[1], xs[3]))
+        return tl.reshape(x, (x.shape[0], x.shape[1], 4))
+
+
+@triton.jit
+def sum_channels(xs, PRECISION: tl.constexpr):
+    """Of T tiles x_t (N, D) the sums over d: [n / S, (t, n % S)] of (N / S, T S), in bfloat16 (N / S, 8).
+
+    The matrix unit adds, and no number leaves its thread. Of that unit's right operand (k, column) a thread
+    holds some rows of one column, in packs of W neighbours, every fourth pack: as k = (n / (S W), d % 4,
+    n / S % W) and column = (t, n % S, d / 4), S being the threads of a channel, the tiles are this operand
+    where they lie. Ones and zeros on its left add over d % 4; what is left over d / 4.
+    """
+    x = stack_steps(xs)
+    D: tl.constexpr = x.shape[1]
+    T: tl.constexpr = x.shape[2]
+    S: tl.constexpr = 32 // D
+    R: tl.constexpr = x.shape[0] // S  # states of a thread
+    W: tl.constexpr = 2 if PRECISION == "bf16" else 1  # numbers of a register
+    if PRECISION == "bf16":
+        x = x.to(tl.bfloat16)
+    x = tl.permute(tl.reshape(x, (R // W, W, S, D // 4, 4, T)), (0, 4, 1, 5, 2, 3))
+    # A reduction of single elements computes nothing. Without it Triton, seeing a join, lays the operand out
+    # as for numbers half as wide, and they move.
+    x = tl.reduce(tl.reshape(x, (4 * R, 8 * T, 1)), 2, left)
+    k = tl.arange(0, 4 * R)[None, :]
+    own = (k // (4 * W) * W + k % W == tl.arange(0, R)[:, None]).to(x.dtype)  # (R, 4 R)
+    if PRECISION == "tf32x3":  # tf32 has 10 bits after the first: these, then the next 11
+        high = (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+        sums = tl.dot(own, high, tl.dot(own, x - high, input_precision="tf32"), input_precision="tf32")
+    else:
+        sums = tl.dot(own, x, input_precision="tf32")  # (R, (t, n % S, d / 4))
+    if PRECISION == "bf16":
+        added = tl.arange(0, 8 * T)[:, None] // (D // 4) == tl.arange(0, 8)[None, :]
+        return tl.dot(sums.to(tl.bfloat16), added.to(tl.bfloat16))
+    else:
+        return tl.sum(tl.reshape(sums, (R, T * S, D // 4)), axis=2)
+
+
+@triton.jit
+def pick(t, xs):
+    """xs[t] of these scalars, elementwise; the last beyond them."""
+    found = xs[len(xs) - 1] + tl.zeros_like(t)
+    for i in tl.static_range(len(xs) - 1):
+        found = tl.where(t == i, xs[i], found)
+    return found
 
 
 @triton.jit
@@ -168,7 +219,6 @@ def split_weights(
     elif C_FIXED:
         return rows[:, None], fixed_C
     else:
-        QUAD: tl.constexpr = min(4, BLOCK_N)
         pairs = tl.permute(tl.reshape(rows, (BLOCK_N // QUAD, 2, QUAD)), (0, 2, 1))  # B and C in turn, 4 by 4
         B, C = tl.split(pairs)
         return tl.reshape(B, (BLOCK_N, 1)), tl.reshape(C, (BLOCK_N, 1))
@@ -177,7 +227,6 @@ def split_weights(
 @triton.jit
 def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.constexpr):
     """B, or C if `second`, of a row, (N, 1). They alternate by fours: reading B brings C into the cache."""
-    QUAD: tl.constexpr = min(4, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     if BOTH:
         n = tl.max_contiguous(tl.multiple_of(n // QUAD * (2 * QUAD) + n % QUAD, QUAD), QUAD)
@@ -193,7 +242,6 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.const
 def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
     """B and C (b, k, g, l, n), or one of them, as rows of which one load takes a step's weights: four of B,
     four of C, four of B ..."""
-    QUAD: tl.constexpr = min(4, BLOCK_N)
     l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
     l = l[:, None].to(tl.int64)  # noqa: E741 (L, 1)
     n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
@@ -231,7 +279,7 @@ def forward_kernel(
     d = g * group_dim + within
     n = tl.arange(0, BLOCK_N)
     mask = d_mask[None, :] & (n < num_state)[:, None]
-    nd = n[:, None] * dim + d[None, :]  # (N, D)
+    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]  # (N, D); as 64 bits constant steps
     knd = k * num_state * dim + nd
     row_n = tl.arange(0, ROW)
     backwards = ((reverse >> k) & 1) == 1
@@ -330,7 +378,7 @@ def backward_kernel(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
     SOFTPLUS: tl.constexpr, HOLD: tl.constexpr, TIED: tl.constexpr,
     B_FIXED: tl.constexpr, C_FIXED: tl.constexpr,
-    HAS_DLAST: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    HAS_DLAST: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
     STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -344,7 +392,7 @@ def backward_kernel(
     d = g * group_dim + within
     n = tl.arange(0, BLOCK_N)
     mask = d_mask[None, :] & (n < num_state)[:, None]
-    nd = n[:, None] * dim + d[None, :]  # (N, D)
+    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]  # (N, D); as 64 bits constant steps
     knd = k * num_state * dim + nd
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
@@ -386,13 +434,16 @@ def backward_kernel(
     part_at = (part_at * groups + g) * L * num_state
     dB_ptr += part_at if not B_FIXED else 0
     dC_ptr += part_at if not C_FIXED else 0
-    part_n = tl.broadcast_to(n[:, None], (BLOCK_N, 8))
-    part_mask = (part_n < num_state) & (tl.arange(0, 8)[None, :] == 0)
+    S: tl.constexpr = 32 // BLOCK_D  # threads of a channel
+    column = tl.arange(0, 8 if PRECISION == "bf16" else PARTS * S)[None, :]
+    part_n = tl.arange(0, BLOCK_N // S)[:, None] * S + column % S
+    part_t = column // S
+    part_mask = (part_n < num_state) & (part_t < PARTS)
 
     if HAS_DLAST:
         dh = tl.load(dlast_ptr + bk * num_state * dim + nd, mask=mask, other=0.0)
-    else:
-        dh = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    else:  # a load that takes place nowhere gives these zeros the threads of the states
+        dh = tl.load(states_ptr + nd, mask=mask & (L < 0), other=0.0)
 
     groups_of_steps = tl.cdiv(L, GROUP)
     rows = ()
@@ -451,6 +502,7 @@ def backward_kernel(
         gated = ()
         sizes = ()
         slopes = ()
+        addends = ()
         for i in tl.static_range(GROUP):
             live = start + i < L
             u = us[i].to(tl.float32)
@@ -481,8 +533,12 @@ def backward_kernel(
             if C_FIXED:
                 dC += dy[None, :] * h
             else:
-                products = sum_channels(h, dy, PRECISION)
-                tl.store(dC_ptr + rows[i] * num_state + part_n, products, mask=part_mask & live)
+                addends = addends + (h * dy[None, :],)  # noqa: RUF005
+                if len(addends) == PARTS:
+                    at = pick(part_t, rows[i + 1 - PARTS : i + 1]) * num_state + part_n
+                    valid = part_mask & (start + i + 1 - PARTS + part_t < L)
+                    tl.store(dC_ptr + at, sum_channels(addends, PRECISION), mask=valid)
+                    addends = ()
             gated = gated + (dy,)  # noqa: RUF005
             sizes = sizes + (delta,)  # noqa: RUF005
             slopes = slopes + (slope,)  # noqa: RUF005
@@ -501,8 +557,8 @@ def backward_kernel(
         # And backwards through them.
         dus = ()
         ddeltas = ()
+        addends = ()
         for i in tl.static_range(GROUP - 1, -1, -1):
-            row = rows[i]
             u = us[i].to(tl.float32)
             dy = gated[i]
             delta = sizes[i]
@@ -537,8 +593,12 @@ def backward_kernel(
             if B_FIXED:
                 dB += weighted * (delta * u)[None, :]
             else:
-                products = sum_channels(weighted, delta * u, PRECISION)
-                tl.store(dB_ptr + row * num_state + part_n, products, mask=part_mask & (start + i < L))
+                addends = (weighted * (delta * u)[None, :],) + addends  # noqa: RUF005
+                if len(addends) == PARTS:
+                    at = pick(part_t, rows[i : i + PARTS]) * num_state + part_n
+                    valid = part_mask & (start + i + part_t < L)
+                    tl.store(dB_ptr + at, sum_channels(addends, PRECISION), mask=valid)
+                    addends = ()
             dh = dh * a
             da = dh * before[i]  # gradient with respect to delta A
             if TIED:
@@ -671,18 +731,18 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tie
     """What both kernels take, by name, and the grid: one program a channel block, direction and sample."""
     batch, directions, length, channels = delta.shape
     states = B.shape[-1]
-    block_n = triton.next_power_of_2(states)
     u, delta, z = (_channels_last(x) for x in (u, delta, z))
     u = u.expand(delta.shape)
     A = _state_major(A)
     D, bias = (None if x is None else x.float().contiguous() for x in (D, bias))
     varying = [x for x in (B, C) if x.dim() == 5]
     groups = varying[0].shape[2] if varying else 1
+    block_n = triton.next_power_of_2(states)
+    block_d = 32 if min(TILE // block_n, triton.next_power_of_2(channels // groups)) >= 32 else 16
+    block_n = max(block_n, 128 // block_d)  # four states of a thread, the fewest that the matrix unit adds
     rows = _pack_rows(varying, (batch, directions, groups, length), block_n) if varying else None
     B, C = (_state_major(x) if x.dim() == 3 else None for x in (B, C))
     row_size = max(1, len(varying)) * block_n
-    block_d = min(32, TILE // block_n, triton.next_power_of_2(channels // groups))
-    block_d = max(16, block_d)  # what the matrix unit sums over at least
     blocks = triton.cdiv(channels // groups, block_d)
     arguments = dict(
         u_ptr=u, delta_ptr=delta, A_ptr=A, rows_ptr=rows, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z, bias_ptr=bias,
@@ -744,8 +804,9 @@ def backward(
     varying = {x.dtype for x in (B, C) if x.dim() == 5}
     partial = torch.bfloat16 if varying == {torch.bfloat16} else torch.float32
     precision = "tf32x3" if torch.float32 in varying else "tf32"
-    if partial is torch.bfloat16 and arguments["BLOCK_N"] >= 16:  # a tile of the matrix unit
+    if partial is torch.bfloat16:
         precision = "bf16"
+    parts = 4 if precision == "bf16" else 2  # steps whose sums over channels are taken at once
     dB, dC = (new(per_sample) if x.dim() == 3 else new(per_row, dtype=partial) for x in (B, C))
     dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
     with torch.cuda.device_of(u):
@@ -754,7 +815,7 @@ def backward(
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz), one=1.0,
             HAS_DLAST=grad_last is not None, PRECISION=precision,
-            GROUP=GROUP, maxnreg=255,
+            PARTS=parts, GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
         dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
     dA = dA if tied else dA.transpose(1, 2)
