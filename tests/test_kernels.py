@@ -1128,7 +1128,8 @@ def test_relative_error_of_nan_is_infinite():
     assert relative_error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25
 
 
-def test_what_is_traced_is_called_ahead_with_zeros_of_the_same_layout():
+def test_what_is_traced_is_called_ahead_with_zeros_of_the_same_layout(monkeypatch):
+    monkeypatch.setattr(kernels, "_called_ahead", set())
     seen, go = [], threading.Event()
 
     def launch(x, y, empty, nothing, number):
@@ -1154,3 +1155,11 @@ def test_what_is_traced_is_called_ahead_with_zeros_of_the_same_layout():
         kernels._compile_ahead(launch, unknown, *given[1:])
     kernels._await_compiled()
     assert len(seen) == 1
+
+    def fail(x):
+        raise RuntimeError("out of memory")
+
+    with FakeTensorMode():
+        kernels._compile_ahead(fail, torch.empty(2))
+    kernels._await_compiled()  # the call itself will say so
+    assert not kernels._pending

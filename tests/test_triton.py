@@ -48,6 +48,7 @@ CASES = {
     ),
     "several blocks": (dict(batch=1, channels=40, length=9, extras=ALL), dict(delta_softplus=True)),
     "many states": (dict(batch=1, channels=3, length=9, states=64), {}),
+    "more states": (dict(batch=1, channels=3, length=5, states=100), {}),
     "15": (dict(batch=1, length=15, states=16), {}),
     "63": (dict(batch=1, length=63, states=1), {}),
     "300": (dict(batch=1, length=300, extras="delta_bias"), dict(delta_softplus=True)),
@@ -201,10 +202,12 @@ HALVES = (
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
-    "states, tied", [(16, False), (16, True), (1, False), (5, True), (40, False)], ids=str
+    "channels, states, tied",
+    [(6, 16, False), (6, 16, True), (6, 1, False), (6, 5, True), (6, 40, False), (80, 16, True)],
+    ids=str,
 )
-def test_half_precision_inputs_keep_a_float32_state(dtype, states, tied):
-    arguments = problem(length=21, states=states, extras=ALL, tied=tied)
+def test_half_precision_inputs_keep_a_float32_state(dtype, channels, states, tied):
+    arguments = problem(1, channels, 21, states, groups=2, extras=ALL, tied=tied)  # 40 of 80: whole tiles
     halves = ("u", "delta", "B", "C", "z")
     arguments = {name: x.to(dtype).float() if name in halves else x for name, x in arguments.items()}
     options = dict(delta_softplus=True, tied_decay=tied)

@@ -33,8 +33,8 @@ A gradient has its argument's shape and dtype and the layout `torch.empty_like` 
 import functools
 import importlib
 import os
-import threading
 import warnings
+from concurrent import futures
 from typing import NamedTuple
 
 import torch
@@ -399,24 +399,27 @@ class _Like(NamedTuple):
     device: torch.device
 
 
-_compiled_ahead = {}  # (function, arguments), tensors as `_Like`, -> thread; None once it was waited for
+_ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
+_called_ahead = set()  # (function, arguments), tensors as `_Like`
+_pending = set()  # futures nobody waited for
 
 
 def _compile_ahead(function, *arguments):
-    """While a call of `function` is traced, call it on a thread with zeros in place of its tensors.
+    """While a call of `function` is traced, call it on another thread with zeros in place of its tensors.
 
-    Triton compiles a kernel when it is first launched, for 5 to 15 seconds and mostly without Python's lock;
+    Triton compiles a kernel when it is first launched, for 5 to 15 seconds and mostly without the GIL;
     torch.compile is busy longer than that before it launches anything. Nothing where a call like this was
-    made before, or a size is not known yet.
+    made before, or a size is not known yet. Whatever traces on a GPU in use starts this, `torch.export` too.
     """
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    if not all(isinstance(size, int) for x in tensors for size in (*x.shape, *x.stride())):
+    sizes = [size for x in tensors for size in (*x.shape, *x.stride())]
+    if any(isinstance(x, torch.SymInt | torch.SymBool) for x in (*sizes, *arguments)):
         return
     like = tuple(
         _Like(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x
         for x in arguments
     )
-    if (function, like) in _compiled_ahead:
+    if (function, like) in _called_ahead:
         return
 
     def zeros(x):
@@ -425,17 +428,19 @@ def _compile_ahead(function, *arguments):
         extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride, strict=True))
         return torch.zeros(max(extent, 0), dtype=x.dtype, device=x.device).as_strided(x.shape, x.stride)
 
-    thread = threading.Thread(target=lambda: function(*map(zeros, like)), daemon=True)
-    _compiled_ahead[function, like] = thread
-    thread.start()
+    _called_ahead.add((function, like))
+    _pending.add(_ahead.submit(lambda: function(*map(zeros, like))))
 
 
 def _await_compiled():
-    """Wait for the threads of `_compile_ahead`: they must not launch anything while a graph is captured."""
-    for call, thread in list(_compiled_ahead.items()):
-        if thread is not None:
-            thread.join()
-            _compiled_ahead[call] = None
+    """Wait for what `_compile_ahead` began; an error there comes again from the call itself.
+
+    Without this the call would compile the same kernel once more, or others launch while it is captured.
+    """
+    if _pending:
+        pending = set(_pending)
+        futures.wait(pending)
+        _pending.difference_update(pending)
 
 
 def _register(name):
@@ -443,12 +448,14 @@ def _register(name):
 
     def run(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states, layout=""):
         arguments = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states)
-        _await_compiled()
+        if name == "triton":
+            _await_compiled()
         with torch.autocast(u.device.type, enabled=False):
             return _module(name).forward(*arguments)
 
     def run_backward(grad_y, *arguments):
-        _await_compiled()
+        if name == "triton":
+            _await_compiled()
         with torch.autocast(grad_y.device.type, enabled=False):
             return _module(name).backward(grad_y, *arguments)
 
@@ -463,9 +470,9 @@ def _register(name):
         states = B.shape[-1]
         y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
         kept = _module(name).states_shape(batch, directions, length, channels, states)
-        if name == "triton" and u.is_cuda:
+        if name == "triton" and u.is_cuda and torch.cuda.is_initialized():
             given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
-            for keep in {keep_states, False}:  # what is trained is evaluated, too
+            for keep in dict.fromkeys((keep_states, False)):  # what is trained is evaluated, too
                 _compile_ahead(_module(name).forward, *given, keep)
         return (
             y,
@@ -476,7 +483,7 @@ def _register(name):
     @backward_op.register_fake
     def _(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, *options):
         arguments = (u, delta, A, B, C, D, z, bias)
-        if name == "triton" and u.is_cuda:
+        if name == "triton" and u.is_cuda and torch.cuda.is_initialized():
             _compile_ahead(_module(name).backward, grad_y, grad_last, states, *arguments, *options)
         return tuple(A.new_empty(0) if x is None else torch.empty_like(x) for x in arguments)
 

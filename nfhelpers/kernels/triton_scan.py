@@ -17,8 +17,8 @@ Four things make it fast, each found by reading the compiled code and the stalls
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
 - The gradients of B and C are sums over channels, dC[n] = sum_d h[n, d] dy[d]. The matrix unit takes them,
-  those of four steps at once, from the registers in which the products are: a reduction across threads would
-  take most of the time, and a matrix product over d would move each product through shared memory.
+  those of several steps at once, from the registers in which the products are: a reduction across threads
+  would take most of the time, and a matrix product over d would move each product through shared memory.
 
 Glossary
     b, k, l, d, n  batch, direction, row, channel, state
@@ -40,7 +40,7 @@ TILE = 512  # states of a program: 16 in each of 32 threads
 PACK_TILE = 1024  # weights of a program of `pack_kernel`
 SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
 
-QUAD = tl.constexpr(4)  # neighbouring states of B, then of C, in a row
+QUAD = tl.constexpr(4)  # B and C alternate by so many states
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -150,37 +150,43 @@ def stack_steps(xs):
 
 @triton.jit
 def sum_channels(xs, PRECISION: tl.constexpr):
-    """Of T tiles x_t (N, D) the sums over d: [n / S, (t, n % S)] of (N / S, T S), in bfloat16 (N / S, 8).
+    """Sums over d of T tiles x_t (N, D): out[r, (h T + t) S + s] = sum_d x_t[(h R + r) S + s, d].
 
-    The matrix unit adds, and no number leaves its thread. Of that unit's right operand (k, column) a thread
-    holds some rows of one column, in packs of W neighbours, every fourth pack: as k = (n / (S W), d % 4,
-    n / S % W) and column = (t, n % S, d / 4), S being the threads of a channel, the tiles are this operand
-    where they lie. Ones and zeros on its left add over d % 4; what is left over d / 4.
+    S = 32 / D lanes share a channel, R = min(16, N / S) rows, h counts the R S states of one pass;
+    (R, N T / R), in bfloat16 with columns of zeros up to 8.
+
+    The matrix unit adds, and no number leaves its thread. Of operand B (k, column) of mma.m16n8 a lane holds
+    some k of one column, in packs of W neighbours, every fourth pack (PTX ISA, matrix fragments): as
+    k = (r / W, d % 4, r % W) and column = (h, t, s, d / 4) the tiles are this operand where they lie. Ones
+    and zeros on its left add over d % 4; what is left over d / 4. A NaN or infinity spreads over its column
+    and, in bfloat16, over the steps of its row.
     """
     x = stack_steps(xs)
     D: tl.constexpr = x.shape[1]
     T: tl.constexpr = x.shape[2]
     S: tl.constexpr = 32 // D
-    R: tl.constexpr = x.shape[0] // S  # states of a thread
+    R: tl.constexpr = min(16, x.shape[0] // S)
+    H: tl.constexpr = x.shape[0] // (R * S)
     W: tl.constexpr = 2 if PRECISION == "bf16" else 1  # numbers of a register
     if PRECISION == "bf16":
         x = x.to(tl.bfloat16)
-    x = tl.permute(tl.reshape(x, (R // W, W, S, D // 4, 4, T)), (0, 4, 1, 5, 2, 3))
+    x = tl.permute(tl.reshape(x, (H, R // W, W, S, D // 4, 4, T)), (1, 5, 2, 0, 6, 3, 4))
     # A reduction of single elements computes nothing. Without it Triton, seeing a join, lays the operand out
     # as for numbers half as wide, and they move.
-    x = tl.reduce(tl.reshape(x, (4 * R, 8 * T, 1)), 2, left)
+    x = tl.reduce(tl.reshape(x, (4 * R, 8 * H * T, 1)), 2, left)
     k = tl.arange(0, 4 * R)[None, :]
     own = (k // (4 * W) * W + k % W == tl.arange(0, R)[:, None]).to(x.dtype)  # (R, 4 R)
     if PRECISION == "tf32x3":  # tf32 has 10 bits after the first: these, then the next 11
         high = (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
         sums = tl.dot(own, high, tl.dot(own, x - high, input_precision="tf32"), input_precision="tf32")
     else:
-        sums = tl.dot(own, x, input_precision="tf32")  # (R, (t, n % S, d / 4))
+        sums = tl.dot(own, x, input_precision="tf32")  # (R, (h, t, s, d / 4))
     if PRECISION == "bf16":
-        added = tl.arange(0, 8 * T)[:, None] // (D // 4) == tl.arange(0, 8)[None, :]
+        column = tl.arange(0, max(8, H * T * S))[None, :]
+        added = tl.arange(0, 8 * H * T)[:, None] // (D // 4) == column
         return tl.dot(sums.to(tl.bfloat16), added.to(tl.bfloat16))
     else:
-        return tl.sum(tl.reshape(sums, (R, T * S, D // 4)), axis=2)
+        return tl.sum(tl.reshape(sums, (R, H * T * S, D // 4)), axis=2)
 
 
 @triton.jit
@@ -279,7 +285,8 @@ def forward_kernel(
     d = g * group_dim + within
     n = tl.arange(0, BLOCK_N)
     mask = d_mask[None, :] & (n < num_state)[:, None]
-    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]  # (N, D); as 64 bits constant steps
+    # (N, D); in 64 bits, so that a thread's states are at constant offsets of one address
+    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
     knd = k * num_state * dim + nd
     row_n = tl.arange(0, ROW)
     backwards = ((reverse >> k) & 1) == 1
@@ -392,10 +399,12 @@ def backward_kernel(
     d = g * group_dim + within
     n = tl.arange(0, BLOCK_N)
     mask = d_mask[None, :] & (n < num_state)[:, None]
-    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]  # (N, D); as 64 bits constant steps
+    # (N, D); in 64 bits, so that a thread's states are at constant offsets of one address
+    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
     knd = k * num_state * dim + nd
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
+    tl.static_assert(GROUP % PARTS == 0)
     rank = (n + 1).to(tl.float32)[:, None]  # (N, 1)
     BOTH: tl.constexpr = not (B_FIXED or C_FIXED)
 
@@ -434,15 +443,18 @@ def backward_kernel(
     part_at = (part_at * groups + g) * L * num_state
     dB_ptr += part_at if not B_FIXED else 0
     dC_ptr += part_at if not C_FIXED else 0
-    S: tl.constexpr = 32 // BLOCK_D  # threads of a channel
-    column = tl.arange(0, 8 if PRECISION == "bf16" else PARTS * S)[None, :]
-    part_n = tl.arange(0, BLOCK_N // S)[:, None] * S + column % S
-    part_t = column // S
-    part_mask = (part_n < num_state) & (part_t < PARTS)
+    # Row r and column (h PARTS + t) S + s of `sum_channels` are of state (h R + r) S + s and step t.
+    S: tl.constexpr = 32 // BLOCK_D
+    R: tl.constexpr = min(16, BLOCK_N // S)
+    columns: tl.constexpr = BLOCK_N * PARTS // R
+    column = tl.arange(0, max(8, columns) if PRECISION == "bf16" else columns)[None, :]
+    part_n = (column // (PARTS * S) * R + tl.arange(0, R)[:, None]) * S + column % S
+    part_t = column // S % PARTS
+    part_mask = (part_n < num_state) & (column < columns)
 
     if HAS_DLAST:
         dh = tl.load(dlast_ptr + bk * num_state * dim + nd, mask=mask, other=0.0)
-    else:  # a load that takes place nowhere gives these zeros the threads of the states
+    else:  # zeros, by a load masked off everywhere: these get the layout of the states, others were converted
         dh = tl.load(states_ptr + nd, mask=mask & (L < 0), other=0.0)
 
     groups_of_steps = tl.cdiv(L, GROUP)
@@ -800,7 +812,7 @@ def backward(
     new = functools.partial(torch.empty, dtype=torch.float32, device=device)
     dA = new(per_channel if tied else per_sample)
     # Gradients of B and C that are bfloat16 themselves take partial sums and products in bfloat16, those in
-    # float16 products rounded to the 11 bits of tf32.
+    # float16 products cut to the 11 bits of tf32.
     varying = {x.dtype for x in (B, C) if x.dim() == 5}
     partial = torch.bfloat16 if varying == {torch.bfloat16} else torch.float32
     precision = "tf32x3" if torch.float32 in varying else "tf32"
