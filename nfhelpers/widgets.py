@@ -6,7 +6,6 @@ not hide an error, then hands it to `panel`."""
 import functools
 import html
 import io
-import signal
 import threading
 import time
 import traceback
@@ -22,9 +21,9 @@ WIDE = {"style": {"description_width": "11em"}, "layout": {"width": "98%", "max_
 def panel(draw, controls, *, button=None, cache=32):
     """A column of controls above the figure that `draw` returns for their values; an ipywidgets.VBox.
 
-    draw: function of the controls' values by name; returns a matplotlib Figure, (Figure, text) or (Figure,
-    text, HTML). controls: dict of name -> widget with a value. button: label; with one, nothing is drawn until
-    it is pressed. cache: how many drawings are kept, by values (0 for values that are not hashable).
+    draw: function of the controls' values by name; returns a matplotlib Figure, (Figure, text)
+    or (Figure, text, HTML). controls: dict of name -> widget. button: its label; nothing is drawn until
+    it is pressed. cache: how many drawings are kept (0 if values are not hashable).
 
     An error removes the picture, stands in its place in red and is raised again. Sliders redraw on release.
     """
