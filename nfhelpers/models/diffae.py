@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.images import grid_coords, to_model
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
+from nfhelpers.models.base import FieldModel, ModelConfig, evaluation_mode, run_layers
 from nfhelpers.models.layers import (
     FourierFeatures,
     PointEmbedding,
@@ -49,7 +49,6 @@ from nfhelpers.models.sparse_fields import (
     joint_orders,
     residual_decoder,
 )
-from nfhelpers.samplers import evaluation_mode
 
 SMALLEST_STD = 1e-6
 """Least standard deviation that a latent channel is divided by: one that never changes normalises to 0."""

@@ -23,7 +23,6 @@ Glossary
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nfhelpers.flow import check_unit_range, interpolate, skip_weight, target_velocity
+from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels import directional_scan
 from nfhelpers.kernels.orders import grid_order
@@ -39,7 +38,6 @@ from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
 from nfhelpers.models.layers import mlp, sinusoidal_embedding
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, start_as_identity
-from nfhelpers.samplers import EVALUATIONS, SAMPLERS, evaluation_mode, launched_at_once
 
 MIXERS = ("ssm", "attention")
 SKIPS = ("concat", "lerp")
@@ -678,118 +676,3 @@ def batch_keys(config: LocalMamba2DConfig) -> tuple[str, ...]:
     """What a batch must hold for a model of this config: spectrograms and the conditions it takes."""
     taken = (("labels", config.num_classes), ("captions", config.caption_dim))
     return "spectrograms", *(name for name, size in taken if size)
-
-
-def grid_flow_loss(
-    model: LocalMamba2D,
-    batch: dict[str, torch.Tensor],
-    *,
-    t: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
-    drop: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Mean squared error of the velocity of grids, with the condition dropped for some (seed 000).
-
-    batch: dict of spectrograms (B, C, H, W) in [-1, 1] and, as far as the model takes them, labels (B,) and
-    captions (B, E). t (B,) in [0, 1] is drawn uniformly, noise (B, C, H, W) from a standard normal, drop (B,)
-    with the probability `config.cfg_dropout` while the model trains (else no one), unless they are given; in
-    this order, all from `generator` on its own device, or torch's default one. Returns a scalar. Raises
-    ValueError on a missing key, and as `LocalMamba2D.forward`. Source of the dropping: Ho and Salimans,
-    "Classifier-Free Diffusion Guidance", 2022.
-    """
-    keys = batch_keys(model.config)
-    missing = set(keys) - set(batch)
-    if missing:
-        raise ValueError(
-            f"the batch lacks {sorted(missing)}; pass a dict of spectrograms (B, C, H, W), and of labels "
-            "(B,) or captions (B, E) where the model takes them"
-        )
-    data = batch["spectrograms"]
-    size, device = data.shape[0], data.device if generator is None else generator.device
-    options = dict(generator=generator, device=device)
-    if t is None:
-        t = torch.rand(size, dtype=data.dtype, **options).to(data.device)
-    if noise is None:
-        noise = torch.randn(data.shape, dtype=data.dtype, **options).to(data.device)
-    if drop is None and model.training:
-        drop = (torch.rand(size, **options) < model.config.cfg_dropout).to(data.device)
-    labels, captions = (batch[name] if name in keys else None for name in ("labels", "captions"))
-    velocity = model(interpolate(noise, data, t), t, labels, captions, drop)  # (B, C, H, W)
-    return F.mse_loss(velocity, target_velocity(noise, data))
-
-
-def guided_velocity(
-    model: LocalMamba2D,
-    labels: torch.Tensor | None = None,
-    captions: torch.Tensor | None = None,
-    guidance: float = 1.0,
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The velocity with classifier-free guidance, v_uncond + guidance (v_cond - v_uncond).
-
-    labels (B,), captions (B, E) as in `LocalMamba2D.forward`. guidance 1 is the conditional velocity, 0 the
-    unconditional one, each one evaluation; others take both, as one batch. Returns a function of x
-    (B, C, H, W) and a scalar tensor t, as `nfhelpers.samplers.SAMPLERS` take it; diffusers' schedulers step
-    with `flow.to_diffusers_velocity` of it, at t = 1 - sigma. Raises ValueError on a guidance that is not
-    finite, or other than 1 with a model that knows no condition. Source: Ho and Salimans 2022.
-    """
-    known = bool(model.config.num_classes or model.config.caption_dim)
-    if isinstance(guidance, bool) or not isinstance(guidance, float | int) or not math.isfinite(guidance):
-        raise ValueError(f"guidance={guidance!r} is not a finite number; pass 2.5, or 1.0 for none")
-    if guidance != 1 and not known:
-        raise ValueError(f"guidance={guidance} with a model without classes and captions; pass 1.0")
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        batch = x.shape[0]
-        times = t.to(x.device, x.dtype).expand(batch)  # (B,)
-        if guidance in (0, 1):
-            drop = torch.full((batch,), guidance == 0, device=x.device)
-            return model(x, times, labels, captions, drop)
-        doubled = [None if part is None else torch.cat([part, part]) for part in (labels, captions)]
-        drop = torch.arange(2 * batch, device=x.device) >= batch  # (2B,)
-        both = model(torch.cat([x, x]), torch.cat([times, times]), *doubled, drop)  # (2B, C, H, W)
-        conditional, unconditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
-    return velocity
-
-
-@torch.no_grad()
-def sample_grids(
-    model: LocalMamba2D,
-    count: int,
-    height: int,
-    width: int,
-    *,
-    labels: torch.Tensor | None = None,
-    captions: torch.Tensor | None = None,
-    guidance: float = 1.0,
-    method: str = "heun",
-    steps: int = 25,
-    generator: torch.Generator | None = None,
-    callback: Callable[[int, float, torch.Tensor], None] | None = None,
-) -> torch.Tensor:
-    """Draw grids from the model -> (count, C, height, width), clipped to [-1, 1], on the model's device.
-
-    labels (count,), captions (count, E), guidance: as in `guided_velocity`, on any device. method: one of
-    `nfhelpers.samplers.SAMPLERS`, in equal `steps` from t = 0 to 1; callback: as in `samplers.euler`. The
-    noise is drawn from `generator` on its own device, or torch's default one. The model runs in eval mode and
-    is put back into the mode it was in. Raises ValueError on a count, size, method or number of steps that is
-    not legal, and as `guided_velocity` and `LocalMamba2D.forward`.
-    """
-    for name, value in (("count", count), ("height", height), ("width", width), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a positive whole number; pass one such as 64")
-    if method not in SAMPLERS:
-        raise ValueError(f"method={method!r} is unknown; choose one of {tuple(SAMPLERS)}")
-    device = model.out_proj.weight.device
-    labels, captions = (None if part is None else part.to(device) for part in (labels, captions))
-    velocity = guided_velocity(model, labels, captions, guidance)
-    velocity = launched_at_once(model, velocity, steps * EVALUATIONS[method])
-    shape = (count, model.config.channels, height, width)
-    source = device if generator is None else generator.device
-    noise = torch.randn(shape, generator=generator, device=source).to(device)  # (B, C, H, W)
-    options = dict(generator=generator) if method == "sde" else {}
-    times = torch.linspace(0, 1, steps + 1, device=device)
-    with evaluation_mode(model):
-        return SAMPLERS[method](velocity, noise, times, callback=callback, **options).clamp(-1, 1)
