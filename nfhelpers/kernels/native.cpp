@@ -76,9 +76,9 @@ typedef Half HalfU __attribute__((aligned(2), may_alias));
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
-struct View {  // a tensor (b, k, l, d), channels side by side: strides in elements, 0 for what is shared
+struct View {  // a tensor (b, k, l, d), d or l side by side: strides in elements, 0 for what is shared
     void* data;
-    int64_t b, k, l, dtype;
+    int64_t b, k, l, d, dtype;
 };
 
 struct Problem {
@@ -108,6 +108,23 @@ inline V shuffle(V a, V b, std::index_sequence<I...>) {
 template <class FROM>
 inline V shuffle(V a, V b) {
     return shuffle<FROM>(a, b, std::make_index_sequence<LANES>());
+}
+
+template <int FIRST>
+struct Zip {  // a0 b0 a1 b1 ..., from lane FIRST on
+    static constexpr int lane(int i) { return FIRST + i / 2 + i % 2 * LANES; }
+};
+
+// x[i] lane j becomes x[j] lane i.
+inline void transpose(V* x) {
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        V y[LANES];
+        NF_UNROLL for (int i = 0; i < LANES / 2; ++i) {
+            y[2 * i] = shuffle<Zip<0>>(x[i], x[i + LANES / 2]);
+            y[2 * i + 1] = shuffle<Zip<LANES / 2>>(x[i], x[i + LANES / 2]);
+        }
+        std::copy(y, y + LANES, x);
+    }
 }
 
 template <int BIT>
@@ -205,6 +222,7 @@ struct Vector {
 struct Rows {  // the rows that `count` steps visit
     int64_t at[T];
     int count;
+    int walk;  // 1 or -1: rows follow each other upwards or downwards; 0: gathered
 };
 
 inline V load(const float* p) { return *(const VU*)p; }
@@ -222,13 +240,25 @@ template <bool STORE, class S>
 void move_rows(const View& x, int64_t offset, const Rows& rows, int channels, Block* tile, int stride) {
     for (int j = 0; j < W; ++j) {
         const int lanes = std::min(std::max(channels - j * LANES, 0), LANES);
-        S* first = (S*)x.data + offset + j * LANES;
-        for (int t = 0; t < rows.count; ++t) {
+        S* first = (S*)x.data + offset + j * LANES * x.d;
+        int t = 0;
+        for (; x.d != 1 && rows.walk && t + LANES <= rows.count; t += LANES) {  // rows side by side
+            V square[LANES] = {};
+            const int from = rows.walk > 0 ? t : t + LANES - 1;
+            S* corner = first + rows.at[from];
+            for (int i = 0; STORE && i < LANES; ++i) square[i] = tile[(from + i * rows.walk) * stride].v[j];
+            for (int c = 0; !STORE && c < lanes; ++c) square[c] = load(corner + c * x.d);
+            transpose(square);
+            for (int c = 0; STORE && c < lanes; ++c) store(corner + c * x.d, square[c]);
+            for (int i = 0; !STORE && i < LANES; ++i) tile[(from + i * rows.walk) * stride].v[j] = square[i];
+        }
+        for (; t < rows.count; ++t) {
             S *p = first + rows.at[t] * x.l, some[LANES] = {};
             V& value = tile[t * stride].v[j];
-            if (STORE) store(lanes == LANES ? p : some, value);
-            if (lanes < LANES) std::memcpy(STORE ? p : some, STORE ? some : p, lanes * sizeof(S));
-            if (!STORE) value = load(lanes == LANES ? p : some);
+            const bool whole = lanes == LANES && x.d == 1;
+            if (STORE) store(whole ? p : some, value);
+            for (int c = 0; !whole && c < lanes; ++c) (STORE ? p[c * x.d] : some[c]) = STORE ? some[c] : p[c * x.d];
+            if (!STORE) value = load(whole ? p : some);
         }
     }
 }
@@ -398,7 +428,7 @@ struct Plan {
     }
 };
 
-inline int64_t offset(const View& x, const Place& at) { return at.b * x.b + at.k * x.k + at.channel; }
+inline int64_t offset(const View& x, const Place& at) { return at.b * x.b + at.k * x.k + at.channel * x.d; }
 
 template <bool STORE>
 void move_tile(const View& x, const Place& at, const Rows& rows, Block* tile) {
@@ -436,6 +466,7 @@ void visit(const Problem& p, int64_t b, int64_t k, int64_t chunk, Rows& rows) {
     const bool backwards = p.reverse >> k & 1;
     const int64_t* order = p.order ? p.order + b * p.order_b + k * p.length : nullptr;
     rows.count = chunk < 0 ? 0 : (int)std::clamp<int64_t>(p.length - first, 0, T);
+    rows.walk = order ? 0 : backwards ? -1 : 1;
     for (int t = 0; t < rows.count; ++t) {
         const int64_t step = backwards ? p.length - 1 - (first + t) : first + t;
         rows.at[t] = order ? order[step] : step;
@@ -454,9 +485,9 @@ void move_on(const Problem& p, int64_t b, int64_t k, int64_t g, int64_t after, W
     }
 }
 
-// Choose one more tile to be fetched. Only whole tiles.
+// Choose one more tile to be fetched. Only whole tiles, and only where channels are side by side.
 void look_ahead(const View& x, const Place& at, const Rows& rows, Work& w) {
-    if (!x.data || rows.count < T) return;
+    if (!x.data || rows.count < T || x.d != 1) return;
     const int64_t size = x.dtype == BFLOAT16 ? 2 : 4;
     const char** out = w.ahead[w.streams++];
     for (int t = 0; t < T; ++t) out[t] = (const char*)x.data + (offset(x, at) + rows.at[t] * x.l) * size;

@@ -149,9 +149,9 @@ def _open(path):
 
 
 class _View(ctypes.Structure):
-    """View of native.cpp: a tensor (b, k, l, d), channels side by side, strides in elements."""
+    """View of native.cpp: a tensor (b, k, l, d), d or l side by side, strides in elements."""
 
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("b", "k", "l", "dtype"))]
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("b", "k", "l", "d", "dtype"))]
 
 
 class _Problem(ctypes.Structure):
@@ -169,13 +169,12 @@ class _Problem(ctypes.Structure):
     ]
 
     def give(self, **tensors):
-        """Point to tensors and keep them alive: views with channels side by side, the others contiguous."""
+        """Point to tensors and keep them alive: views with rows or channels side by side, others contiguous."""
         self.held = [*getattr(self, "held", ()), tensors]
         for name, x in tensors.items():
             if x is not None and name in self._views.split():
-                batch, direction, row, _ = x.stride()
-                direction = 0 if x.shape[1] == 1 else direction  # shared by the directions
-                setattr(self, name, _View(x.data_ptr(), batch, direction, row, _DTYPES[x.dtype]))
+                strides = [0 if i == 1 and x.shape[1] == 1 else step for i, step in enumerate(x.stride())]
+                setattr(self, name, _View(x.data_ptr(), *strides, _DTYPES[x.dtype]))
             elif x is not None:
                 setattr(self, name, x.data_ptr())
 
@@ -197,11 +196,9 @@ def _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
 
 
 def _rows(x):
-    """x (b, k, l, d) in a dtype that the library reads, neighbouring channels side by side in memory."""
-    if x is None:
-        return None
-    x = x if x.dtype in _DTYPES else x.float()
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x (b, k, l, d), or None, in a dtype that the library reads, with rows or channels side by side."""
+    x = x if x is None or x.dtype in _DTYPES else x.float()
+    return x if x is None or 1 in x.stride()[2:] else x.contiguous()
 
 
 def _float(x):
@@ -211,7 +208,7 @@ def _float(x):
 def _like(x, exact=False):
     """A tensor (b, k, l, d) like x for the library to write, in x's dtype and memory order where it can."""
     new = torch.empty_like(x)
-    direct = x.dtype in _DTYPES and new.stride(-1) == 1 and not exact
+    direct = x.dtype in _DTYPES and 1 in new.stride()[2:] and not exact
     return new if direct else x.new_empty(x.shape, dtype=torch.float32)
 
 
