@@ -358,6 +358,16 @@ def to_model(image):
     return image * 2 - 1
 
 
+def to_unit(images):
+    """uint8, or floats that are checked to be in [0, 1], any shape, as a float32 array in [0, 1]."""
+    images = images.numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / 255
+    if images.dtype.kind != "f" or not (images.min() >= 0 and images.max() <= 1):  # NaN fails, too
+        raise ValueError(f"images are {images.dtype} and not all in [0, 1]; pass uint8, or floats in [0, 1]")
+    return images.astype(np.float32)
+
+
 def to_image(values):
     """Map floats in [-1, 1], any shape, to [0, 1], clipping what a model put outside.
 
