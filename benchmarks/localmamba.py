@@ -5,8 +5,8 @@
 
 `cost` prints parameters, FLOPs, and time and peak memory of a training step of both mixers, and their ratio.
 With --repeats 0 nothing is run (FLOPs only, any size on any machine). `generated` trains a small classifier
-on the training clips, which takes seconds, and prints accuracy, Frechet distance of its features and copies by
-guidance scale, beside real clips.
+on the training clips, which takes seconds, and prints accuracy, Frechet distance of its features and copies
+by guidance scale, beside real clips.
 """
 
 import argparse
