@@ -1,4 +1,4 @@
-// The selective scan of S6 on a CPU: forward and backward of the operation that native.py describes.
+// The selective scan of S6 on a CPU: forward and backward of the operation that reference.py describes.
 //
 // b batch, k direction, l row, d channel, n state, g group of channels that share B and C.
 //
@@ -14,7 +14,7 @@
 // their order, whether one unit of work takes all of them or one each; sums over samples (dA, dD, dbias) and
 // directions (du) have a fixed order too. So the result is bitwise the same at any number of threads.
 //
-// Denormal numbers are taken as zero. NaN and infinity propagate: there is no -ffast-math in the flags.
+// Denormal numbers are taken as zero on x86. NaN and infinity propagate: there is no -ffast-math in the flags.
 
 #include <algorithm>
 #include <atomic>
@@ -772,7 +772,7 @@ int64_t pieces(const Problem& p) {
     return p.threads == 1 || groups >= 2 * p.threads ? 1 : (Plan(p).blocks + PART - 1) / PART;
 }
 
-int guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
+int64_t guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
     try {
         run(p);
         return 0;
@@ -785,9 +785,9 @@ int guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
 
 #define NF_EXPORT extern "C" __attribute__((visibility("default")))
 NF_EXPORT int64_t nf_pieces(const Problem* p) { return pieces(*p); }
-NF_EXPORT int nf_forward(const Problem* p) {
+NF_EXPORT int64_t nf_forward(const Problem* p) {
     return guarded(p->tied ? run_forward<true> : run_forward<false>, *p);
 }
-NF_EXPORT int nf_backward(const Problem* p) {
+NF_EXPORT int64_t nf_backward(const Problem* p) {
     return guarded(p->tied ? run_backward<true> : run_backward<false>, *p);
 }
