@@ -93,9 +93,8 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     """(y, last) of the operation, by the backend that is asked for or the best; `reverse`: K bools."""
     u, delta, A, B, C, D, z, bias = tensors
     size = dict(zip("bKldGN", (*delta.shape, B.shape[2], B.shape[4]), strict=True))
-    size |= dict(
-        k=1 if u.shape[1] == 1 else size["K"], a=1 if order is None or len(order) == 1 else size["b"]
-    )
+    size["k"] = 1 if u.shape[1] == 1 else size["K"]
+    size["a"] = 1 if order is None or len(order) == 1 else size["b"]
     for (name, dims), x in zip(_DIMS.items(), (*tensors, order), strict=True):
         # Kernels take pointers: another shape, device or kind of number would be read as if it were right.
         shape = tuple(size[dim] for dim in ("Kd" if tied and name == "A" else dims))
@@ -111,14 +110,12 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
         scan = functools.partial(reference.selective_scan_reference, tied_decay=tied)
         if name == "mamba_ssm":
             scan, A = _mamba_ssm_scan, reference.state_rates(A.float(), size["N"]) if tied else A
-        if order is not None:
-            check_permutation(order)
         return reference.as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus)
     A, D, bias = (None if x is None else x.to(dtype).contiguous() for x in (A, D, bias))
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     mask = sum(1 << k for k, backwards in enumerate(reverse) if backwards)
-    operation = _OPERATIONS[name]
-    return operation(u, delta, A, B, C, D, z, bias, order, mask, softplus, tied, keep, layout)[:2]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    tensors = (u, delta, A, B, C, D, z, bias)
+    return _OPERATIONS[name](*tensors, order, mask, softplus, tied, keep, layout)[:2]
 
 
 _DIMS = dict(u="bkld", delta="bKld", A="KdN", B="bKGlN", C="bKGlN", D="Kd", z="bKld", bias="Kd", order="aKl")
@@ -127,8 +124,9 @@ _OPTIONS = "Tensor? order, int reverse, bool softplus, bool tied"
 # `layout` says what `states` looks like and does nothing: torch.compile keeps graphs on disk, with the shapes
 # of their time, and one must not be taken for that of a version that keeps its states differently.
 _FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
-_GRADIENTS = ", ".join(["Tensor"] * 8)
-_BACKWARD = f"(Tensor grad_y, Tensor? grad_last, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({_GRADIENTS})"
+_BACKWARD = (
+    f"(Tensor grad_y, Tensor? grad_last, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
+)
 
 _ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
 _called_ahead, _pending = set(), set()
@@ -267,10 +265,8 @@ def backend_status():
 
 
 def choose_backend(device, backend=None, dtype=torch.float32):
-    """Name of the backend that runs on `device` with states of `dtype`, float32 or float64.
-
-    `backend`, else the environment's NF_SCAN_BACKEND, else triton on CUDA and native on a CPU where they work
-    (if not, a warning says why), else chunked. ValueError for one that is unknown or cannot be used so.
+    """Name of the backend that runs on `device` with states of `dtype` (float32 or float64): `backend`, else
+    the environment's NF_SCAN_BACKEND, else triton on CUDA and native on a CPU where they work, else chunked.
     """
     return _choose(torch.device(device).type, backend, "float64" if dtype == torch.float64 else None)[0]
 
@@ -300,23 +296,24 @@ _choose._dynamo_marked_constant = True
 def self_check(backend, device="cpu"):
     """Largest relative errors of `backend` in float32 against the float64 reference: dict(forward, backward).
 
-    On two small problems, over outputs and gradients of every argument. About 1e-6 where all is well.
+    Over the outputs of two small problems and the gradients of every argument. About 1e-6 where all is well.
     """
-    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    b, k, l, d, n = 2, 3, 37, 6, 4  # noqa: E741
-    plain = dict(u=draw(b, d, l), delta=draw(b, d, l), A=-draw(d).exp(), B=draw(b, 2, n, l))
-    plain |= dict(C=draw(b, 2, n, l), D=draw(d), z=draw(b, d, l), delta_bias=draw(d))
-    several = dict(x=draw(b, l, d), delta=draw(b, k, l, d), A=-draw(k, d, n).exp(), B=draw(b, k, l, n))
-    several |= dict(C=draw(b, k, l, n), D=draw(k, d), delta_bias=draw(k, d))
-    orders, reverse = draw(k, l).argsort(-1), (False, True, False)
+    size = dict(b=2, k=1, K=3, l=37, d=6, G=2, N=4, a=1)
+    generator = torch.Generator().manual_seed(0)
+    *tensors, order = (torch.randn([size[i] for i in dims], generator=generator) for dims in _DIMS.values())
+    order = order.argsort(-1)
 
     def run(backend, dtype, device):
-        one, two = ({name: x.to(device, dtype, copy=True) for name, x in p.items()} for p in (plain, several))
-        arguments = [x.requires_grad_() for x in (*one.values(), *two.values())]
-        y = selective_scan(**one, delta_softplus=True, tied_decay=True, backend=backend)
-        y2 = directional_scan(**two, orders=orders.to(device), reverse=reverse, backend=backend)
-        loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape).to(x)).sum() for x in (y, y2))
-        return (y, y2), torch.autograd.grad(loss, arguments)
+        ys, gradients = [], []
+        for tied in (False, True):
+            given = [x.to(device, dtype, copy=True) for x in tensors]
+            given[2] = -given[2].exp()[..., 0] if tied else -given[2].exp()
+            given = [x.requires_grad_() for x in given]
+            y, _ = _scan(backend, given, order.to(device), (False, True, False), True, tied)
+            weight = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
+            ys.append(y)
+            gradients += torch.autograd.grad((y * weight).sum(), given)
+        return ys, gradients
 
     found, wanted = run(backend, torch.float32, device), run("reference", torch.float64, "cpu")
     worst = [max(map(relative_error, *pair)) for pair in zip(found, wanted, strict=True)]

@@ -31,6 +31,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .orders import check_permutation
+
 SERIES_TERMS = 6
 # |delta A| below which a Taylor series replaces a quotient whose numerator cancels.
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.01}
@@ -122,20 +124,19 @@ def as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
     mamba_ssm's `selective_scan_fn`; `reverse` holds K bools.
     """
     batch, directions, length, channels = delta.shape
-    order = torch.arange(length, device=u.device).expand(1, directions, -1) if order is None else order.long()
-    walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
-    walks = (
-        torch.stack(walks, 1).expand(batch, -1, -1).unsqueeze(-1)
-    )  # (b, K, l, 1): row visited at each step
+    if order is not None:
+        check_permutation(order)
+        walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
+        walks = torch.stack(walks, 1).long().expand(batch, -1, -1)  # (b, K, l): row visited at each step
 
-    def visit(rows):  # (b, K, l, F) -> (b, K, F, l), step by step
-        rows = rows.expand(-1, directions, -1, -1)
-        return rows.gather(2, walks.expand(-1, -1, -1, rows.shape[-1])).transpose(2, 3)
+    def visit(rows):  # (b, K, G, l, F) -> (b, K G, F, l), step by step
+        rows = rows.expand(-1, directions, -1, -1, -1)
+        rows = rows if order is None else rows.gather(3, walks[:, :, None, :, None].expand(rows.shape))
+        return rows.transpose(3, 4).flatten(1, 2)
 
-    u, delta, z = (None if x is None else visit(x).flatten(1, 2) for x in (u, delta, z))  # (b, K d, l)
-    B, C = (torch.stack([visit(x) for x in w.unbind(2)], 2).flatten(1, 2) for w in (B, C))  # (b, K G, N, l)
+    u, delta, z = (None if x is None else visit(x.unsqueeze(2)).flatten(1, 2) for x in (u, delta, z))
     D, bias = (None if x is None else x.flatten() for x in (D, bias))
-    y, last = scan(u, delta, A.flatten(0, 1), B, C, D, z, bias, softplus, True)
+    y, last = scan(u, delta, A.flatten(0, 1), visit(B), visit(C), D, z, bias, softplus, True)
     y = y.unflatten(1, (directions, channels)).transpose(2, 3)  # (b, K, l, d), row t the result of step t
-    y = torch.zeros_like(y).scatter(2, walks.expand_as(y), y)
+    y = y if order is None else torch.zeros_like(y).scatter(2, walks[..., None].expand_as(y), y)
     return y, last.unflatten(1, (directions, channels))
