@@ -30,6 +30,7 @@ from nfhelpers.models.layers import (
     TimeEmbedding,
     gather_tokens,
     mlp,
+    solve_positive,
     squared_distances,
     zero,
 )
@@ -118,10 +119,9 @@ def fit_spectrum(coords, values, count):
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
     noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
     gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
-    factor, _ = torch.linalg.cholesky_ex(gram)
     if primal:
-        return root[:, None] * torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
-    return root[:, None] * (weighted.mT @ torch.cholesky_solve(values, factor))  # (B, M^2, 3)
+        return root[:, None] * solve_positive(gram, weighted.mT @ values)  # (B, M^2, 3)
+    return root[:, None] * (weighted.mT @ solve_positive(gram, values))  # (B, M^2, 3)
 
 
 class LinearCode(nn.Module):
