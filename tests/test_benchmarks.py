@@ -2,61 +2,117 @@
 
 import importlib
 import json
-import math
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from nfhelpers import __main__ as command_line
+
 
 @pytest.fixture
-def load(repository, monkeypatch):
+def bench(repository, monkeypatch):
     """A function that imports a script of benchmarks/ by name, which may import others."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
     return importlib.import_module
 
 
-COMMANDS = """\
-scan.py --quick --device cpu --shapes v1 --backends loop chunked
-train_step.py --quick --device cpu --models v1
-sampling.py --quick --device cpu --steps 2 --samplers heun --models v1 localmamba
-localmamba.py cost --preset smoke --sizes 16 --repeats 0 --device cpu"""
+def test_plain_versions_agree_with_the_float64_reference(bench):
+    scan = bench("scan")
+    rows = [row for row in scan.ROWS if row.backend in scan.PLAIN or row.backend == "chunked"]
+    errors = scan.errors_of(rows, torch.float32, torch.device("cpu"))
+    assert set(errors) == {"loop", "einsum", "blelloch", "pscan", "chunked", "chunked tied"}
+    assert max(errors.values()) < 1e-5
 
 
-@pytest.mark.parametrize("command", COMMANDS.splitlines(), ids=lambda command: command.split(".")[0])
-def test_it_runs_and_writes_its_rows(repository, tmp_path, command):
-    out, environment = tmp_path / "out.json", os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *f"benchmarks/{command}".split(), "--out", out]
-    subprocess.run(command, cwd=repository, env=environment, check=True, timeout=200, capture_output=True)
-    rows = json.loads(out.read_text())["rows"]
-    numbers = [value for row in rows for value in row.values() if isinstance(value, float)]
-    assert rows and all(map(math.isfinite, numbers))
+def test_a_wrong_scan_is_found_out(bench, monkeypatch):
+    scan = bench("scan")
+    monkeypatch.setitem(scan.PLAIN, "loop", lambda *arguments: 1.01 * scan.scan_loop(*arguments))
+    assert scan.errors_of([scan.Row("loop")], torch.float32, torch.device("cpu"))["loop"] > 5e-3
 
 
-def test_plain_versions_agree_with_the_float64_reference(load):
-    bench = load("scan")
-    rows = [row for row in bench.ROWS if row.backend in bench.PLAIN or row.backend == "chunked"]
-    errors = bench.errors_of(rows, torch.float32, torch.device("cpu"))
-    assert len(errors) >= 5 and max(errors.values()) < 1e-5
+def test_floor_of_the_target_size(bench):
+    scan = bench("scan")
+    limits = dict(copy_bytes_per_second=3e12, exponentials_per_second=132 * 16 * 1.98e9)
+    case = scan.Case("v1", "v1", 64, 1024, 1228)
+    token = 64 * 1228 * 2  # bytes of one bfloat16 a token
+    bytes_forward, exponentials = scan.floors(case, False, torch.bfloat16, limits)["forward"]
+    assert bytes_forward == pytest.approx((3 * 1024 + 2 * 16) * token / 3e12)
+    assert exponentials == pytest.approx(64 * 1228 * 1024 * 18 / (132 * 16 * 1.98e9))
 
 
-def test_exchanged_scans_give_the_same_gradients(load):
-    bench, found = load("train_step"), {}
+def test_the_scan_benchmark_runs_from_end_to_end(repository, tmp_path):
+    command = [sys.executable, "benchmarks/scan.py", "--quick", "--device", "cpu", "--shapes", "v1", "length"]
+    command += ["--backends", "loop", "chunked", "--out", tmp_path / "scan.json"]
+    subprocess.run(command, cwd=repository, capture_output=True, check=True, timeout=120)
+    rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
+    assert {row["row"] for row in rows} == {"loop", "chunked", "chunked tied"}
+    assert all(0 < row["forward"] for row in rows)
+
+
+@pytest.mark.parametrize("name", ["v1", "field"])
+def test_exchanged_scans_give_the_same_gradients(bench, name):
+    """chunked, loop and einsum on the same model; `none` does not."""
+    steps, found = bench("train_step"), {}
+    batch = steps.field_batch(2, 4)
     for scan in ("chunked", "loop", "einsum", "none"):
-        model = bench.make_model("v1", "smoke")
-        with bench.scanning(scan):
-            bench.make_step(model, 2, 4, torch.device("cpu"), False)()
+        model = steps.make_model(name, "smoke")
+        with steps.scanning(scan):
+            points = (batch[key] for key in ("input_coords", "input_values"))
+            model(
+                batch["query_values"], batch["query_coords"], torch.tensor([0.2, 0.7]), *points
+            ).sum().backward()
         found[scan] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    truth = found.pop("chunked")
-    assert truth.norm() > 1e-3 and len(found.pop("none")) <= len(truth)
-    for gradient in found.values():
-        assert (gradient - truth).norm() < 1e-4 * truth.norm()
+    truth, different = found.pop("chunked"), found.pop("none")
+    assert (different - truth).norm() > 0.01 * truth.norm()
+    for grads in found.values():
+        assert (grads - truth).norm() < 1e-4 * truth.norm()
 
 
-def test_every_command_of_the_whole_is_understood(repository, tmp_path):
-    environment = os.environ | {"DRY": "1", "PRESET": "smoke", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    script = ["bash", repository / "benchmarks" / "reproduce.sh"]
-    done = subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
-    assert "nfhelpers train" in done.stdout and not list(tmp_path.iterdir())
+def test_training_steps_and_sampling_are_timed(bench, tmp_path):
+    steps, sampling = bench("train_step"), bench("sampling")
+    steps.main(f"--quick --device cpu --models v1 --out {tmp_path / 'steps.json'}".split())
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert {row["scan"] for row in rows} >= {"none", "chunked", "loop", "einsum"}
+    assert all(row["seconds"] > 0 for row in rows)
+    out = tmp_path / "sampling.json"
+    options = f"--quick --device cpu --steps 2 --samplers heun --models v1 localmamba --out {out}"
+    sampling.main(options.split())
+    rows = {(row["model"], row["sampler"]): row for row in json.loads(out.read_text())["rows"]}
+    assert set(rows) == {("v1", "mean"), ("v1", "heun"), ("localmamba", "heun")}
+    assert rows["v1", "heun"]["evaluations"] == 3 and rows["v1", "mean"]["loop"] > 0
+
+
+def test_cost_of_localmamba_is_counted(bench, tmp_path):
+    out = tmp_path / "cost.json"
+    bench("localmamba").main(f"cost --preset smoke --sizes 16 --repeats 0 --device cpu --out {out}".split())
+    ssm, attention, ratio = json.loads(out.read_text())["rows"]
+    assert ratio["GFLOP"] == pytest.approx(ssm["GFLOP"] / attention["GFLOP"])
+
+
+def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):
+    environment = {
+        "PYTHON": sys.executable,
+        "DEVICE": "cpu",
+        "DRY": "1",
+        "OUT": str(tmp_path),
+        "PRESET": "full",
+    }
+    command = ["bash", repository / "benchmarks" / "reproduce.sh"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line)[1:] for line in done.stdout.splitlines()]
+    trained = []
+    for program, *arguments in lines:
+        if program == "-m":
+            options = command_line.parser().parse_args(arguments[1:])
+            trained += [options.model] if arguments[1] == "train" else []
+        else:
+            assert (repository / program).is_file()
+    assert (
+        trained == "v1 multidir v2 field diffae_phase1 diffae_phase2 localmamba".split() and len(lines) > 12
+    )
+    unknown = subprocess.run([*command, "train-v9"], env=os.environ | environment, capture_output=True)
+    assert unknown.returncode == 2
