@@ -90,6 +90,13 @@ def squared_distances(p, q):
     return x * x + y * y  # (B, P, Q)
 
 
+def solve_positive(A, b):
+    """A^-1 b for symmetric positive definite A (B, N, N), b (B, N, C), without a wait for the device."""
+    factor, _ = torch.linalg.cholesky_ex(A)
+    b = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, b, upper=True)
+
+
 def mlp(dim, hidden, out, dropout=0.0):
     """Linear, GELU, dropout, linear: the token-wise network of every block."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
