@@ -20,8 +20,10 @@ def data_folder() -> Path:
     return Path(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")).expanduser()
 
 
-def source_path(source, names):
+def source_path(source, names, split):
     """A built-in name as it is; anything else as a path, which exists."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown; pass one of {', '.join(SPLITS)}")
     if source in names and os.path.exists(source):
         warnings.warn(f"{source!r} is the built-in source; pass './{source}' for the folder", stacklevel=4)
     if source not in names and not Path(source).expanduser().exists():
@@ -52,10 +54,14 @@ def split_files(folder, suffixes):
             else:
                 split = split_of(top) if rest else None
                 found.setdefault(split, []).append((rest if split else name, path))
-    others += [name for name, _ in found.pop(None, [])] if len(found) > 1 else []
-    if others:
-        warnings.warn(f"{folder}: {len(others)} files are left out, such as {min(others)}", stacklevel=4)
+    left_out(folder, others + [name for name, _ in (found.pop(None, []) if len(found) > 1 else [])])
     return {s: sorted(v, key=lambda x: hashlib.sha256(os.fsencode(x[0])).digest()) for s, v in found.items()}
+
+
+def left_out(folder, names):
+    """Warn of files that are not used."""
+    if names:
+        warnings.warn(f"{folder}: {len(names)} files are left out, such as {min(names)}", stacklevel=5)
 
 
 def take_split(found, split, name):
@@ -63,8 +69,6 @@ def take_split(found, split, name):
 
     Where no validation is found it is the last tenth of train, which loses it.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} is unknown; pass one of {', '.join(SPLITS)}")
     if None in found:
         tests = max(1, round(len(found[None]) / 10))
         found = {"test": found[None][:tests], "train": found[None][tests:]}

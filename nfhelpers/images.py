@@ -52,7 +52,7 @@ def load_images(source, split="train", size=32, limit=None) -> np.ndarray:
 
 def open_images(source, split="train", size=32, limit=None) -> "np.ndarray | FolderImages":
     """As `load_images`, but a folder is read item by item."""
-    path = source_path(source, ("photos", "cifar10"))
+    path = source_path(source, ("photos", "cifar10"), split)
     if path == "photos":
         return _photos(split, size, limit)
     if path == "cifar10" or any(path.glob("*.bin")):
@@ -85,7 +85,7 @@ class FolderImages(Sequence):
 
 def load_labels(source="cifar10", split="train", limit=None) -> np.ndarray:
     """Classes (N,) int64 of the images of CIFAR-10, numbers of `CIFAR10_CLASSES`."""
-    return _records(source_path(source, ("cifar10",)), split)[:limit, 0].astype(np.int64)
+    return _records(source_path(source, ("cifar10",), split), split)[:limit, 0].astype(np.int64)
 
 
 def _array(path, split):
@@ -296,25 +296,18 @@ class SparseFields(Dataset):
         # Both halves of an odd number of pixels may round up: the inputs keep theirs.
         left = pixels if observed == 1 else pixels - self.num_inputs
         self.num_queries = min(max(1, round(queries * pixels)), left)
-        # Shared memory: persistent workers hold a copy of the dataset from before set_epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __copy__(self):
-        """The same images, at an epoch of its own."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__, _epoch=self._epoch.clone().share_memory_())
-        return other
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draws of this epoch, in workers too; no effect on a dataset with a seed."""
-        self._epoch.fill_(epoch)
+        """Choose the draws of a dataset without a seed; persistent workers do not hear of it."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pixels = self.images[index].reshape(-1, 3)  # (H*W, 3)
-        seed, key = ((int(self._epoch), index), (1,)) if self.seed is None else ((self.seed, index), ())
+        seed, key = ((self.epoch, index), (1,)) if self.seed is None else ((self.seed, index), ())
         drawn = _draw_pixels(len(pixels), self.num_inputs, self.num_queries, seed, key)
         item = {}
         for name, chosen in zip(("input", "query"), drawn, strict=True):
