@@ -1,12 +1,12 @@
-"""Evaluation is one idea: observe a part of the pixels, reconstruct the field, score it; one table row an image.
+"""Evaluation is one idea: observe a part of the pixels, reconstruct the field, score it, one row an image.
 
     observed = observe(images, fraction=0.2)
     table = score(reconstruct(model, observed), images, model="v1")
     table.groupby("model").psnr.agg(["mean", "sem"])
 
-Observed pixels are returned unchanged at the size at which they were observed: a method knows them, and a model
-is asked for the others, as in training. A posterior mean and a posterior sample are never mixed: a sample has
-about twice the squared error of the mean by construction, so that every table says which `kind` a row is.
+Observed pixels are returned unchanged at the size at which they were observed: a method knows them, and a
+model is asked for the others, as in training. A posterior mean and a posterior sample are never mixed: a sample
+has about twice the squared error of the mean by construction, so every table says of which `kind` a row is.
 """
 
 import time
@@ -62,8 +62,8 @@ def reconstruct(
 
     method: a model of sparse fields or an autoencoder, on its own device; one of `classical.METHODS`; or a
         `classical.Wiener`. The last two take nothing but `size`.
-    size: side of the square fields; the images' own size if None. There observed pixels are kept, unless all of
-        them are observed: an autoencoder of whole images is then asked for all of them.
+    size: side of the square fields; the images' own size if None. There observed pixels are kept, unless all
+        pixels are observed: a model, such as an autoencoder of whole images, is then asked for all of them.
     kind: "mean", the posterior mean over `draws`, by one step each (or as many steps of Heun's method);
         "sample", posterior samples: (N, h, w, 3) for one draw, (draws, N, h, w, 3) for several.
     steps: 1 of a mean and 50 of a sample if None; sampler and temperature: of samples, see `samplers.sample`.
@@ -141,10 +141,10 @@ def compare(
 ):
     """Reconstruct the same observed pixels, with the same noise, by several methods at several sizes.
 
-    methods: dict of name -> method of `reconstruct`; images: (N, S, S, 3), what is observed, a fraction
-    `observed` of its pixels; sizes: sides, S alone if None; truth: dict of size -> (N, size, size, 3) for the
-    scores at other sizes, NaN where it has none. kinds: of the models; other methods have the kind "classical".
-    steps, sampler: of the kind "sample"; a mean takes one step. progress: a bar that says what runs.
+    methods: dict of name -> method of `reconstruct`. images: (N, S, S, 3), of which the fraction `observed` of
+    pixels is observed. sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for the scores
+    at other sizes, NaN where it has none. kinds: of the models; other methods have the kind "classical".
+    steps, sampler: of the kind "sample"; a mean takes one step. progress: show a bar that says what runs.
 
     Returns (DataFrame, fields): columns model, kind, size, image, psnr, ssim, speckle and seconds (of one
     image), and dict of (model, kind, size) -> (N, size, size, 3).
