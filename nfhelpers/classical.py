@@ -6,7 +6,6 @@ from nfhelpers.images import grid_coords, to_image, to_unit
 
 METHODS = ("linear", "cubic", "thin plate", "biharmonic")
 """Delaunay triangles; Clough-Tocher on them; spline through all points; inpainting of the observed grid."""
-
 RIDGE = 1e-4  # added to the variances of the observed pixels, as a part of the mean variance of a pixel
 
 
@@ -59,7 +58,8 @@ def resize(fields, height, width, order=3):
 
     if fields.shape[1:3] == (height, width):
         return fields
-    options = {"order": order, "mode": "edge", "anti_aliasing": height < fields.shape[1]}
+    shrinks = height < fields.shape[1] or width < fields.shape[2]
+    options = {"order": order, "mode": "edge", "anti_aliasing": shrinks}
     return np.stack([resize(field, (height, width), **options) for field in fields]).clip(0, 1)
 
 
@@ -89,10 +89,7 @@ class Wiener:
         self.kernel = np.fft.rfft2(self.covariance[np.ix_(*lags)], axes=(0, 1))  # (2H, W+1, 3, 3)
 
     def fill(self, observed, size=None):
-        """Fields (N, H, W, 3), or (N, size, size, 3) resampled bicubically, of an `evaluate.Observed`.
-
-        Observed pixels are kept. O(Ni^3) an image: seconds for 64 images of 32 px.
-        """
+        """Fields (N, H, W, 3), or resampled to (N, size, size, 3), of an `evaluate.Observed`; O(Ni^3) each."""
         fields = np.stack([self._fill(*p) for p in zip(observed.images, observed.mask, strict=True)])
         shape = (self.height, self.width) if size is None else (size, size)
         return resize(fields, *shape).astype(np.float32)

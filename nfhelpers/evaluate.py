@@ -5,8 +5,8 @@
     table.groupby("model").psnr.agg(["mean", "sem"])
 
 Observed pixels are returned unchanged at the size at which they were observed: a method knows them, and a
-model is asked for the others, as in training. A posterior mean and a posterior sample are never mixed: a sample
-has about twice the squared error of the mean by construction, so every table says of which `kind` a row is.
+model is asked for the others, as in training. A posterior mean and a posterior sample are never mixed: a
+sample has about twice the squared error of the mean by construction, so every row says its `kind`.
 """
 
 import time
@@ -141,10 +141,10 @@ def compare(
 ):
     """Reconstruct the same observed pixels, with the same noise, by several methods at several sizes.
 
-    methods: dict of name -> method of `reconstruct`. images: (N, S, S, 3), of which the fraction `observed` of
-    pixels is observed. sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for the scores
-    at other sizes, NaN where it has none. kinds: of the models; other methods have the kind "classical".
-    steps, sampler: of the kind "sample"; a mean takes one step. progress: show a bar that says what runs.
+    methods: dict of name -> method of `reconstruct`. images: (N, S, S, 3); the fraction `observed` of their
+    pixels is observed. sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for scores at
+    other sizes, NaN where it has none. kinds: of the models; other methods have the kind "classical". steps,
+    sampler: of the kind "sample"; a mean takes one step. progress: show a bar that says what runs.
 
     Returns (DataFrame, fields): columns model, kind, size, image, psnr, ssim, speckle and seconds (of one
     image), and dict of (model, kind, size) -> (N, size, size, 3).

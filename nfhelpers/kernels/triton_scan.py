@@ -25,9 +25,9 @@ Glossary
     g              group of channels that shares B and C
     t              step of the walk; row_t is the row it visits
     a              decay exp(delta A) of one step
-    p              p(x) = (exp(x) - 1) / x, the zero-order-hold weight of the input over delta
 """
 
+# ruff: noqa: E741, RUF005 (Triton has no unpacking)
 import functools
 
 import torch
@@ -38,6 +38,7 @@ STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
 PACK_TILE = 1024  # weights of a program of `pack_kernel`
+WIDE_FROM = 2**31  # offsets that need 64 bits
 SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
 
 QUAD = tl.constexpr(4)  # B and C alternate by so many states
@@ -67,22 +68,6 @@ def softplus(x):
 
 
 @triton.jit
-def hold_weight(x, a):
-    """p(x) = (a - 1) / x with a = exp(x); its Taylor series near 0, where the difference cancels."""
-    series = 1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x / 720))))
-    small = tl.abs(x) < 0.1
-    return tl.where(small, series, (a - 1.0) / tl.where(small, 1.0, x))
-
-
-@triton.jit
-def hold_slope(x, a, p):
-    """p'(x) = (a - p) / x; its Taylor series near 0."""
-    series = 0.5 + x * (1.0 / 3 + x * (1.0 / 8 + x * (1.0 / 30 + x * (1.0 / 144 + x / 840))))
-    small = tl.abs(x) < 0.1
-    return tl.where(small, series, (a - p) / tl.where(small, 1.0, x))
-
-
-@triton.jit
 def powers(e, N: tl.constexpr):
     """(N, D): e, e², ..., e^N for e (D,), by products; N a power of two."""
     p = e[:, None]  # (D, 1): e^1
@@ -103,15 +88,6 @@ def decay(delta, A2, TIED: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def state_rates(A2, TIED: tl.constexpr, N: tl.constexpr):
-    """A log2(e) of every state: as it is (N, D), or that of the first state (D,) times 1 ... N."""
-    if TIED:
-        return (tl.arange(0, N) + 1).to(tl.float32)[:, None] * A2[None, :]
-    else:
-        return A2
-
-
-@triton.jit
 def step_size(raw, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """delta (D,) as the recurrence uses it, and its derivative with respect to what was loaded."""
     delta = raw.to(tl.float32)
@@ -124,12 +100,10 @@ def step_size(raw, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def advance(h, delta, u, B, A2, TIED: tl.constexpr, HOLD: tl.constexpr, N: tl.constexpr):
+def advance(h, delta, u, B, A2, TIED: tl.constexpr, N: tl.constexpr):
     """The state (N, D) after one more step."""
     a = decay(delta, A2, TIED, N)
     x = (delta * u)[None, :] * B
-    if HOLD:
-        x *= hold_weight(delta[None, :] * state_rates(A2, TIED, N) * LN2, a)
     return a * h + x
 
 
@@ -214,30 +188,20 @@ def load_channels(ptr, at, d_mask):
 
 
 @triton.jit
-def split_weights(
-    rows, fixed_B, fixed_C, BLOCK_N: tl.constexpr, B_FIXED: tl.constexpr, C_FIXED: tl.constexpr
-):
-    """B and C of one step, (N, 1) from what was loaded of its row, or fixed (N, D)."""
-    if B_FIXED and C_FIXED:
-        return fixed_B, fixed_C
-    elif B_FIXED:
-        return fixed_B, rows[:, None]
-    elif C_FIXED:
-        return rows[:, None], fixed_C
-    else:
-        pairs = tl.permute(tl.reshape(rows, (BLOCK_N // QUAD, 2, QUAD)), (0, 2, 1))  # B and C in turn, 4 by 4
-        B, C = tl.split(pairs)
-        return tl.reshape(B, (BLOCK_N, 1)), tl.reshape(C, (BLOCK_N, 1))
+def split_weights(rows, BLOCK_N: tl.constexpr):
+    """B and C of one step, (N, 1), from what was loaded of its row."""
+    pairs = tl.permute(tl.reshape(rows, (BLOCK_N // QUAD, 2, QUAD)), (0, 2, 1))  # B and C in turn, 4 by 4
+    B, C = tl.split(pairs)
+    return tl.reshape(B, (BLOCK_N, 1)), tl.reshape(C, (BLOCK_N, 1))
 
 
 @triton.jit
-def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.constexpr):
+def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr):
     """B, or C if `second`, of a row, (N, 1). They alternate by fours: reading B brings C into the cache."""
     n = tl.arange(0, BLOCK_N)
-    if BOTH:
-        n = tl.max_contiguous(tl.multiple_of(n // QUAD * (2 * QUAD) + n % QUAD, QUAD), QUAD)
-        if second:
-            ptr += QUAD
+    n = tl.max_contiguous(tl.multiple_of(n // QUAD * (2 * QUAD) + n % QUAD, QUAD), QUAD)
+    if second:
+        ptr += QUAD
     return tl.load(ptr + n)[:, None]
 
 
@@ -248,8 +212,8 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr, BOTH: tl.const
 def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
     """B and C (b, k, g, l, n), or one of them, as rows of which one load takes a step's weights: four of B,
     four of C, four of B ..."""
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)  # noqa: E741
-    l = l[:, None].to(tl.int64)  # noqa: E741 (L, 1)
+    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    l = l[:, None].to(tl.int64)  # (L, 1)
     n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
     kg = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -262,18 +226,9 @@ def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, B
         tl.store(rows_ptr + at, x.to(tl.float32), mask=l < L)
 
 
-@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
-def forward_kernel(
-    u_ptr, delta_ptr, A_ptr, rows_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
-    y_ptr, states_ptr, last_ptr,
-    u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
-    L, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HOLD: tl.constexpr, TIED: tl.constexpr,
-    B_FIXED: tl.constexpr, C_FIXED: tl.constexpr,
-    SAVE: tl.constexpr, WIDE: tl.constexpr,
-    STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def place(blocks_per_group, group_dim, dim, num_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """What a program owns: sample b, direction k, both in one, group g of `groups`, channels, states (N, D)."""
     block = tl.program_id(0)
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -285,9 +240,24 @@ def forward_kernel(
     d = g * group_dim + within
     n = tl.arange(0, BLOCK_N)
     mask = d_mask[None, :] & (n < num_state)[:, None]
-    # (N, D); in 64 bits, so that a thread's states are at constant offsets of one address
+    # In 64 bits, so that a thread's states are at constant offsets of one address.
     nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
-    knd = k * num_state * dim + nd
+    return b, k, bk, g, groups, d, d_mask, nd, mask
+
+
+@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
+def forward_kernel(
+    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
+    y_ptr, states_ptr, last_ptr,
+    u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
+    L, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TIED: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
+    STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, k, bk, g, groups, d, d_mask, nd, mask = place(
+        blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
+    )
     row_n = tl.arange(0, ROW)
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
@@ -295,17 +265,14 @@ def forward_kernel(
     if TIED:
         A2 = tl.load(A_ptr + k * dim + d, mask=d_mask, other=0.0) * LOG2E
     else:
-        A2 = tl.load(A_ptr + knd, mask=mask, other=0.0) * LOG2E
-    B = tl.load(B_ptr + knd, mask=mask, other=0.0) if B_FIXED else 0.0
-    C = tl.load(C_ptr + knd, mask=mask, other=0.0) if C_FIXED else 0.0
+        A2 = tl.load(A_ptr + k * num_state * dim + nd, mask=mask, other=0.0) * LOG2E
     if HAS_D:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
     bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0) if HAS_BIAS else 0.0
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
     y_ptr += bk * L * dim
-    if not (B_FIXED and C_FIXED):
-        rows_ptr += (bk * groups + g) * L * ROW
+    rows_ptr += (bk * groups + g) * L * ROW
     if HAS_Z:
         z_ptr += b * z_b + k * z_k
     if HAS_ORDER:
@@ -320,14 +287,13 @@ def forward_kernel(
     weights = ()
     for i in tl.static_range(STEPS):
         row = row_at(order_ptr, i, L, backwards, HAS_ORDER, WIDE)
-        rows = rows + (row,)  # noqa: RUF005 (Triton has no unpacking)
-        later = later + (row_at(order_ptr, STEPS + i, L, backwards, HAS_ORDER, WIDE),)  # noqa: RUF005
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
+        rows = rows + (row,)
+        later = later + (row_at(order_ptr, STEPS + i, L, backwards, HAS_ORDER, WIDE),)
+        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
+        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
         if HAS_Z:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)  # noqa: RUF005
-        if not (B_FIXED and C_FIXED):
-            weights = weights + (tl.load(rows_ptr + row * ROW + row_n),)  # noqa: RUF005
+            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
+        weights = weights + (tl.load(rows_ptr + row * ROW + row_n),)
 
     h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for chunk in range(chunks):
@@ -343,21 +309,17 @@ def forward_kernel(
             u = us[i].to(tl.float32)
             delta, _ = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
             delta = tl.where(t < L, delta, 0.0)
-            if not (B_FIXED and C_FIXED):
-                B_t, C_t = split_weights(weights[i], B, C, BLOCK_N, B_FIXED, C_FIXED)
-            else:
-                B_t, C_t = B, C
+            B_t, C_t = split_weights(weights[i], BLOCK_N)
 
             row = later[i]
-            later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, HAS_ORDER, WIDE),)  # noqa: RUF005
-            us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
-            deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
+            later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, HAS_ORDER, WIDE),)
+            us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
+            deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
             if HAS_Z:
-                zs2 = zs2 + (load_channels(z_ptr, row * z_l + d, d_mask),)  # noqa: RUF005
-            if not (B_FIXED and C_FIXED):
-                weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)  # noqa: RUF005
+                zs2 = zs2 + (load_channels(z_ptr, row * z_l + d, d_mask),)
+            weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)
 
-            h = advance(h, delta, u, B_t, A2, TIED, HOLD, BLOCK_N)
+            h = advance(h, delta, u, B_t, A2, TIED, BLOCK_N)
             y = tl.sum(h * C_t, axis=0)
             if HAS_D:
                 y += D * u
@@ -376,50 +338,31 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
 def backward_kernel(
-    u_ptr, delta_ptr, A_ptr, rows_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
+    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
     states_ptr, dy_ptr, dlast_ptr,
     du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, one,
     u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
     dy_b, dy_k, dy_l, du_b, du_k, du_l, ddt_b, ddt_k, ddt_l, dz_b, dz_k, dz_l,
     L, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HOLD: tl.constexpr, TIED: tl.constexpr,
-    B_FIXED: tl.constexpr, C_FIXED: tl.constexpr,
-    HAS_DLAST: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr,
-    STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TIED: tl.constexpr, HAS_DLAST: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    k = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    bk = b * tl.num_programs(1) + k
-    g = block // blocks_per_group
-    groups = tl.num_programs(0) // blocks_per_group
-    within = block % blocks_per_group * BLOCK_D + tl.arange(0, BLOCK_D)
-    d_mask = within < group_dim
-    d = g * group_dim + within
-    n = tl.arange(0, BLOCK_N)
-    mask = d_mask[None, :] & (n < num_state)[:, None]
-    # (N, D); in 64 bits, so that a thread's states are at constant offsets of one address
-    nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
-    knd = k * num_state * dim + nd
+    b, k, bk, g, groups, d, d_mask, nd, mask = place(
+        blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
+    )
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
     tl.static_assert(GROUP % PARTS == 0)
-    rank = (n + 1).to(tl.float32)[:, None]  # (N, 1)
-    BOTH: tl.constexpr = not (B_FIXED or C_FIXED)
+    rank = (tl.arange(0, BLOCK_N) + 1).to(tl.float32)[:, None]  # (N, 1)
 
     if TIED:
         A2 = tl.load(A_ptr + k * dim + d, mask=d_mask, other=0.0) * LOG2E
         dA = tl.zeros((BLOCK_D,), dtype=tl.float32)
     else:
-        A2 = tl.load(A_ptr + knd, mask=mask, other=0.0) * LOG2E
+        A2 = tl.load(A_ptr + k * num_state * dim + nd, mask=mask, other=0.0) * LOG2E
         dA = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    if B_FIXED:
-        B = tl.load(B_ptr + knd, mask=mask, other=0.0)
-        dB = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    if C_FIXED:
-        C = tl.load(C_ptr + knd, mask=mask, other=0.0)
-        dC = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     if HAS_D:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
         dD = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -431,18 +374,17 @@ def backward_kernel(
     dy_ptr += b * dy_b + k * dy_k
     du_ptr += b * du_b + k * du_k
     ddelta_ptr += b * ddt_b + k * ddt_k
-    if not (B_FIXED and C_FIXED):
-        rows_ptr += (bk * groups + g) * L * ROW
+    rows_ptr += (bk * groups + g) * L * ROW
     if HAS_Z:
         z_ptr += b * z_b + k * z_k
         dz_ptr += b * dz_b + k * dz_k
     if HAS_ORDER:
         order_ptr += b * order_b + k * order_k
     # Partial gradients of B and C: (blocks_per_group, B, K, G, L, N).
-    part_at = (block % blocks_per_group * tl.num_programs(2) + b) * tl.num_programs(1) + k
+    part_at = (tl.program_id(0) % blocks_per_group * tl.num_programs(2) + b) * tl.num_programs(1) + k
     part_at = (part_at * groups + g) * L * num_state
-    dB_ptr += part_at if not B_FIXED else 0
-    dC_ptr += part_at if not C_FIXED else 0
+    dB_ptr += part_at
+    dC_ptr += part_at
     # Row r and column (h PARTS + t) S + s of `sum_channels` are of state (h R + r) S + s and step t.
     S: tl.constexpr = 32 // BLOCK_D
     R: tl.constexpr = min(16, BLOCK_N // S)
@@ -466,21 +408,21 @@ def backward_kernel(
     for i in tl.static_range(GROUP):
         last_t = (groups_of_steps - 1) * GROUP + i
         row = row_at(order_ptr, last_t, L, backwards, HAS_ORDER, WIDE)
-        rows = rows + (row,)  # noqa: RUF005 (Triton has no unpacking)
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
-        dys = dys + (load_channels(dy_ptr, row * dy_l + d, d_mask & (last_t < L)),)  # noqa: RUF005
+        rows = rows + (row,)
+        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
+        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
+        dys = dys + (load_channels(dy_ptr, row * dy_l + d, d_mask & (last_t < L)),)
         if HAS_Z:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)  # noqa: RUF005
+            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
     rows2 = ()
     us2 = ()
     deltas2 = ()
     for i in tl.static_range(GROUP):
         next_t = tl.maximum((groups_of_steps - 2) * GROUP, 0) + i
         row = row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE)
-        rows2 = rows2 + (row,)  # noqa: RUF005
-        us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)  # noqa: RUF005
-        deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)  # noqa: RUF005
+        rows2 = rows2 + (row,)
+        us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
+        deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps):
@@ -488,28 +430,24 @@ def backward_kernel(
         rows3 = ()
         for i in tl.static_range(GROUP):
             next_t = tl.maximum(start - 2 * GROUP, 0) + i
-            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE),)  # noqa: RUF005
+            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE),)
 
         # The states once more: from the saved one up to the group, over the next group's steps ...
         if start % STEPS > 0:
             B0 = ()
-            if not B_FIXED:
-                for i in tl.static_range(GROUP):
-                    B0 = B0 + (load_weight(rows_ptr + rows2[i] * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
+            for i in tl.static_range(GROUP):
+                B0 = B0 + (load_weight(rows_ptr + rows2[i] * ROW, False, BLOCK_N),)
             for i in tl.static_range(GROUP):
                 delta, _ = step_size(deltas2[i], bias, HAS_BIAS, SOFTPLUS)
-                if not B_FIXED:
-                    B = B0[i]
-                h = advance(h, delta, us2[i].to(tl.float32), B, A2, TIED, HOLD, BLOCK_N)
+                h = advance(h, delta, us2[i].to(tl.float32), B0[i], A2, TIED, BLOCK_N)
 
         # ... then within it. B and C are read well before their use: at two warps a scheduler nothing else
         # hides the latency, and neither a store nor a barrier lets a load pass.
         Bs = ()
-        if not B_FIXED:
-            for i in tl.static_range(GROUP):
-                Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N, BOTH),)  # noqa: RUF005
-        if HAS_Z and not C_FIXED:
-            C = load_weight(rows_ptr + rows[0] * ROW, True, BLOCK_N, BOTH)
+        for i in tl.static_range(GROUP):
+            Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N),)
+        if HAS_Z:
+            C = load_weight(rows_ptr + rows[0] * ROW, True, BLOCK_N)
         before = ()
         gated = ()
         sizes = ()
@@ -521,20 +459,16 @@ def backward_kernel(
             delta, slope = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
             delta = tl.where(live, delta, 0.0)
             slope = tl.where(live, slope, 0.0)
-            if not B_FIXED:
-                B = Bs[i]
             if i == GROUP - 1:
-                if not B_FIXED:
-                    B2 = load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N, BOTH)
-                if not C_FIXED:
-                    C2 = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N, BOTH)
-            before = before + (h,)  # noqa: RUF005
-            h = advance(h, delta, u, B, A2, TIED, HOLD, BLOCK_N)
+                B2 = load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N)
+                C2 = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N)
+            before = before + (h,)
+            h = advance(h, delta, u, Bs[i], A2, TIED, BLOCK_N)
             dy = dys[i].to(tl.float32)
             if HAS_Z:
                 y = tl.sum(h * C, axis=0)
-                if not C_FIXED and i < GROUP - 1:
-                    C = load_weight(rows_ptr + rows[i + 1] * ROW, True, BLOCK_N, BOTH)
+                if i < GROUP - 1:
+                    C = load_weight(rows_ptr + rows[i + 1] * ROW, True, BLOCK_N)
                 if HAS_D:
                     y += D * u
                 z = zs[i].to(tl.float32)
@@ -542,29 +476,26 @@ def backward_kernel(
                 dz = dy * y * gate * (1.0 + z * (1.0 - gate))
                 tl.store(dz_ptr + rows[i] * dz_l + d, dz, mask=d_mask & live)
                 dy = dy * z * gate
-            if C_FIXED:
-                dC += dy[None, :] * h
-            else:
-                addends = addends + (h * dy[None, :],)  # noqa: RUF005
-                if len(addends) == PARTS:
-                    at = pick(part_t, rows[i + 1 - PARTS : i + 1]) * num_state + part_n
-                    valid = part_mask & (start + i + 1 - PARTS + part_t < L)
-                    tl.store(dC_ptr + at, sum_channels(addends, PRECISION), mask=valid)
-                    addends = ()
-            gated = gated + (dy,)  # noqa: RUF005
-            sizes = sizes + (delta,)  # noqa: RUF005
-            slopes = slopes + (slope,)  # noqa: RUF005
+            addends = addends + (h * dy[None, :],)
+            if len(addends) == PARTS:
+                at = pick(part_t, rows[i + 1 - PARTS : i + 1]) * num_state + part_n
+                valid = part_mask & (start + i + 1 - PARTS + part_t < L)
+                tl.store(dC_ptr + at, sum_channels(addends, PRECISION), mask=valid)
+                addends = ()
+            gated = gated + (dy,)
+            sizes = sizes + (delta,)
+            slopes = slopes + (slope,)
         # The loads of the next group now: the compiler cannot move a load past a store.
         us3 = ()
         deltas3 = ()
         dys2 = ()
         zs2 = ()
         for i in tl.static_range(GROUP):
-            us3 = us3 + (load_channels(u_ptr, rows3[i] * u_l + d, d_mask),)  # noqa: RUF005
-            deltas3 = deltas3 + (load_channels(delta_ptr, rows3[i] * dt_l + d, d_mask),)  # noqa: RUF005
-            dys2 = dys2 + (load_channels(dy_ptr, rows2[i] * dy_l + d, d_mask),)  # noqa: RUF005
+            us3 = us3 + (load_channels(u_ptr, rows3[i] * u_l + d, d_mask),)
+            deltas3 = deltas3 + (load_channels(delta_ptr, rows3[i] * dt_l + d, d_mask),)
+            dys2 = dys2 + (load_channels(dy_ptr, rows2[i] * dy_l + d, d_mask),)
             if HAS_Z:
-                zs2 = zs2 + (load_channels(z_ptr, rows2[i] * z_l + d, d_mask),)  # noqa: RUF005
+                zs2 = zs2 + (load_channels(z_ptr, rows2[i] * z_l + d, d_mask),)
 
         # And backwards through them.
         dus = ()
@@ -574,14 +505,10 @@ def backward_kernel(
             u = us[i].to(tl.float32)
             dy = gated[i]
             delta = sizes[i]
-            if not B_FIXED:
-                B = B2
-                if i > 0:
-                    B2 = load_weight(rows_ptr + rows[i - 1] * ROW, False, BLOCK_N, BOTH)
-            if not C_FIXED:
-                C = C2
-                if i > 0:
-                    C2 = load_weight(rows_ptr + rows[i - 1] * ROW, True, BLOCK_N, BOTH)
+            B, C = B2, C2
+            if i > 0:
+                B2 = load_weight(rows_ptr + rows[i - 1] * ROW, False, BLOCK_N)
+                C2 = load_weight(rows_ptr + rows[i - 1] * ROW, True, BLOCK_N)
             if i == 1:
                 saved2 = tl.maximum(start - GROUP, 0) // STEPS
                 h2 = tl.load(states_ptr + (bk * chunks + saved2) * num_state * dim + nd, mask=mask, other=0.0)
@@ -589,40 +516,23 @@ def backward_kernel(
             # `one` keeps the compiler from holding every decay of the group until here: computing it again is
             # cheaper than memory.
             a = decay(delta * one, A2, TIED, BLOCK_N)
-            if HOLD:
-                q = delta[None, :] * state_rates(A2, TIED, BLOCK_N) * LN2
-                p = hold_weight(q, a)
-                dx = dh * B
-                du = delta * tl.sum(dx * p, axis=0)
-                ddelta = u * tl.sum(dx * a, axis=0)
-                dA_n = (delta * u)[None, :] * dx * hold_slope(q, a, p)
-                weighted = dh * p
-            else:
-                dx = tl.sum(dh * B, axis=0)
-                du = delta * dx
-                ddelta = u * dx
-                weighted = dh
-            if B_FIXED:
-                dB += weighted * (delta * u)[None, :]
-            else:
-                addends = (weighted * (delta * u)[None, :],) + addends  # noqa: RUF005
-                if len(addends) == PARTS:
-                    at = pick(part_t, rows[i : i + PARTS]) * num_state + part_n
-                    valid = part_mask & (start + i + part_t < L)
-                    tl.store(dB_ptr + at, sum_channels(addends, PRECISION), mask=valid)
-                    addends = ()
+            dx = tl.sum(dh * B, axis=0)
+            du = delta * dx
+            ddelta = u * dx
+            addends = (dh * (delta * u)[None, :],) + addends
+            if len(addends) == PARTS:
+                at = pick(part_t, rows[i : i + PARTS]) * num_state + part_n
+                valid = part_mask & (start + i + part_t < L)
+                tl.store(dB_ptr + at, sum_channels(addends, PRECISION), mask=valid)
+                addends = ()
             dh = dh * a
             da = dh * before[i]  # gradient with respect to delta A
             if TIED:
                 ranked = tl.sum(da * rank, axis=0)
                 ddelta += ranked * A2 * LN2
                 dA += delta * ranked
-                if HOLD:
-                    dA += delta * tl.sum(dA_n * rank, axis=0)
             else:
                 ddelta += tl.sum(da * A2, axis=0) * LN2
-                if HOLD:
-                    da += dA_n
                 dA += delta[None, :] * da
             if HAS_D:
                 du += dy * D
@@ -630,8 +540,8 @@ def backward_kernel(
             ddelta *= slopes[i]
             if HAS_BIAS:
                 dbias += ddelta
-            dus = (du,) + dus  # noqa: RUF005
-            ddeltas = (ddelta,) + ddeltas  # noqa: RUF005
+            dus = (du,) + dus
+            ddeltas = (ddelta,) + ddeltas
         for i in tl.static_range(GROUP):
             live = d_mask & (start + i < L)
             tl.store(du_ptr + rows[i] * du_l + d, dus[i], mask=live)
@@ -646,15 +556,10 @@ def backward_kernel(
         dys = dys2
         zs = zs2
 
-    bknd = bk * num_state * dim + nd
     if TIED:
         tl.store(dA_ptr + bk * dim + d, dA, mask=d_mask)
     else:
-        tl.store(dA_ptr + bknd, dA, mask=mask)
-    if B_FIXED:
-        tl.store(dB_ptr + bknd, dB, mask=mask)
-    if C_FIXED:
-        tl.store(dC_ptr + bknd, dC, mask=mask)
+        tl.store(dA_ptr + bk * num_state * dim + nd, dA, mask=mask)
     if HAS_D:
         tl.store(dD_ptr + bk * dim + d, dD, mask=d_mask)
     if HAS_BIAS:
@@ -674,7 +579,7 @@ def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: 
     for start in range(0, rows, ROWS):
         xs = ()
         for i in tl.static_range(ROWS):
-            xs = xs + (tl.load(at, mask=j_mask & (start + i < rows), other=0.0),)  # noqa: RUF005
+            xs = xs + (tl.load(at, mask=j_mask & (start + i < rows), other=0.0),)
             at += columns
         for i in tl.static_range(ROWS):
             total += xs[i].to(tl.float32)
@@ -705,24 +610,6 @@ def _channels_last(x):
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _state_major(weight):
-    """(K, d, N) -> (K, N, d) float32, channels side by side; (K, d) keeps its shape."""
-    return weight.float().contiguous() if weight.dim() == 2 else weight.float().transpose(1, 2).contiguous()
-
-
-def _pack_rows(weights, sizes, block_n):
-    """What varies of B and C as float32 rows (b, K, G, l, row), N padded with zeros to block_n."""
-    batch, directions, groups, length = sizes
-    rows = torch.empty(*sizes, len(weights) * block_n, dtype=torch.float32, device=weights[0].device)
-    block_l = max(1, PACK_TILE // block_n)
-    with torch.cuda.device_of(rows):  # Triton launches on the current device
-        pack_kernel[triton.cdiv(length, block_l), directions * groups, batch](
-            tuple(weights), tuple(x.stride() for x in weights), rows, groups, length, weights[0].shape[-1],
-            BLOCK_L=block_l, BLOCK_N=block_n,
-        )  # fmt: skip
-    return rows
-
-
 def _strides(**tensors):
     """{"u_b": ..., "u_k": ...} for names such as u_bkl, one entry a dimension; 0 for None."""
     found = {}
@@ -736,106 +623,95 @@ def _strides(**tensors):
 def _is_wide(length, *widths):
     """Whether offsets within a sample and direction need 64 bits; 32 halve the address arithmetic."""
     steps = [x if isinstance(x, int) else x.stride(2) for x in widths if x is not None]
-    return length * max(steps) >= 2**31
+    return length * max(steps) >= WIDE_FROM
 
 
-def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied):
+def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     """What both kernels take, by name, and the grid: one program a channel block, direction and sample."""
     batch, directions, length, channels = delta.shape
-    states = B.shape[-1]
+    groups, states = B.shape[2], B.shape[4]
     u, delta, z = (_channels_last(x) for x in (u, delta, z))
     u = u.expand(delta.shape)
-    A = _state_major(A)
-    D, bias = (None if x is None else x.float().contiguous() for x in (D, bias))
-    varying = [x for x in (B, C) if x.dim() == 5]
-    groups = varying[0].shape[2] if varying else 1
     block_n = triton.next_power_of_2(states)
     block_d = 32 if min(TILE // block_n, triton.next_power_of_2(channels // groups)) >= 32 else 16
     block_n = max(block_n, 128 // block_d)  # four states of a thread, the fewest that the matrix unit adds
-    rows = _pack_rows(varying, (batch, directions, groups, length), block_n) if varying else None
-    B, C = (_state_major(x) if x.dim() == 3 else None for x in (B, C))
-    row_size = max(1, len(varying)) * block_n
     blocks = triton.cdiv(channels // groups, block_d)
+    rows = torch.empty(*B.shape[:4], 2 * block_n, dtype=torch.float32, device=u.device)
+    block_l = max(1, PACK_TILE // block_n)
+    pack_kernel[triton.cdiv(length, block_l), directions * groups, batch](
+        (B, C), (B.stride(), C.stride()), rows, groups, length, states, BLOCK_L=block_l, BLOCK_N=block_n
+    )
     arguments = dict(
-        u_ptr=u, delta_ptr=delta, A_ptr=A, rows_ptr=rows, B_ptr=B, C_ptr=C, D_ptr=D, z_ptr=z, bias_ptr=bias,
+        u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(), rows_ptr=rows,
+        D_ptr=D, z_ptr=z, bias_ptr=bias,
         order_ptr=order, **_strides(u_bkl=u, dt_bkl=delta, z_bkl=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
         L=length, dim=channels, group_dim=channels // groups, num_state=states, reverse=reverse,
         blocks_per_group=blocks, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-        HAS_ORDER=order is not None, SOFTPLUS=softplus, HOLD=zoh, TIED=tied,
-        B_FIXED=B is not None, C_FIXED=C is not None, ROW=row_size,
-        WIDE=_is_wide(length, row_size, channels, u, delta, z),
+        HAS_ORDER=order is not None, SOFTPLUS=softplus, TIED=tied, ROW=2 * block_n,
+        WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
         STEPS=STEPS, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
     )  # fmt: skip
     return arguments, (groups * blocks, directions, batch)
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states):
+def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
     """The canonical operation of `kernels/__init__.py`: (y, last, states)."""
     batch, directions, length, channels = delta.shape
     order = None if order is None else order.contiguous()
-    arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
-    states = arguments["num_state"]
-    y = torch.empty(delta.shape, dtype=u.dtype, device=u.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
-    last = new(batch, directions, states, channels)
-    shape = states_shape(batch, directions, length, channels, states) if keep_states else (0,)
-    saved = new(shape)
-    registers = 128 if arguments["BLOCK_N"] <= 16 else 255  # 128: four warps a scheduler
+    y = new(delta.shape, dtype=u.dtype)
+    last = new(batch, directions, B.shape[4], channels)
+    saved = new(states_shape(*delta.shape, B.shape[4]) if keep_states else (0,))
     with torch.cuda.device_of(u):  # Triton launches on the current device
+        arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        registers = 128 if arguments["BLOCK_N"] <= 16 else 255  # 128: four warps a scheduler
         forward_kernel[grid](
             **arguments, y_ptr=y, states_ptr=saved, last_ptr=last, SAVE=keep_states, maxnreg=registers
         )
     return _in_memory_of(u, y), last.transpose(2, 3).contiguous(), saved
 
 
-def backward(
-    grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied
-):  # fmt: skip
+def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     """Its gradients: (du, ddelta, dA, dB, dC, dD, dz, dbias), shape (0,) for an argument that is None."""
     batch, directions, length, channels = delta.shape
+    groups, num_state = B.shape[2], B.shape[4]
     order = None if order is None else order.contiguous()
-    arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
-    num_state, device = arguments["num_state"], u.device
-    blocks = arguments["blocks_per_group"]
-    groups = grid[0] // blocks
     grad_y = _channels_last(grad_y)
-    arguments["WIDE"] |= _is_wide(length, grad_y)
-    grad_last = None if grad_last is None else grad_last.float().transpose(2, 3).contiguous()
-    du = torch.empty(delta.shape, dtype=u.dtype, device=device)
-    ddelta = torch.empty(delta.shape, dtype=delta.dtype, device=device)
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
-    per_sample = (batch, directions, num_state, channels)
-    per_channel = (batch, directions, channels)
-    per_row = (blocks, batch, directions, groups, length, num_state)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=device)
-    dA = new(per_channel if tied else per_sample)
+    grad_last = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
+    new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
+    du, ddelta = (new(delta.shape, dtype=x.dtype) for x in (u, delta))
+    dz = new(0) if z is None else new(z.shape, dtype=z.dtype)
     # Gradients of B and C that are bfloat16 themselves take partial sums and products in bfloat16, those in
     # float16 products cut to the 11 bits of tf32.
-    varying = {x.dtype for x in (B, C) if x.dim() == 5}
-    partial = torch.bfloat16 if varying == {torch.bfloat16} else torch.float32
-    precision = "tf32x3" if torch.float32 in varying else "tf32"
+    partial = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
+    precision = "tf32x3" if torch.float32 in (B.dtype, C.dtype) else "tf32"
     if partial is torch.bfloat16:
         precision = "bf16"
-    parts = 4 if precision == "bf16" else 2  # steps whose sums over channels are taken at once
-    dB, dC = (new(per_sample) if x.dim() == 3 else new(per_row, dtype=partial) for x in (B, C))
-    dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
+    per_channel = (batch, directions, channels)
     with torch.cuda.device_of(u):
+        arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        arguments["WIDE"] |= _is_wide(length, grad_y)
+        dA = new(per_channel if tied else (batch, directions, num_state, channels))
+        per_row = (arguments["blocks_per_group"], batch, directions, groups, length, num_state)
+        dB, dC = (new(per_row, dtype=partial) for _ in "BC")
+        dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
             **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
-            du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
-            dbias_ptr=dbias, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz), one=1.0,
+            du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD,
+            dz_ptr=None if z is None else dz, dbias_ptr=dbias, one=1.0,
+            **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=None if z is None else dz),
             HAS_DLAST=grad_last is not None, PRECISION=precision,
-            PARTS=parts, GROUP=GROUP, maxnreg=255,
+            PARTS=4 if precision == "bf16" else 2,  # steps whose sums over channels are taken at once
+            GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
         dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
-    dA = dA if tied else dA.transpose(1, 2)
-    dB, dC = (found.transpose(1, 2) if x.dim() == 3 else found for found, x in ((dB, B), (dC, C)))
+    if not tied:
+        dA = dA.transpose(1, 2)
     if u.shape[1] < directions:
         du = du.sum(1, keepdim=True)
-    found = (du, ddelta, dA, dB, dC, dD, new(0) if dz is None else dz, dbias)
-    given = (u, delta, A, B, C, D, z, bias)
+    found, given = (du, ddelta, dA, dB, dC, dD, dz, dbias), (u, delta, A, B, C, D, z, bias)
     return tuple(x if y is None else _in_memory_of(y, x) for x, y in zip(found, given, strict=True))
 
 

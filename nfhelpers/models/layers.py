@@ -1,4 +1,4 @@
-"""Embeddings shared by every model.
+"""Embeddings and small parts that every model uses.
 
 Glossary
     b  batch
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class FourierFeatures(nn.Module):
-    """Random Fourier features of coordinates (Tancik et al. 2020; seed 002).
+    """Random Fourier features of coordinates (Tancik et al. 2020).
 
     The frequencies are drawn once from N(0, scale^2), in cycles per image side, and saved with the weights.
     The inner product of two feature vectors approaches ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how
@@ -37,7 +37,7 @@ class FourierFeatures(nn.Module):
 class PointEmbedding(nn.Module):
     """Tokens of points: a projection of the Fourier features of where they are, plus one of their values.
 
-    One linear map of the concatenation, as in seed 002, but each part starts at the scale of its own fan-in:
+    This is one linear map of the concatenation, but each part starts at the scale of its own fan-in:
     otherwise three values drown among hundreds of features, and training idles until they surface.
     """
 
@@ -93,3 +93,10 @@ def squared_distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def mlp(dim: int, hidden: int, out: int, dropout: float = 0.0) -> nn.Sequential:
     """Linear, GELU, dropout, linear: the token-wise network of every block."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+
+
+def zero(layer: nn.Linear) -> nn.Linear:
+    """A layer that returns zero to begin with."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

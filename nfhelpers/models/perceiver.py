@@ -19,17 +19,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import run_layers
+from nfhelpers.models.base import Layers
 from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
 
 
 class RotaryCoordinates(nn.Module):
     """Rotary embedding of points of the plane: attention sees where points lie from one another.
 
-    Pairs of channels of a token at p are turned by the angle 2 pi f . p, each pair by a frequency f of its
-    own. Then the product of a query at p and a key at q depends on their content and on q - p, and values
-    turned at q and turned back at p carry q - p along. The frequencies (cycles per image side) have random
-    directions and lengths between `LOWEST` and `HIGHEST`, log-uniform; they are saved with the weights.
+    Pairs of channels of a token at p are turned by the angle 2 pi f . p, each pair by its own frequency f.
+    Then the product of a query at p and a key at q depends on their content and on q - p, and values turned
+    at q and turned back at p carry q - p along. The frequencies (cycles per image side) have random
+    directions and log-uniform lengths between `LOWEST` and `HIGHEST`; they are saved with the weights.
 
     Sources: Su et al., "RoFormer", 2021; of values too: Miyato et al., "GTA: A Geometry-Aware Attention
     Mechanism for Multi-View Transformers", ICLR 2024.
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
     def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
-        """What depends on the points (B, Q, 2) and (B, I, 2) alone, for calls with the same: angles."""
+        """The angles at the points (B, Q, 2) and (B, I, 2): they serve all calls with these points."""
         return self.rotary(query_coords), self.rotary(input_coords)
 
     def forward(
@@ -121,10 +121,7 @@ class CrossAttention(nn.Module):
         input_coords: torch.Tensor,
         places: tuple | None = None,
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D).
-
-        `places`: of these points, if at hand.
-        """
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D)."""
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
         k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
         k, v = self._heads(k), self._heads(v)  # (B, H, I, C)
@@ -153,8 +150,7 @@ class QuerySelfAttention(nn.Module):
 
     More than `FULL` queries are dealt out like cards, in `order`, to windows of about `WINDOW` of them, so
     that time and memory per query stay flat. A window is then every n-th query of the scan: it covers the
-    plane as thinly as the queries did in training, where one of neighbours would show a corner, densely.
-    Layers with different orders deal differently.
+    plane as thinly as the queries did in training, where a window of neighbours would show one corner.
     """
 
     FULL, WINDOW = 4096, 1024
@@ -170,10 +166,10 @@ class QuerySelfAttention(nn.Module):
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
     def places(self, coords: torch.Tensor) -> tuple:
-        """What depends on the points (B, Q, 2) alone, for calls with the same: windows, and angles there.
+        """Windows of the points (B, Q, 2) and the angles there: they serve all calls with these points.
 
         The order of the queries (B, Q), window after window, and its inverse, both None for a single window;
-        then, of the windows of each length, how many there are and their angles (`RotaryCoordinates`).
+        then, for the windows of each length, how many there are and their angles (`RotaryCoordinates`).
         """
         length = coords.shape[1]
         if length <= self.FULL:
@@ -194,10 +190,7 @@ class QuerySelfAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, coords: torch.Tensor, places: tuple | None = None
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D).
-
-        `places`: of these points, if at hand.
-        """
+        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
         order, back, groups = self.places(coords) if places is None else places
         x = self.norm(queries if order is None else gather_tokens(queries, order))
         parts = self.to_query_key_value(x).split([n * at[0].shape[2] for n, at in groups], dim=1)
@@ -224,6 +217,12 @@ class PerceiverLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
+    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
+        """What the two attentions compute from the points (B, Q, 2) and (B, I, 2) alone."""
+        return self.cross_attention.places(query_coords, input_coords), self.self_attention.places(
+            query_coords
+        )
+
     def forward(
         self,
         queries: torch.Tensor,
@@ -232,10 +231,7 @@ class PerceiverLayer(nn.Module):
         input_coords: torch.Tensor,
         places: tuple,
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
-
-        `places`: what the two attentions take of these points.
-        """
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
         across, among = places
         queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
         queries = queries + self.self_attention(queries, query_coords, among)
@@ -243,11 +239,9 @@ class PerceiverLayer(nn.Module):
 
 
 class LightweightPerceiver(nn.Module):
-    """Refine queries in a few iterations of cross-attention, self-attention and MLP (seed 003).
+    """Refine queries in a few iterations of cross-attention, self-attention and MLP.
 
-    Each iteration has its own weights. Where there are too many queries for full self-attention, iterations
-    take the orders of `WINDOW_ORDERS` in turn.
-
+    Each iteration has its own weights, and where self-attention is windowed, the next of `WINDOW_ORDERS`.
     Source: Jaegle et al., "Perceiver: General Perception with Iterative Attention", 2021.
     """
 
@@ -255,22 +249,14 @@ class LightweightPerceiver(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, iterations: int, mlp_ratio: float, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList(
-            PerceiverLayer(
-                d_model, num_heads, self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)], mlp_ratio, dropout
-            )
-            for i in range(iterations)
+        orders = [self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)] for i in range(iterations)]
+        self.layers = Layers(
+            PerceiverLayer(d_model, num_heads, order, mlp_ratio, dropout) for order in orders
         )
 
     def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> list[tuple]:
-        """What each layer takes of the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
-        return [
-            (
-                layer.cross_attention.places(query_coords, input_coords),
-                layer.self_attention.places(query_coords),
-            )
-            for layer in self.layers
-        ]
+        """What the layers compute from the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
+        return [layer.places(query_coords, input_coords) for layer in self.layers]
 
     def forward(
         self,
@@ -278,16 +264,11 @@ class LightweightPerceiver(nn.Module):
         query_coords: torch.Tensor,
         inputs: torch.Tensor,
         input_coords: torch.Tensor,
-        recompute: bool = False,
         places: list[tuple] | None = None,
     ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
-
-        `recompute`: as in `run_layers`; `places`: of these points, if at hand.
-        """
-        if places is None:
-            places = self.places(query_coords, input_coords)
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
+        places = self.places(query_coords, input_coords) if places is None else places
         for layer, place in zip(self.layers, places, strict=True):
             context = (query_coords, inputs, input_coords, place)
-            queries = run_layers([layer], queries, *context, recompute=recompute)  # (B, Q, D)
+            queries = self.layers.apply_layer(layer, queries, *context)  # (B, Q, D)
         return queries
