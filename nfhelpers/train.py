@@ -33,22 +33,20 @@ from nfhelpers.flow import check_field, flow_matching_loss, grid_flow_loss
 from nfhelpers.metrics import psnr
 from nfhelpers.models import LocalMamba2D
 
-PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours -> Accelerate's
 QUERY_COUNTS = 4  # counts that vary_queries draws from: each is a compilation and a graph of its own
 READ_EVERY = 10  # steps between looks at what a GPU has computed: the CPU waits for it then
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION, _FIELDS = range(6)  # streams of random numbers
 # A resumed run must agree in these; epochs, files and speed may change.
 _IDENTITY = "batch_size learning_rate weight_decay clip_norm ema_decay precision vary_queries seed".split()
-_STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm")
-_EVALUATION_COLUMNS = ("val_step", "val_loss", "val_psnr")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of `fit`; unknown names are errors."""
 
-    output_dir: str  # of the run: one that was stopped there goes on
+    output_dir: str | Path  # of the run: one that was stopped there goes on
     epochs: int = 100  # may be raised when they are done: the run goes on
     batch_size: int = 64  # of an optimizer step, over all processes and accumulation steps
     learning_rate: float = 1e-4  # the peak, after warm-up and before a cosine down to 0
@@ -62,7 +60,7 @@ class TrainConfig:
     compile: bool = False
     cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
     vary_queries: bool = (
-        True  # of fields: a quarter of the query points to all of them, as full fields have more
+        True  # of fields: from a quarter of the query points to all, as full fields have more
     )
     evaluate_every: int = 2  # epochs; the last one is always evaluated
     save_every_seconds: float = 30.0  # what a kill loses at most; the state is also saved at the end
@@ -71,11 +69,6 @@ class TrainConfig:
     cpu: bool = False  # train on the CPU even where a GPU is
     progress: bool = True  # progress bar and, in a notebook, a live figure
     title: str = "training"  # of the figure
-
-    def __post_init__(self):
-        object.__setattr__(self, "output_dir", str(self.output_dir))
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} is unknown; pass one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -120,52 +113,47 @@ def fit(model, data, config, callback=None, about=None):
     Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits with 143. A loss that is not finite
     raises FloatingPointError with its step. Works under `accelerate launch` unchanged.
     """
-    train_data, validation_data = data if isinstance(data, tuple) else (data, None)
     # Accelerate keeps the device and precision of a process's first Accelerator; a notebook trains often.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(mixed_precision=PRECISIONS[config.precision], cpu=config.cpu)
-    parts = accelerator.num_processes * config.gradient_accumulation
-    if config.batch_size % parts or len(train_data) < config.batch_size:
-        raise ValueError(
-            f"batch_size={config.batch_size} must divide by {parts} (processes x gradient_accumulation) and be "
-            f"at most the {len(train_data)} items"
-        )
+    precision = "no" if config.precision == "fp32" else config.precision
+    accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu)
     folder, cuda = Path(config.output_dir), accelerator.device.type == "cuda"
     with (
         checkpoint.one_run(folder) if accelerator.is_main_process else nullcontext(),
         torch.random.fork_rng(devices=[accelerator.device] if cuda else []),
         _noted_signals(alone=accelerator.num_processes == 1) as signals,
     ):
-        run = _Run(model, train_data, validation_data, config, accelerator, signals, about or {})
+        run = _Run(model, data, config, accelerator, signals, about or {})
         run.go(callback)
-    progress = run.progress
+    step, best = run.progress["step"], folder / "best" if run.progress["best"] < math.inf else None
     if signal.SIGTERM in signals:
-        print(f"SIGTERM: stopped at step {progress['step']}; the same call goes on", file=sys.stderr)
+        print(f"SIGTERM: stopped at step {step}; the same call goes on", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
-    best = folder / "best" if progress["best"] < math.inf else None
-    return TrainResult(model, run.history, best, folder / "latest", progress["step"], bool(signals))
+    return TrainResult(model, run.history, best, folder / "latest", step, bool(signals))
 
 
 class _Run:
     """One call of `fit`."""
 
-    def __init__(self, model, train_data, validation_data, config, accelerator, signals, about):
-        self.model, self.config, self.accelerator, self.signals = model, config, accelerator, signals
-        self.validation_data, self.about, self.folder = validation_data, about, Path(config.output_dir)
+    def __init__(self, model, data, config, accelerator, signals, about):
+        self.model, self.config, self.accelerator = model, config, accelerator
+        self.signals, self.about, self.folder = signals, about, Path(config.output_dir)
         self.main, self.alone = accelerator.is_main_process, accelerator.num_processes == 1
         self.device, self.cuda = accelerator.device, accelerator.device.type == "cuda"
-        self.steps = _Steps(train_data, config, model)
+        train_data, self.validation_data = data if isinstance(data, tuple) else (data, None)
+        self.steps = _Steps(train_data, config, accelerator, model)
         self.ema = copy.deepcopy(model.to(self.device)).requires_grad_(False).eval()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        both = zip(self.ema.parameters(), model.parameters(), strict=True)
-        self.averages = [average for average, p in both if p.requires_grad]
+        both = zip(model.parameters(), self.ema.parameters(), strict=True)
+        self.parameters, self.averages = zip(*((p, own) for p, own in both if p.requires_grad), strict=True)
         groups = parameter_groups(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.history = {name: [] for name in (*_STEP_COLUMNS, *_EVALUATION_COLUMNS)}
+        names = "step epoch loss learning_rate gradient_norm val_step val_loss val_psnr"
+        self.history = {name: [] for name in names.split()}
         first = [round(float(x.double().sum()), 3) for x in self.steps.data[0].values()]
         self.identity = {"model": repr(getattr(model, "config", None)), "data": [len(train_data), *first]}
         self.identity |= {name: getattr(config, name) for name in _IDENTITY}
-        details = checkpoint.load_state(*self.state(), self.identity)
+        self.state = self.folder / "state.safetensors", model, self.ema, self.optimizer, self.history
+        details = checkpoint.load_state(*self.state, self.identity)
         self.progress = details.get("progress", {"step": 0, "epoch": 0, "best": math.inf, "seconds": 0.0})
 
         network = torch.compile(model, dynamic=False) if config.compile else model
@@ -177,33 +165,30 @@ class _Run:
             accumulate = config.gradient_accumulation > 1
             self.add_gradient = graphs.recorded_gradient(model, self.add_gradient, accumulate)
         self.unread = []  # of the last steps: their numbers, and loss and gradient norm on the device
-        self.saved, self.shown = time.monotonic(), None
-
-    def state(self):
-        return self.folder / "state.safetensors", self.model, self.ema, self.optimizer, self.history
+        self.saved, self.shown, self.show = time.monotonic(), None, self.main and config.progress
 
     def go(self, callback):
         """Train until the epochs are done or a stop is asked for; leave the averaged weights in the model."""
-        config, progress, model, per_epoch = self.config, self.progress, self.model, self.steps.per_epoch
-        start = progress["step"], progress["epoch"]
-        self.show = self.main and config.progress
-        self.bar = tqdm(
-            total=config.epochs * per_epoch, initial=start[0], desc="train", disable=not self.show
+        progress, model, epochs, per_epoch = (
+            self.progress,
+            self.model,
+            self.config.epochs,
+            self.steps.per_epoch,
         )
+        start = progress["step"], progress["epoch"]
+        self.bar = tqdm(total=epochs * per_epoch, initial=start[0], desc="train", disable=not self.show)
         if self.main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.folder / "tb", purge_step=start[0] + 1)
-            to_go = (
-                f"{config.epochs} epochs of {per_epoch} step{'s' * (per_epoch > 1)}, {start[0]} steps done"
-            )
-            nothing = f"all {config.epochs} epochs are done, nothing to do; raise epochs to train longer"
-            print(f"{self.folder}: {to_go if start[1] < config.epochs else nothing}")
+            to_go = f"{epochs} epochs of {per_epoch} step{'s' * (per_epoch > 1)}, {start[0]} steps done"
+            nothing = f"all {epochs} epochs are done, nothing to do; raise epochs to train longer"
+            print(f"{self.folder}: {to_go if start[1] < epochs else nothing}")
         checkpointing = getattr(model, "gradient_checkpointing", False)
-        model.gradient_checkpointing = config.gradient_checkpointing
-        batches = iter(self.steps.loader(start[0], self.accelerator))
+        model.gradient_checkpointing = self.config.gradient_checkpointing
+        batches = iter(self.steps.loader(start[0], self.cuda))
         try:
-            while progress["epoch"] < config.epochs and not self.stopped() and self.train_epoch(batches):
+            while progress["epoch"] < epochs and not self.stopped() and self.train_epoch(batches):
                 fields = self.finish_epoch() if self.main else None
                 progress["epoch"] += 1
                 try:
@@ -217,7 +202,7 @@ class _Run:
             self.optimizer.zero_grad()  # gradients may lie in the memory of graphs
             model.gradient_checkpointing = checkpointing
             self.bar.close()
-            if config.num_workers:  # there is no public way, and an error's traceback would keep them
+            if self.config.num_workers:  # there is no public way, and an error's traceback would keep them
                 batches._shutdown_workers()
         model.load_state_dict(self.ema.state_dict())
         model.eval()
@@ -250,15 +235,14 @@ class _Run:
         loss = accelerator.reduce(total, "mean")
         norm = accelerator.clip_grad_norm_(self.parameters, config.clip_norm)
         total_steps = config.epochs * self.steps.per_epoch
-        warmup_steps = round(config.warmup_fraction * total_steps)
-        rate = config.learning_rate * cosine_schedule(step, total_steps, warmup_steps)
+        factor = cosine_schedule(step, total_steps, round(config.warmup_fraction * total_steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = config.learning_rate * factor * group["lr_scale"]
         self.prepared.step()
         average = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
         average(self.averages, self.parameters, None)
         self.progress["step"] += 1
-        self.unread.append((step + 1, self.progress["epoch"] + 1, rate, torch.stack([loss, norm])))
+        self.unread.append((step + 1, config.learning_rate * factor, torch.stack([loss, norm])))
 
     def add_gradient(self, **batch):
         """Add the gradient of a slice's part of the batch's loss to the parameters'; returns that part."""
@@ -270,30 +254,30 @@ class _Run:
         """Log the steps since the last call. A GPU is waited for here, and nowhere else."""
         unread, self.unread = self.unread, []
         outcomes = torch.stack([step[-1] for step in unread]).tolist() if unread else []
-        for (step, epoch, rate, _), (loss, norm) in zip(unread, outcomes, strict=True):
+        for (step, rate, _), (loss, norm) in zip(unread, outcomes, strict=True):
             # The loss scaler of fp16 finds its scale by overflowing now and then, and skips such a step.
             if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
                 raise FloatingPointError(
                     f"step {step}: the loss is {loss}, its gradient norm {norm}; the saved state is untouched. "
                     "Look for NaN in the data, or lower learning_rate"
                 )
-            self.note(step, _STEP_COLUMNS, (step, epoch, loss, rate, norm))
+            epoch = self.progress["epoch"] + 1
+            self.note(step, step=step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-    def note(self, step, columns, values):
-        for name, value in zip(columns, values, strict=True):
+    def note(self, at, **values):
+        for name, value in values.items():
             self.history[name].append(value)
             if self.main:
-                self.board.add_scalar(name, value, step)
+                self.board.add_scalar(name, value, at)
 
     def stopped(self):
         """Whether any process was asked to stop; all of them ask this after the same step."""
-        if not self.alone:
-            if self.signals:
-                self.accelerator.set_trigger()
-            if self.accelerator.check_trigger() and not self.signals:
-                self.signals.append(signal.SIGINT)
+        if not self.alone and self.signals:
+            self.accelerator.set_trigger()
+        if not self.alone and self.accelerator.check_trigger() and not self.signals:
+            self.signals.append(signal.SIGINT)
         return bool(self.signals)
 
     def finish_epoch(self):
@@ -303,42 +287,40 @@ class _Run:
             return None
         fields = self.reconstruct() if getattr(data, "images", None) is not None else None
         score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
-        loss = self.validate()
-        self.note(progress["step"], _EVALUATION_COLUMNS, (progress["step"], loss, float(score)))
+        loss, step = self.validate(), progress["step"]
+        self.note(step, val_step=step, val_loss=loss, val_psnr=float(score))
         if loss < progress["best"]:
             progress["best"] = loss
             checkpoint.save_model(self.ema, self.folder / "best", self.card())
         from nfhelpers.plots import training_figure  # matplotlib
 
-        pictures = fields and {name: images[:4] for name, images in fields.items()}
-        figure = training_figure(self.history, pictures, title=f"{self.config.title}: epoch {epoch}")
-        figure.savefig(self.folder / "training.png")
+        pictures, path = fields and {name: x[:4] for name, x in fields.items()}, self.folder / "training.png"
+        training_figure(self.history, pictures, f"{self.config.title}: epoch {epoch}").savefig(path)
         if self.show and "ipykernel" in sys.modules:  # in place of its predecessor
             from IPython.display import Image, display
 
             self.shown = self.shown or display(display_id=True)
-            self.shown.update(Image(str(self.folder / "training.png")))
+            self.shown.update(Image(str(path)))
         return fields
 
     @torch.no_grad()
     def validate(self):
         """The training's loss over the validation set, with the same times and noise every time."""
         data, total, generator = self.validation_data, 0.0, _generator(self.config.seed, _VALIDATION)
-        times = ((torch.randperm(len(data), generator=generator) + 0.5) / len(data)).split(
-            self.config.batch_size
-        )
-        for batch, t in zip(DataLoader(data, self.config.batch_size), times, strict=True):
+        times = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)  # less variance than draws
+        loader = DataLoader(data, self.config.batch_size)
+        for batch, t in zip(loader, times.split(self.config.batch_size), strict=True):
             batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
             with self.accelerator.autocast():
-                loss = _loss(self.ema, {name: x.to(self.device) for name, x in batch.items()})
+                loss = _Objective(self.ema)({name: x.to(self.device) for name, x in batch.items()})
             total += float(loss) * len(t) / len(data)
         return total
 
     def reconstruct(self):
         """One-step posterior mean of the first validation images, in full: arrays (k, H, W, 3) in [0, 1]."""
-        images = np.asarray(self.validation_data.images[:8])
-        fraction = self.validation_data.num_inputs / (images.shape[1] * images.shape[2])
-        observed = evaluate.observe(images, fraction, self.validation_data.seed or 0)
+        data, images = self.validation_data, np.asarray(self.validation_data.images[:8])
+        fraction = data.num_inputs / (images.shape[1] * images.shape[2])
+        observed = evaluate.observe(images, fraction, data.seed or 0)
         with self.accelerator.autocast():
             made = evaluate.reconstruct(self.ema, observed, seed=_seed(self.config.seed, _FIELDS))
         sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # unobserved: grey
@@ -347,46 +329,53 @@ class _Run:
     def save(self):
         """`latest`, the log and, last of all, the state: after a kill between them, steps are repeated."""
         self.read_back()
-        now = time.monotonic()
+        now, folder, card = time.monotonic(), self.folder, self.card()
         self.progress["seconds"], self.saved = self.progress["seconds"] + now - self.saved, now
         if not self.main:
             return
-        columns = {name: pandas.Series(column) for name, column in self.history.items()}
         steps, evaluations = (
-            pandas.DataFrame({n: columns[n] for n in names}) for names in (_STEP_COLUMNS, _EVALUATION_COLUMNS)
+            pandas.DataFrame({name: x for name, x in self.history.items() if name.startswith("val_") == late})
+            for late in (False, True)
         )
         log = steps.merge(evaluations, "left", left_on="step", right_on="val_step")
-        checkpoint.replace_file(self.folder / "log.csv", lambda path: log.to_csv(path, index=False))
-        checkpoint.replace_file(self.folder / "README.md", lambda path: path.write_text(self.card()))
-        checkpoint.save_model(self.ema, self.folder / "latest", self.card())
+        checkpoint.replace_file(folder / "log.csv", lambda path: log.to_csv(path, index=False))
+        checkpoint.replace_file(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
+        checkpoint.save_model(self.ema, folder / "latest", card)
         scaler = self.accelerator.scaler
         details = {"progress": self.progress, "scaler": scaler and scaler.state_dict()}
-        checkpoint.save_state(*self.state(), self.identity | details)
+        checkpoint.save_state(*self.state, self.identity | details)
 
     def card(self):
         """The README of a run and of its models: what was trained, on what, for how long, how well."""
-        progress, history = self.progress, self.history
+        history, seconds = self.history, self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
         lines = self.about | {
             "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}",
-            "training": f"{progress['step']} steps, {progress['seconds']:.0f} s on {device}",
+            "training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}",
             "loss": f"{np.mean(history['loss'][-self.steps.per_epoch :]):.4f}, mean of the last epoch",
-            **{name: f"{history[name][-1]:.4f}" for name in _EVALUATION_COLUMNS if history[name]},
+            **{name: f"{history[name][-1]:.4f}" for name in ("val_loss", "val_psnr") if history[name]},
             "settings": self.config,
         }
-        return "\n".join(
-            [f"# {type(self.model).__name__}", "", *(f"- {name}: {x}" for name, x in lines.items()), ""]
-        )
+        text = "\n".join(f"- {name}: {line}" for name, line in lines.items())
+        return f"# {type(self.model).__name__}\n\n{text}\n"
 
 
 class _Steps(Dataset):
     """The items of all steps with their draws, by (step, place in its batch)."""
 
-    def __init__(self, data, config, model):
+    def __init__(self, data, config, accelerator, model):
         self.data, self.config = copy.copy(data), config  # a copy, as its epoch is set here
         self.per_epoch = len(data) // config.batch_size
         self.dropped = model.config.cfg_dropout if isinstance(model, LocalMamba2D) else None
         self.key = "query_values" if self.dropped is None else "spectrograms"
+        parts = config.gradient_accumulation, accelerator.num_processes
+        if config.batch_size % math.prod(parts) or self.per_epoch == 0:
+            raise ValueError(
+                f"batch_size={config.batch_size} must divide by {math.prod(parts)} (accumulation x processes), "
+                f"and be at most {len(data)}, the items to train on"
+            )
+        places = torch.arange(config.batch_size).reshape(*parts, -1)
+        self.places = places[:, accelerator.process_index].tolist()  # of each slice of this process
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
@@ -395,20 +384,13 @@ class _Steps(Dataset):
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
 
-    def loader(self, step, accelerator):
-        """This process's slices of all steps from this one on: workers never pause."""
-        config = self.config
-        layout = config.gradient_accumulation, accelerator.num_processes, -1
-        places = torch.arange(config.batch_size).reshape(layout)[:, accelerator.process_index].tolist()
-        steps = range(step, config.epochs * self.per_epoch)
-        return DataLoader(
-            self,
-            batch_sampler=([(step, place) for place in part] for step in steps for part in places),
-            num_workers=config.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # so that it takes nothing from the global one
-            worker_init_fn=_start_worker,
-        )
+    def loader(self, step, cuda):
+        """The slices of all steps from this one on: workers never pause."""
+        steps, workers = range(step, self.config.epochs * self.per_epoch), self.config.num_workers
+        keys = ([(step, place) for place in part] for step in steps for part in self.places)
+        options = {"pin_memory": cuda, "num_workers": workers, "worker_init_fn": _start_worker}
+        # With a generator of its own it takes nothing from the global one.
+        return DataLoader(self, batch_sampler=keys, generator=torch.Generator(), **options)
 
     def __getitem__(self, key):
         step, place = key
@@ -433,31 +415,26 @@ class _Steps(Dataset):
 
 def _start_worker(worker):
     """Ctrl-C and SIGTERM reach every process of a group, but loaders are needed to the end of the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
     steps = get_worker_info().dataset
     steps.data = copy.copy(steps.data)  # workers may be at different epochs
 
 
-def _loss(model, batch):
-    """The loss of a batch with its draws."""
-    draws = {"t": batch["t"], "noise": batch["noise"]}
-    if "spectrograms" in batch:
-        return grid_flow_loss(model, batch, **draws, drop=batch.get("drop"))
-    if hasattr(model, "loss_times"):  # a model may be trained at other times than those that were drawn
-        draws["t"] = model.loss_times(draws["t"])
-    return flow_matching_loss(model, batch, **draws, weight=getattr(model, "loss_weight", None))
-
-
 class _Objective(nn.Module):
-    """The loss as a module: autocast and DDP wrap modules."""
+    """The loss of a batch with its draws, as a module: autocast and DDP wrap modules."""
 
     def __init__(self, network):
         super().__init__()
         self.network = network
 
     def forward(self, batch):
-        return _loss(self.network, batch)
+        model, draws = self.network, {"t": batch["t"], "noise": batch["noise"]}
+        if "spectrograms" in batch:
+            return grid_flow_loss(model, batch, **draws, drop=batch.get("drop"))
+        if hasattr(model, "loss_times"):  # a model may be trained at other times than those that were drawn
+            draws["t"] = model.loss_times(draws["t"])
+        return flow_matching_loss(model, batch, **draws, weight=getattr(model, "loss_weight", None))
 
 
 def _seed(*words):
@@ -471,15 +448,15 @@ def _generator(*words):
 @contextmanager
 def _noted_signals(alone):
     """Inside, Ctrl-C and SIGTERM are noted in the list and obeyed after the step; a second Ctrl-C at once."""
-    signals, before = [], {}
+    signals = []
 
     def note(number, frame):
         if number == signal.SIGINT and number in signals and alone:
             raise KeyboardInterrupt
         signals.append(number)
 
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in _STOPS} if main else {}
     try:
         yield signals
     finally:

@@ -32,7 +32,7 @@ class GaussianField(nn.Module):
         return input_values.mean(1, keepdim=True)  # (B, 1, 3)
 
     def forward(self, noisy_values, query_coords, t, input_coords, input_values, conditions=None):
-        self.calls.append(("forward", len(noisy_values), self.training))
+        self.calls.append(("forward" if conditions is None else "prepared", len(noisy_values), self.training))
         mean = input_values.mean(1, keepdim=True) if conditions is None else conditions
         return gaussian(noisy_values, t[:, None, None], mean, self.std)
 
@@ -144,7 +144,7 @@ def test_samples_of_a_gaussian_posterior_have_its_mean_and_std(method):
     torch.testing.assert_close(x.std(1), torch.full((3, 3), 0.1), atol=0.008, rtol=0)
     assert seen == [(n, pytest.approx(n / 100)) for n in range(1, 101)]
     evaluations = 100 * samplers.EVALUATIONS[method] - (method in ("heun", "sde"))
-    assert model.calls == [("prepare", 3, False)] + [("forward", 3, False)] * evaluations
+    assert model.calls == [("prepare", 3, False)] + [("prepared", 3, False)] * evaluations
     assert model.training and not model.frozen.training and not x.requires_grad
 
 

@@ -57,15 +57,15 @@ def thin_plate_spline(
     return torch.cat(parts, dim=1).to(input_values.dtype)  # (B, Q, C)
 
 
-def _solve(A: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _solve(A, b):
     return torch.cholesky_solve(b, torch.linalg.cholesky_ex(A)[0])  # A symmetric and positive definite
 
 
-def _radial(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _radial(p, q):
     distance2 = squared_distances(p, q)
     # xlogy(distance2, distance2), which is slower: 0 where points coincide.
     return 0.5 * distance2 * distance2.clamp_min(torch.finfo(distance2.dtype).tiny).log()  # (B, P, Q)
 
 
-def _affine(p: torch.Tensor) -> torch.Tensor:
+def _affine(p):
     return F.pad(p - 0.5, (1, 0), value=1.0)  # (B, P, 3): 1, x, y
