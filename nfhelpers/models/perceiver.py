@@ -202,9 +202,8 @@ class PerceiverLayer(nn.Module):
 
     def places(self, query_coords, input_coords):
         """What the two attentions compute from the points (B, Q, 2) and (B, I, 2) alone."""
-        return self.cross_attention.places(query_coords, input_coords), self.self_attention.places(
-            query_coords
-        )
+        across = self.cross_attention.places(query_coords, input_coords)
+        return across, self.self_attention.places(query_coords)
 
     def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""

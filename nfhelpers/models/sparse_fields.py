@@ -71,9 +71,9 @@ def joint_orders(coords, kinds, bidirectional):
 
 def directional_blocks(c, num_layers, bidirectional):
     """Blocks that scan in the orders of a config."""
-    orders = (len(c.orders), c.shared_weights, bidirectional)
-    block = (c.d_model, c.d_state, c.expand, *orders, c.tied_decay, c.mlp_ratio, c.dropout)
-    return stack(MultiDirectionalMambaBlock(*block) for _ in range(num_layers))
+    scan = (c.d_state, c.expand, len(c.orders), c.shared_weights, bidirectional, c.tied_decay)
+    rest = dict(mlp_ratio=c.mlp_ratio, dropout=c.dropout)
+    return stack(MultiDirectionalMambaBlock(c.d_model, *scan, **rest) for _ in range(num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,8 +179,8 @@ def stack(blocks):
     """
     blocks = Layers(blocks)
     for block in blocks:
-        for layer in (block.mixer.out_proj, block.mlp[-1]):
-            zero(layer)
+        zero(block.mixer.out_proj)
+        zero(block.mlp[-1])
     return blocks
 
 
@@ -192,24 +192,10 @@ class MambaBlock(ResidualBlock):
 
 
 class MultiDirectionalMambaBlock(ResidualBlock):
-    """Scans in several orders: `forward(tokens, orders)`."""
+    """Scans in several orders: `forward(tokens, orders)`; `scan`: arguments of `MultiDirectionalSSM`."""
 
-    def __init__(
-        self,
-        d_model,
-        d_state,
-        expand,
-        num_orders,
-        shared_weights,
-        bidirectional,
-        tied_decay,
-        mlp_ratio,
-        dropout,
-    ):
-        mixer = MultiDirectionalSSM(
-            d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
-        )
-        super().__init__(mixer, d_model, mlp_ratio, dropout)
+    def __init__(self, d_model, *scan, mlp_ratio, dropout):
+        super().__init__(MultiDirectionalSSM(d_model, *scan, dropout), d_model, mlp_ratio, dropout)
 
 
 class BidirectionalMamba(nn.Module):
