@@ -11,8 +11,10 @@ STAMP := $(VENV)/.installed
 PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 # Jupyter refuses root unless told; a container's only user often is root.
 ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
-# Images that are uploaded to a widget travel as one message; no pop-up asks about news.
-LAB := --ServerApp.tornado_settings='{"websocket_max_message_size": 200000000}' --LabApp.news_url=None
+# An image that is uploaded to a widget travels as one message.
+LAB := --ServerApp.tornado_settings='{"websocket_max_message_size": 200000000}'
+# JupyterLab asks nobody whether to show its news.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 # Jupyter's own files stay in the environment; a kernel of the same name elsewhere is not used.
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -60,6 +62,8 @@ test: $(STAMP)
 	NF_PRESET=smoke $(BIN)/python -m pytest tests/test_browser.py
 
 lab: $(STAMP)
+	@mkdir -p $(LAB_SETTINGS)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_SETTINGS)/overrides.json
 	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab $(LAB) --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
 
 doctor: $(STAMP)

@@ -89,7 +89,7 @@ class Wiener:
         self.kernel = np.fft.rfft2(self.covariance[np.ix_(*lags)], axes=(0, 1))  # (2H, W+1, 3, 3)
 
     def fill(self, observed, size=None):
-        """Fields (N, H, W, 3), or resampled to (N, size, size, 3), of an `evaluate.Observed`; O(Ni^3) each."""
+        """Fields (N, H, W, 3) of an `evaluate.Observed`, or resampled to (N, size, size, 3)."""
         fields = np.stack([self._fill(*p) for p in zip(observed.images, observed.mask, strict=True)])
         shape = (self.height, self.width) if size is None else (size, size)
         return resize(fields, *shape).astype(np.float32)

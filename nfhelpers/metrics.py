@@ -45,8 +45,8 @@ def speckle(prediction, target, flat: float = 0.1) -> np.ndarray:
 def crps(draws, target) -> np.ndarray:
     """Continuous ranked probability score of posterior samples (K, N, H, W, 3), K >= 2: (N,), 0 is perfect.
 
-    Per pixel, mean |x_k - y| less half the mean |x_i - x_j| over pairs of draws, in the unit of the images. It
-    is the fair estimator: its expectation does not depend on K, and is smallest for the true posterior.
+    Per pixel, mean |x_k - y| less half the mean |x_i - x_j| over pairs of draws, in their unit. It is the
+    fair estimator: its expectation does not depend on K, and is smallest for the true posterior.
     Source: Ferro, "Fair scores for ensemble forecasts", 2014.
     """
     draws, target = _draws(draws, target)

@@ -8,9 +8,9 @@ chunks from the last to the first, recomputes the states of one, and runs the ad
     g_t = C_t dy_t + a_{t+1} g_{t+1}          g: gradient with respect to h
 
 in place. Memory is therefore the inputs plus L/T states plus a few buffers of T states. Rows are gathered one
-chunk at a time, so that a direction of scan costs no permuted copy of its inputs. Nothing here is seen by
-autograd (`kernels/__init__.py` registers both passes): the backward of a slice under autograd fills a tensor
-as long as the whole sequence.
+chunk at a time, so that a direction of scan costs no permuted copy of its inputs. Autograd sees none of this
+(`kernels/__init__.py` registers both passes): the backward of a slice would fill a tensor as long as the
+sequence. Zero-order hold and fixed B, C, which no model uses, take `by_parts`: autograd and recomputation.
 
 b batch, k direction, g group, n state, p channel inside its group, l row, t step. Chunks are time-major and
 channels-last, (T, b, k, G, P) or with states (T, b, k, G, N, P), so that elementwise work runs over
@@ -19,18 +19,16 @@ contiguous channels.
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .reference import SERIES_BELOW, SERIES_TERMS, state_rates
+from .reference import selective_scan_reference
 
 CHUNK = 32  # steps per chunk
-STEP_ELEMENTS = (
-    32768  # states per step and CPU thread: what is larger goes through in slices that stay in cache
-)
-TINY = 1e-30  # 1 / A is not formed below this
+# States per step and CPU thread: what is larger goes through in slices that stay in cache.
+STEP_ELEMENTS = 32768
 LOG2E = math.log2(math.e)
 
 
@@ -39,71 +37,74 @@ def states_shape(batch, directions, length, channels, states):
     return (-(-length // CHUNK), batch, directions, channels * states)
 
 
-class _Scan(NamedTuple):
-    """The arguments of one call, ready to be cut up: (b, K, l, ...) what varies, (K, ...) what is fixed."""
+class _Scan:
+    """The arguments of one call, ready to be cut up: (b, K, l, ...) what varies, (K, ...) what does not."""
 
-    u: torch.Tensor  # (b, K, l, G, P)
-    delta: torch.Tensor  # (b, K, l, G, P)
-    B: torch.Tensor  # (b, K, l, G, N, 1), or (K, G, N, P) when fixed
-    C: torch.Tensor
-    A: torch.Tensor  # (K, G, N, P), or (K, G, P) when tied
-    D: torch.Tensor | None  # (K, G, P)
-    z: torch.Tensor | None  # (b, K, l, G, P)
-    bias: torch.Tensor | None  # (K, G, P)
-    visits: torch.Tensor | None  # (l, b', K): row visited at each step; None: row t at step t
-    states: int
-    parts: list  # pairs of slices, of samples and of directions, whose states stay in cache
-    spans: list  # slices of the steps
+    def __init__(self, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
+        batch, directions, length, channels = delta.shape
+        self.groups, self.states, self.dtype, self.softplus = B.shape[2], B.shape[4], A.dtype, softplus
+        self.u = self.split(u).expand(-1, directions, -1, -1, -1)  # (b, K, l, G, P)
+        self.delta, self.z = self.split(delta), self.split(z)
+        self.B, self.C = _rows(B), _rows(C)  # (b, K, l, G, N, 1)
+        self.D, self.bias = self.split(D), self.split(bias)  # (K, G, P)
+        tied = A.dim() == 2
+        self.A = self.split(A if tied else A.transpose(1, 2))  # (K, G, P) or (K, N, G, P)
+        self.A = self.A if tied else self.A.transpose(1, 2).contiguous()  # (K, G, N, P)
+        self.visits = _visits(order, reverse, directions, length, u.device)
+        self.spans = _cut(length, CHUNK)  # of the steps
+        samples_at_once, directions_at_once = batch, directions
+        if u.device.type == "cpu":
+            room = STEP_ELEMENTS * torch.get_num_threads() // (channels * self.states)
+            samples_at_once = max(1, min(batch, room))
+            directions_at_once = max(1, min(directions, room // batch))
+        # Slices of samples and of directions whose states stay in cache.
+        self.parts = list(
+            itertools.product(_cut(batch, samples_at_once), _cut(directions, directions_at_once))
+        )
 
-    def buffer(self, part, steps):
-        """Room for the states of a part, (steps, b, k, G, N, P)."""
+    def split(self, x):
+        """(..., d) as (..., G, P)."""
+        return None if x is None else x.unflatten(-1, (self.groups, -1))
+
+    def of(self, part):
+        """A, D and bias of a part."""
+        return (None if x is None else x[part[1]] for x in (self.A, self.D, self.bias))
+
+    def buffer(self, part):
+        """Room for the states of a part, (T + 1, b, k, G, N, P)."""
         samples, directions = (piece.stop - piece.start for piece in part)
-        groups, inner = self.u.shape[-2:]
-        return self.A.new_empty(steps, samples, directions, groups, self.states, inner)
+        return self.A.new_empty(
+            self.spans[0].stop + 1, samples, directions, *self.B.shape[3:5], self.u.shape[4]
+        )
 
+    def replay(self, where, part, h, a):
+        """Decays of a chunk into a, its states into h[1:], from h[0] on; and what they were computed from.
 
-def _prepare(u, delta, A, B, C, D, z, bias, order, reverse):
-    batch, directions, length, channels = delta.shape
-    groups = next((weight.shape[2] for weight in (B, C) if weight.dim() == 5), 1)
-    split, states = (groups, channels // groups), B.shape[-1]
-    samples_at_once, directions_at_once = batch, directions
-    if u.device.type == "cpu":
-        room = STEP_ELEMENTS * torch.get_num_threads() // (channels * states)
-        samples_at_once = max(1, min(batch, room))
-        directions_at_once = max(1, min(directions, room // batch))
-    return _Scan(
-        _split(u, split).expand(-1, directions, -1, -1, -1),
-        _split(delta, split),
-        _by_state(B, split),
-        _by_state(C, split),
-        _split(A, split) if A.dim() == 2 else _by_state(A, split),
-        *(_split(x, split) for x in (D, z, bias)),
-        _visits(order, reverse, directions, length, u.device),
-        states,
-        list(itertools.product(_cut(batch, samples_at_once), _cut(directions, directions_at_once))),
-        _cut(length, CHUNK),
-    )
+        h and a are pairs: a buffer, and the list of its steps.
+        """
+        A, _, bias = self.of(part)
+        raw, u, B = (_load(x, where, self.dtype) for x in (self.delta, self.u, self.B))
+        raw = raw if bias is None else raw + bias
+        step = F.softplus(raw) if self.softplus else raw
+        count = len(u)
+        torch.mul((step * u).unsqueeze(-2), B, out=h[0][1 : count + 1])
+        # exp2, not exp, which is several times slower on a CPU, more so where the result underflows.
+        if A.dim() == 3:
+            _fill_powers(torch.exp2(step * (A * LOG2E)), a[0][:count])
+        else:
+            torch.mul(step.unsqueeze(-2), A * LOG2E, out=a[0][:count]).exp2_()
+        for t in range(count):
+            h[1][t + 1].addcmul_(a[1][t], h[1][t])
+        return u, B, _load(self.C, where, self.dtype), step, raw
 
 
 def _cut(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _split(x, split):
-    """(..., d) as (..., G, P)."""
-    return None if x is None else x.unflatten(-1, split)
-
-
-def _by_state(weight, split):
-    """A, B or C: a copy (K, G, N, P) of (K, d, N); a view (b, K, l, G, N, 1) of (b, K, G, l, N)."""
-    if weight.dim() == 3:
-        return weight.unflatten(1, split).transpose(2, 3).contiguous()
+def _rows(weight):
+    """B or C (b, K, G, l, N) as a view (b, K, l, G, N, 1)."""
     return weight.transpose(2, 3).unsqueeze(-1)
-
-
-def _from_states(total):
-    """(K, G, N, P) as (K, d, N)."""
-    return total.transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def _visits(order, reverse, directions, length, device):
@@ -154,24 +155,6 @@ def _add_directions(x, where, chunk):
         x[b[:, 0], rows[:, :, k]] += chunk[:, :, k]
 
 
-def _weight(weight, where, part, dtype):
-    """B or C of one chunk: (T, b, k, G, N, 1), or (k, G, N, P) when fixed."""
-    return weight[part[1]] if weight.dim() == 4 else _load(weight, where, dtype)
-
-
-def _step_size(delta, bias, softplus):
-    """delta (T, b, k, G, P) as the recurrence uses it, and what softplus is applied to."""
-    raw = delta if bias is None else delta + bias
-    return (F.softplus(raw) if softplus else raw), raw
-
-
-def _reciprocal(A):
-    """1 / A with 0 where A is tiny, and the mask of those places, or None when there are none."""
-    tiny = A.abs() < TINY
-    inverse = torch.where(tiny, torch.zeros_like(A), 1 / torch.where(tiny, torch.ones_like(A), A))
-    return inverse, (tiny.to(A.dtype) if bool(tiny.any()) else None)
-
-
 def _fill_powers(first, out):
     """out[..., n, :] = first^(n + 1): products of powers that are there already."""
     out[..., 0, :] = first
@@ -182,62 +165,14 @@ def _fill_powers(first, out):
         done += more
 
 
-def _decays_and_inputs(a, x, step, u, A, B, reciprocal, hold=None):
-    """Fill a[t] = exp(delta_t A) and x[t] = Bbar_t u_t.
-
-    With zero-order hold also hold[t] = (exp(delta_t A) - 1) / A: expm1 makes it exact for any A that has a
-    reciprocal, and it is delta_t where A has none.
-    """
-    if reciprocal is None:
-        torch.mul((step * u).unsqueeze(-2), B, out=x)
-        # exp2, not exp, which is several times slower on a CPU, more so where the result underflows.
-        if A.dim() == 3:
-            _fill_powers(torch.exp2(step * (A * LOG2E)), a)
-        else:
-            torch.mul(step.unsqueeze(-2), A * LOG2E, out=a).exp2_()
-    else:
-        inverse, tiny = reciprocal
-        step, u = step.unsqueeze(-2), u.unsqueeze(-2)
-        torch.mul(step, A, out=hold).expm1_()
-        torch.add(hold, 1, out=a)
-        hold.mul_(inverse)
-        if tiny is not None:
-            hold.addcmul_(step, tiny)
-        torch.mul(hold, B, out=x).mul_(u)
-
-
-def _run(a, h, count):
-    """h[t + 1] += a[t] h[t] for t < count: the recurrence, on lists of the steps of two buffers."""
-    for t in range(count):
-        h[t + 1].addcmul_(a[t], h[t])
-
-
-def _run_back(a, g, count):
-    """g[t] += a[t + 1] g[t + 1] for t < count - 1, from the last to the first: the adjoint recurrence."""
-    for t in range(count - 2, -1, -1):
-        g[t].addcmul_(a[t + 1], g[t + 1])
-
-
-def _hold_slope(a, hold, step, A, inverse, scratch):
-    """d hold / dA = (step a - hold) / A; near q = step A = 0 the series step² sum_k q^k / (k! (k + 2))."""
-    q, series, far = scratch
-    limit = SERIES_BELOW[q.dtype]
-    torch.mul(step, A, out=q).clamp_(-limit, limit)
-    series.fill_(1 / (math.factorial(SERIES_TERMS) * (SERIES_TERMS + 2)))
-    for k in reversed(range(SERIES_TERMS)):
-        torch.addcmul(q.new_tensor(1 / (math.factorial(k) * (k + 2))), series, q, out=series)
-    series.mul_(step).mul_(step)
-    # 0 where |q| <= limit and 1 elsewhere, by arithmetic: torch.where is slower on a CPU.
-    torch.mul(step, A, out=far).abs_().sub_(limit).mul_(1 / TINY).clamp_(0, 1)
-    quotient = torch.mul(a, step, out=q).sub_(hold).mul_(inverse)
-    return series.lerp_(quotient, far)
-
-
 def _sum_states(x, weight):
-    """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[t, b, k, g, n, 1] or [k, g, n, p]."""
-    if weight.dim() > 4:
-        products = torch.bmm(weight.view(-1, 1, weight.shape[4]), x.view(-1, *x.shape[4:]))
-        return products.view(*x.shape[:4], -1)
+    """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[t, b, k, g, n, 1]."""
+    products = torch.bmm(weight.view(-1, 1, weight.shape[4]), x.view(-1, *x.shape[4:]))
+    return products.view(*x.shape[:4], -1)
+
+
+def _sum_by_channel(x, weight):
+    """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[k, g, n, p]."""
     terms = list(zip(x.unbind(-2), weight.unbind(-2), strict=True))
     out = terms[0][0] * terms[0][1]
     for x_n, weight_n in terms[1:]:
@@ -261,134 +196,92 @@ def _sum_steps(x, weight):
     return total.sum(0)
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states):
-    """(y, last, states) of the scan as `kernels/__init__.py` describes it and has checked its arguments."""
-    batch, directions, length, channels = delta.shape
-    dtype = A.dtype
-    if zoh and tied:  # zero-order hold takes an expm1 a state anyway
-        A = state_rates(A, B.shape[-1])
-    y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
-    scan = _prepare(u, delta, A, B, C, D, z, bias, order, reverse)
-    split = scan.u.shape[-2:]
-    y_rows = _split(y, split)
-    last = A.new_empty(batch, directions, split[0], scan.states, split[1])
-    kept = states_shape(batch, directions, length, channels, scan.states) if keep_states else (0,)
-    states = A.new_empty(kept)
+def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
+    """(y, last, states) of the scan that reference.py describes."""
+    y = torch.empty_like(u) if u.shape[1] == delta.shape[1] else u.new_empty(delta.shape)
+    scan = _Scan(u, delta, A, B, C, D, z, bias, order, reverse, softplus)
+    y_rows = scan.split(y)
+    last = A.new_empty(*delta.shape[:2], scan.groups, scan.states, y_rows.shape[-1])
+    states = A.new_empty(states_shape(*delta.shape, scan.states) if keep_states else (0,))
     starts = states.view(-1, *last.shape) if keep_states else None
 
     for part in scan.parts:
-        longest = scan.spans[0].stop
-        buffers = [scan.buffer(part, steps) for steps in (longest + 1, longest, *[longest] * zoh)]
-        A_k, D_k, bias_k = (None if x is None else x[part[1]] for x in (scan.A, scan.D, scan.bias))
-        h_steps, a_steps = (buffer.unbind(0) for buffer in buffers[:2])
-        reciprocal = _reciprocal(A_k) if zoh else None
-        carry = torch.zeros_like(buffers[0][0])
+        h, a = scan.buffer(part), scan.buffer(part)
+        h_steps, a_steps = h.unbind(0), a.unbind(0)
+        _, D_k, _ = scan.of(part)
+        carry = torch.zeros_like(h[0])
         for index, span in enumerate(scan.spans):
-            count = span.stop - span.start
-            h, a, *hold = (buffer[: count + (i == 0)] for i, buffer in enumerate(buffers))
             where = _where(scan, part, span)
-            step, _ = _step_size(_load(scan.delta, where, dtype), bias_k, softplus)
-            u_t = _load(scan.u, where, dtype)
-            B_t, C_t = (_weight(weight, where, part, dtype) for weight in (scan.B, scan.C))
             h[0] = carry
             if keep_states:
                 starts[index, *part] = carry
-            _decays_and_inputs(a, h[1:], step, u_t, A_k, B_t, reciprocal, *hold)
-            _run(a_steps, h_steps, count)
-            y_t = _sum_states(h[1:], C_t)
+            u_t, _, C_t, _, _ = scan.replay(where, part, (h, h_steps), (a, a_steps))
+            y_t = _sum_states(h[1 : len(u_t) + 1], C_t)
             if D is not None:
                 y_t.addcmul_(u_t, D_k)
             if z is not None:
-                y_t.mul_(F.silu(_load(scan.z, where, dtype)))
+                y_t.mul_(F.silu(_load(scan.z, where, scan.dtype)))
             _store(y_rows, where, y_t)
-            carry.copy_(h[count])
+            carry.copy_(h[len(u_t)])
         last[part] = carry
-    return y, last.transpose(3, 4).flatten(2, 3).contiguous(), states
+    return y, last.transpose(3, 4).flatten(2, 3), states
 
 
-def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied):
-    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; (0,) where one is None."""
-    directions, dtype = delta.shape[1], A.dtype
-    widened = zoh and tied  # as in `forward`
-    if widened:
-        A = state_rates(A, B.shape[-1])
-    scan = _prepare(u, delta, A, B, C, D, z, bias, order, reverse)
-    split = scan.u.shape[-2:]
-    du, ddelta, dB, dC, dz = (
-        A.new_empty(0) if x is None else torch.empty_like(x) for x in (u, delta, B, C, z)
-    )
-    shared = u.shape[1] < directions
-    du_rows = _split(u.new_zeros(du[:, 0].shape, dtype=dtype) if shared else du, split)
-    dy_rows, ddelta_rows = _split(grad_y, split), _split(ddelta, split)
-    dz_rows = None if z is None else _split(dz, split)
-    dB_rows, dC_rows = (
-        torch.zeros_like(weight) if weight.dim() == 4 else _by_state(gradient, split)
-        for weight, gradient in ((scan.B, dB), (scan.C, dC))
-    )
-    dA, dD, dbias = torch.zeros_like(scan.A), *(A.new_zeros(directions, *split) for _ in range(2))
-    starts = states.view(-1, *delta.shape[:2], split[0], scan.states, split[1])
+def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
+    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; None where one is None."""
+    scan = _Scan(u, delta, A, B, C, D, z, bias, order, reverse, softplus)
+    du, ddelta, dB, dC, dz = (None if x is None else torch.empty_like(x) for x in (u, delta, B, C, z))
+    shared = u.shape[1] < delta.shape[1]
+    du_rows = scan.split(u.new_zeros(du[:, 0].shape, dtype=A.dtype) if shared else du)
+    dy_rows, ddelta_rows = scan.split(grad_y), scan.split(ddelta)
+    dz_rows, dB_rows, dC_rows = scan.split(dz), _rows(dB), _rows(dC)
+    dA = torch.zeros_like(scan.A)
+    dD, dbias = (None if x is None else torch.zeros_like(x) for x in (scan.D, scan.bias))
+    starts = states.view(-1, *delta.shape[:2], scan.groups, scan.states, scan.u.shape[4])
     if grad_last is not None:
-        grad_last = _split(grad_last.transpose(2, 3), split).transpose(2, 3)  # (b, K, G, N, P)
-    ramp = torch.arange(1, scan.states + 1, dtype=dtype, device=u.device).unsqueeze(-1)  # (N, 1)
+        grad_last = scan.split(grad_last.transpose(2, 3)).transpose(2, 3)  # (b, K, G, N, P)
+    ramp = torch.arange(1, scan.states + 1, dtype=A.dtype, device=u.device).unsqueeze(-1)  # (N, 1)
 
     for part in scan.parts:
-        longest = scan.spans[0].stop
-        buffers = [
-            scan.buffer(part, steps) for steps in (longest + 1, longest, longest, *[longest] * (4 * zoh))
-        ]
-        A_k, D_k, bias_k = (None if x is None else x[part[1]] for x in (scan.A, scan.D, scan.bias))
-        h_steps, a_steps, g_steps = (buffer.unbind(0) for buffer in buffers[:3])
-        reciprocal = _reciprocal(A_k) if zoh else None
-        carry = torch.zeros_like(buffers[0][0])
+        h, a, g = (scan.buffer(part) for _ in range(3))
+        h_steps, a_steps, g_steps = (buffer.unbind(0) for buffer in (h, a, g))
+        A_k, D_k, _ = scan.of(part)
+        carry = torch.zeros_like(h[0])
         if grad_last is not None:
             carry.copy_(grad_last[part])
         for index, span in reversed(list(enumerate(scan.spans))):
-            count = span.stop - span.start
-            h, a, g, *hold = (buffer[: count + (i == 0)] for i, buffer in enumerate(buffers))
             where = _where(scan, part, span)
-            step, raw = _step_size(_load(scan.delta, where, dtype), bias_k, softplus)
-            u_t, dy = (_load(x, where, dtype) for x in (scan.u, dy_rows))
-            B_t, C_t = (_weight(weight, where, part, dtype) for weight in (scan.B, scan.C))
             h[0] = starts[index, *part]
-            _decays_and_inputs(a, h[1:], step, u_t, A_k, B_t, reciprocal, *hold[:1])
-            _run(a_steps, h_steps, count)
+            u_t, B_t, C_t, step, raw = scan.replay(where, part, (h, h_steps), (a, a_steps))
+            dy = _load(dy_rows, where, scan.dtype)
+            count = len(u_t)
 
             if z is not None:
-                z_t = _load(scan.z, where, dtype)
-                y_t = _sum_states(h[1:], C_t)
+                z_t = _load(scan.z, where, scan.dtype)
+                y_t = _sum_states(h[1 : count + 1], C_t)
                 if D is not None:
                     y_t.addcmul_(u_t, D_k)
                 gate = torch.sigmoid(z_t)
                 _store(dz_rows, where, dy * y_t * gate * (1 + z_t * (1 - gate)))
                 dy = dy * gate * z_t
 
-            _weight_gradient(dC_rows, where, part, h[1:], dy)
-            torch.mul(dy.unsqueeze(-2), C_t, out=g)
-            g[-1].add_(carry)
-            _run_back(a_steps, g_steps, count)
-            torch.mul(a_steps[0], g_steps[0], out=carry)
+            _store(dC_rows, where, _sum_channels(h[1 : count + 1], dy))
+            torch.mul(dy.unsqueeze(-2), C_t, out=g[:count])
+            g[count - 1].add_(carry)
+            for t in range(count - 2, -1, -1):
+                g_steps[t].addcmul_(a_steps[t + 1], g_steps[t + 1])
+            torch.mul(a[0], g[0], out=carry)
 
-            if zoh:
-                hold, *scratch = hold
-                slope = _hold_slope(a, hold, step.unsqueeze(-2), A_k, reciprocal[0], scratch)
-                hold.mul_(g)  # gradient of B u
-                _weight_gradient(dB_rows, where, part, hold, u_t)
-                du_t = _sum_states(hold, B_t)
-                dhold = torch.mul(g, B_t, out=hold).mul_(u_t.unsqueeze(-2))
-                dA[part[1]] += slope.mul_(dhold).sum((0, 1))
-                dstep = dhold.mul_(a).sum(-2)  # d hold / d delta = a
-            else:
-                dx = _sum_states(g, B_t)
-                _weight_gradient(dB_rows, where, part, g, step * u_t)
-                du_t, dstep = dx * step, dx * u_t
-            # dh_t / d(delta_t A) = a_t h_{t-1}, in both discretisations
-            w = h[:-1].mul_(g).mul_(a)
-            if A_k.dim() == 3:
+            dx = _sum_states(g[:count], B_t)
+            _store(dB_rows, where, _sum_channels(g[:count], step * u_t))
+            du_t, dstep = dx * step, dx * u_t
+            w = h[:count].mul_(g[:count]).mul_(a[:count])  # dh_t / d(delta_t A) = a_t h_{t-1}
+            if tied:
                 w = _sum_states(w, ramp.expand(*w.shape[:4], -1, -1).contiguous())
                 dstep.addcmul_(w, A_k)
                 dA[part[1]] += w.mul_(step).sum((0, 1))
             else:
-                dstep.add_(_sum_states(w, A_k))
+                dstep.add_(_sum_by_channel(w, A_k))
                 dA[part[1]] += _sum_steps(w, step)
 
             if D is not None:
@@ -403,23 +296,26 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
 
     if shared:
         du[:, 0] = du_rows.flatten(-2)
-    dA = dA.flatten(1) if dA.dim() == 3 else _from_states(dA)
-    if widened:
-        dA = dA @ ramp[:, 0]
-    dB, dC = (
-        _from_states(rows) if rows.dim() == 4 else gradient
-        for rows, gradient in ((dB_rows, dB), (dC_rows, dC))
-    )
-    dD, dbias = (
-        total.new_empty(0) if weight is None else total.flatten(1)
-        for weight, total in ((D, dD), (bias, dbias))
-    )
+    dA = dA.flatten(1) if tied else dA.transpose(2, 3).flatten(1, 2)
+    dD, dbias = (None if total is None else total.flatten(1) for total in (dD, dbias))
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-def _weight_gradient(total, where, part, x, weight):
-    """Put one chunk's gradient of B or C into `total`: add to (K, G, N, P) if fixed, else store its rows."""
-    if total.dim() == 4:
-        total[part[1]] += _sum_steps(x, weight)
-    else:
-        _store(total, where, _sum_channels(x, weight))
+def by_parts(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options):
+    """`selective_scan_reference` chunk by chunk, computed again for gradients; always with the last state."""
+
+    def cut(x):  # what varies into chunks; splits, of which autograd makes one tensor, not slices
+        return itertools.repeat(x) if x is None or x.dim() == 2 else x.split(CHUNK, -1)
+
+    outputs, state = [], None
+    for u_t, delta_t, B_t, C_t, z_t in zip(*map(cut, (u, delta, B, C, z)), strict=False):
+        y, state = checkpoint(
+            selective_scan_reference,
+            *(u_t, delta_t, A, B_t, C_t, D, z_t, delta_bias, delta_softplus, True),
+            **options,
+            initial_state=state,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outputs.append(y)
+    return torch.cat(outputs, -1), state

@@ -1,4 +1,4 @@
-// The selective scan of S6 on a CPU: forward and backward of the operation that native.py describes.
+// The selective scan of S6 on a CPU: forward and backward of the operation that reference.py describes.
 //
 // b batch, k direction, l row, d channel, n state, g group of channels that share B and C.
 //
@@ -14,7 +14,7 @@
 // their order, whether one unit of work takes all of them or one each; sums over samples (dA, dD, dbias) and
 // directions (du) have a fixed order too. So the result is bitwise the same at any number of threads.
 //
-// Denormal numbers are taken as zero. NaN and infinity propagate: there is no -ffast-math in the flags.
+// Denormal numbers are taken as zero on x86. NaN and infinity propagate: there is no -ffast-math in the flags.
 
 #include <algorithm>
 #include <atomic>
@@ -49,6 +49,7 @@
 #else
 #define NF_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define NF_NOINLINE __attribute__((noinline))
 
 namespace {
 
@@ -59,12 +60,10 @@ constexpr int NB = LANES >= 8 ? 4 : 2;          // states that stay in registers
 constexpr int BLOCK = W * LANES;                // channels in a block
 constexpr int64_t PART = 2;                     // blocks in a part
 constexpr int64_t STATES_PER_THREAD = 1 << 17;  // states times steps for which a thread is worth starting
-constexpr float TINY = 1e-30f;                  // 1 / A is not formed below this
 constexpr float LN2 = 0.693147180559945f;
 constexpr float LOG2E = 1.44269504088896f;
 
 static_assert(2 * NB <= LANES, "fold needs a lane for dB and dC of each state");
-static_assert(T % LANES == 0, "tiles are transposed LANES rows at a time");
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t Lanes __attribute__((vector_size(4 * LANES)));
@@ -77,14 +76,14 @@ typedef Half HalfU __attribute__((aligned(2), may_alias));
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1 };
 
-struct View {  // a tensor (b, k, l, d): strides in elements; directions that share it have stride 0
+struct View {  // a tensor (b, k, l, d), d or l side by side: strides in elements, 0 for what is shared
     void* data;
     int64_t b, k, l, d, dtype;
 };
 
 struct Problem {
     int64_t batch, directions, length, channels, states, groups, threads, reverse;
-    int64_t shared, softplus, zoh, tied, fixed_B, fixed_C, order_b;
+    int64_t shared, softplus, tied, order_b, pieces;
     View u, delta, z, y, grad_y, du, ddelta, dz;
     const float *A, *B, *C, *D, *bias, *grad_last;
     const int64_t* order;
@@ -124,7 +123,7 @@ inline void transpose(V* x) {
             y[2 * i] = shuffle<Zip<0>>(x[i], x[i + LANES / 2]);
             y[2 * i + 1] = shuffle<Zip<LANES / 2>>(x[i], x[i + LANES / 2]);
         }
-        NF_UNROLL for (int i = 0; i < LANES; ++i) x[i] = y[i];
+        std::copy(y, y + LANES, x);
     }
 }
 
@@ -155,8 +154,6 @@ inline V bounded(V x, float low, float high) {
     return (V)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
 #elif NF_LANES == 8
     return (V)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
-#elif defined(__SSE2__)
-    return (V)_mm_min_ps((__m128)splat(high), _mm_max_ps((__m128)splat(low), (__m128)x));
 #else
     x = select(x < low, splat(low), x);
     return select(x > high, splat(high), x);
@@ -171,7 +168,7 @@ inline V power_slope(V f) {
     return p * f + 0.6931470036506653f;
 }
 
-// 2^x for finite x, and 2^x - 1: 0 and -1 below 2^-126, infinite from 2^128.
+// 2^x for finite x: 0 below 2^-126, infinite from 2^128.
 #if NF_LANES == 16
 inline V nearest(V x) { return (V)_mm512_roundscale_ps((__m512)x, 8); }
 inline V scaled(V x, V n) { return (V)_mm512_scalef_ps((__m512)x, (__m512)n); }  // x 2^n
@@ -179,11 +176,6 @@ inline V scaled(V x, V n) { return (V)_mm512_scalef_ps((__m512)x, (__m512)n); } 
 inline V exp2(V x) {
     V n = nearest(x), f = x - n;
     return scaled(f * power_slope(f) + 1.0f, n);
-}
-inline V exp2m1(V x) {
-    x = bounded(x, -200.0f, 200.0f);
-    V n = nearest(x), f = x - n, s = scaled(splat(1.0f), n);
-    return s * (f * power_slope(f)) + (s - 1.0f);
 }
 #else
 // 2^n and f = x - n for the integer n nearest to x.
@@ -197,10 +189,6 @@ inline V split(V x, V& f) {
 inline V exp2(V x) {
     V f, s = split(x, f);
     return s * (f * power_slope(f) + 1.0f);
-}
-inline V exp2m1(V x) {
-    V f, s = split(x, f);
-    return s * (f * power_slope(f)) + (s - 1.0f);
 }
 #endif
 
@@ -218,17 +206,6 @@ inline V softplus(V x, V& slope) {
     p = p * q + 2.0f;
     return select(x < 0.0f, V{}, x) + s * p;
 }
-
-// d hold / dA over dt^2, (q exp(q) - exp(q) + 1) / q^2, near q = x / log2(e) = 0.
-inline V hold_series(V x) {
-    V q = x * LN2;
-    V p = q * (1.0f / 840) + 1.0f / 144;
-    p = p * q + 1.0f / 30;
-    p = p * q + 1.0f / 8;
-    p = p * q + 1.0f / 3;
-    return p * q + 0.5f;
-}
-constexpr float SERIES_BELOW = 0.4f;  // |x| for which the series is used
 
 // --------------------------------------------------------------------------------------------- tiles of rows
 
@@ -248,14 +225,6 @@ struct Rows {  // the rows that `count` steps visit
 
 inline V load(const float* p) { return *(const VU*)p; }
 inline V load(const uint16_t* p) { return (V)(__builtin_convertvector(*(const HalfU*)p, U) << 16); }
-inline float load_one(const float* p) { return *p; }
-inline float load_one(const uint16_t* p) {
-    uint32_t bits = (uint32_t)*p << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
 inline void store(float* p, V x) { *(VU*)p = x; }
 inline void store(uint16_t* p, V x) {
     U bits = (U)x;
@@ -263,69 +232,35 @@ inline void store(uint16_t* p, V x) {
     rounded = (U)select(x == x, (V)rounded, (V)(bits | 0x400000));  // NaN stays NaN
     *(HalfU*)p = __builtin_convertvector(rounded >> 16, Half);
 }
-inline void store_one(float* p, float x) { *p = x; }
-inline void store_one(uint16_t* p, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : (bits | 0x400000) >> 16;
-}
 
-inline int clamp_lanes(int channels, int j) { return std::min(std::max(channels - j * LANES, 0), LANES); }
-
-// Rows of `channels` channels from `offset` on into out[0], out[stride], ...; missing channels are 0.
-template <class S>
-void load_rows(const View& x, int64_t offset, const Rows& rows, int channels, Block* out, int stride) {
+// Rows of `channels` channels from `offset` on into tile[0], tile[stride], ..., missing channels as 0; or back.
+template <bool STORE, class S>
+void move_rows(const View& x, int64_t offset, const Rows& rows, int channels, Block* tile, int stride) {
     for (int j = 0; j < W; ++j) {
-        const int lanes = clamp_lanes(channels, j);
-        const S* from = (const S*)x.data + offset + j * LANES * x.d;
+        const int lanes = std::min(std::max(channels - j * LANES, 0), LANES);
+        S* first = (S*)x.data + offset + j * LANES * x.d;
         int t = 0;
-        if (x.l == 1 && x.d != 1 && rows.walk) {
-            for (; t + LANES <= rows.count; t += LANES) {
-                V tile[LANES];
-                const S* corner = from + rows.at[rows.walk > 0 ? t : t + LANES - 1];
-                for (int c = 0; c < LANES; ++c) tile[c] = c < lanes ? load(corner + c * x.d) : V{};
-                transpose(tile);
-                for (int i = 0; i < LANES; ++i)
-                    out[(rows.walk > 0 ? t + i : t + LANES - 1 - i) * stride].v[j] = tile[i];
+        for (; x.d != 1 && rows.walk && t + LANES <= rows.count; t += LANES) {  // rows side by side
+            V square[LANES];
+            const int from = rows.walk > 0 ? t : t + LANES - 1;
+            S* corner = first + rows.at[from];
+            for (int i = 0; i < LANES; ++i) {
+                if (STORE) square[i] = tile[(from + i * rows.walk) * stride].v[j];
+                if (!STORE) square[i] = i < lanes ? load(corner + i * x.d) : V{};
+            }
+            transpose(square);
+            for (int i = 0; i < LANES; ++i) {
+                if (STORE && i < lanes) store(corner + i * x.d, square[i]);
+                if (!STORE) tile[(from + i * rows.walk) * stride].v[j] = square[i];
             }
         }
         for (; t < rows.count; ++t) {
-            const S* p = from + rows.at[t] * x.l;
-            V value{};
-            if (x.d == 1 && lanes == LANES) {
-                value = load(p);
-            } else {
-                for (int c = 0; c < lanes; ++c) value[c] = load_one(p + c * x.d);
-            }
-            out[t * stride].v[j] = value;
-        }
-    }
-}
-
-template <class S>
-void store_rows(const View& x, int64_t offset, const Rows& rows, int channels, const Block* in, int stride) {
-    for (int j = 0; j < W; ++j) {
-        const int lanes = clamp_lanes(channels, j);
-        S* to = (S*)x.data + offset + j * LANES * x.d;
-        int t = 0;
-        if (x.l == 1 && x.d != 1 && rows.walk) {
-            for (; t + LANES <= rows.count; t += LANES) {
-                V tile[LANES];
-                S* corner = to + rows.at[rows.walk > 0 ? t : t + LANES - 1];
-                for (int i = 0; i < LANES; ++i)
-                    tile[i] = in[(rows.walk > 0 ? t + i : t + LANES - 1 - i) * stride].v[j];
-                transpose(tile);
-                for (int c = 0; c < lanes; ++c) store(corner + c * x.d, tile[c]);
-            }
-        }
-        for (; t < rows.count; ++t) {
-            S* p = to + rows.at[t] * x.l;
-            const V value = in[t * stride].v[j];
-            if (x.d == 1 && lanes == LANES) {
-                store(p, value);
-            } else {
-                for (int c = 0; c < lanes; ++c) store_one(p + c * x.d, value[c]);
-            }
+            S *p = first + rows.at[t] * x.l, some[LANES] = {};
+            V& value = tile[t * stride].v[j];
+            const bool whole = lanes == LANES && x.d == 1;
+            if (STORE) store(whole ? p : some, value);
+            for (int c = 0; !whole && c < lanes; ++c) (STORE ? p[c * x.d] : some[c]) = STORE ? some[c] : p[c * x.d];
+            if (!STORE) value = load(whole ? p : some);
         }
     }
 }
@@ -333,27 +268,22 @@ void store_rows(const View& x, int64_t offset, const Rows& rows, int channels, c
 // ------------------------------------------------------------------------------------------- the inner loops
 
 struct Step {
-    Block dt, dtu;   // step size; what B multiplies: dt u (mamba) or u (zero-order hold)
+    Block dt, dtu;   // step size; times u
     Block y;         // sum over n of C h; then the output
-    Block e, power;  // tied decays: exp(dt A); e^n of the states done so far (minus 1 for zero-order hold)
+    Block e, power;  // tied decays: exp(dt A); e^n of the states done so far
     Block dy;        // gradient of y before the gate
-    Block sum_B;     // sum over n of g B (times the hold weight); then du
+    Block sum_B;     // sum over n of g B; then du
     Block sum_A;     // sum over n of g a h_before times A log2(e), tied decays times n + 1; then ddelta
-    Block sum_hold;  // sum over n of g B u a (zero-order hold)
-    Block e1;        // e - 1 (tied decays with zero-order hold)
     Block size;      // dt, whose own entry is kept finite so that exp2 never sees infinity
     Block u, slope;  // input; d dt / d delta
     Block z, raw_dy; // gate, then dz; gradient of y
 };
 constexpr int STEP = sizeof(Step) / sizeof(Block);
 
-struct Operand {  // B or C: one number for all channels at each step, or (fixed) one for each channel
-    const float* row[T];
-    const Block* fixed;
+struct Carry {  // what a block of channels carries along the sequence, by state and for all states
+    std::vector<Block> A2, state, grad, dA;  // A log2(e); h at the start of the chunk, g at its end; a sum
+    Block D, bias, dD, dbias;
 };
-
-// What a block of channels carries along the sequence: `states` Blocks of each kind, then dD and dbias.
-enum Slot { SCALED_A, INVERSE, IS_TINY, STATE, GRAD, FIXED_B, FIXED_C, D_A, D_B, D_C, SLOTS };
 
 constexpr int STREAMS = 7;  // tensors whose next tile is fetched while this one is computed
 
@@ -363,21 +293,13 @@ struct Work {
     const char* ahead[STREAMS][T];  // addresses in the next tile
     int streams, pass;              // how many, and the present pass over the steps
     Step step[T];
-    Block h[(T + 1) * NB], a[T * NB];  // states and decays (minus 1 for zero-order hold), NB states at a time
-    Operand B, C;
-    const Block* A2;                // A log2(e)
-    const Block *inverse, *tiny;    // 1 / A, and 1 where A is too small for that
-    Block *state, *grad;            // h at the start of the chunk, g at its end
-    Block *dA, *dB, *dC, *dD, *dbias;  // sums over positions; dB and dC where these are fixed
-    Block D, bias;
+    Block h[(T + 1) * NB], a[T * NB];  // states and decays, NB states at a time
+    const float *B[T], *C[T];       // one number for all channels at each step
+    Carry* own;                     // of the present block
     int folds;                      // passes over the states
     std::vector<Vector> folded;     // (T, folds): dB and dC of the states of a pass, lanes still to be added
-    std::vector<Block> own;         // what the blocks of a unit carry along
+    std::vector<Carry> blocks;      // of a unit
 };
-
-inline V operand(const Operand& x, int t, int n, int j) {
-    return x.fixed ? x.fixed[n].v[j] : splat(x.row[t][n]);
-}
 
 // Each pass over the steps of a tile fetches another tensor of the next tile.
 inline const char* const* next_stream(Work& w) {
@@ -390,14 +312,14 @@ inline void fetch(const char* p) {
 }
 
 // States n0 ... n0 + M - 1 through the chunk. KEEP: for `retreat` to use, y only if it is wanted.
-template <int M, bool FIX, bool ZOH, bool TIED, bool KEEP>
-void advance(Work& w, int n0, bool want_y) {
-    const Block *A2 = w.A2 + n0, *inverse = w.inverse + n0, *tiny = w.tiny + n0;
+template <int M, bool TIED, bool KEEP>
+NF_NOINLINE void advance(Work& w, int n0, bool want_y) {
+    const Block* A2 = &w.own->A2[n0];
     const int count = w.rows.count;
     V h[M][W];
     NF_UNROLL for (int i = 0; i < M; ++i)
         NF_UNROLL for (int j = 0; j < W; ++j) {
-            h[i][j] = w.state[n0 + i].v[j];
+            h[i][j] = w.own->state[n0 + i].v[j];
             if (KEEP) w.h[i].v[j] = h[i][j];
         }
     const char* const* ahead = next_stream(w);
@@ -410,17 +332,10 @@ void advance(Work& w, int n0, bool want_y) {
             if (TIED) power[j] = s.power.v[j];
         }
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            V B = FIX ? V{} : splat(w.B.row[t][n0 + i]), C = FIX ? V{} : splat(w.C.row[t][n0 + i]);
+            const V B = splat(w.B[t][n0 + i]), C = splat(w.C[t][n0 + i]);
             NF_UNROLL for (int j = 0; j < W; ++j) {
-                if (FIX) B = operand(w.B, t, n0 + i, j), C = operand(w.C, t, n0 + i, j);
                 V a, x = s.dtu.v[j] * B;
-                if (ZOH) {
-                    V less = TIED ? power[j] * s.e.v[j] + s.e1.v[j] : exp2m1(s.dt.v[j] * A2[i].v[j]);
-                    if (TIED) power[j] = less;
-                    if (KEEP) w.a[t * NB + i].v[j] = less;
-                    x = x * (less * inverse[i].v[j] + s.dt.v[j] * tiny[i].v[j]);
-                    a = less + 1.0f;
-                } else if (TIED) {
+                if (TIED) {
                     a = power[j] = power[j] * s.e.v[j];
                 } else {
                     a = exp2(s.dt.v[j] * A2[i].v[j]);
@@ -438,117 +353,62 @@ void advance(Work& w, int n0, bool want_y) {
     }
     if (!KEEP) {
         NF_UNROLL for (int i = 0; i < M; ++i)
-            NF_UNROLL for (int j = 0; j < W; ++j) w.state[n0 + i].v[j] = h[i][j];
+            NF_UNROLL for (int j = 0; j < W; ++j) w.own->state[n0 + i].v[j] = h[i][j];
     }
 }
 
 // Their gradients, from the last step to the first.
-template <int M, bool FIX, bool ZOH, bool TIED>
-void retreat(Work& w, int n0, int fold_at) {
-    const Block *A2 = w.A2 + n0, *inverse = w.inverse + n0, *tiny = w.tiny + n0;
-    V g[M][W], dA[M][W], tied_dA[W];
-    NF_UNROLL for (int j = 0; j < W; ++j) {
+template <int M, bool TIED>
+NF_NOINLINE void retreat(Work& w, int n0, int fold_at) {
+    const Block* A2 = &w.own->A2[n0];
+    V g[M][W], dA[M][W];
+    NF_UNROLL for (int j = 0; j < W; ++j)
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            g[i][j] = w.grad[n0 + i].v[j];
-            if (!TIED) dA[i][j] = w.dA[n0 + i].v[j];
+            g[i][j] = w.own->grad[n0 + i].v[j];
+            if (!TIED) dA[i][j] = w.own->dA[n0 + i].v[j];
         }
-        if (TIED) tied_dA[j] = w.dA[0].v[j];
-    }
     const char* const* ahead = next_stream(w);
     for (int t = w.rows.count - 1; t >= 0; --t) {
         if (ahead) fetch(ahead[t]);
         Step& s = w.step[t];
-        V sum_B[W], sum_A[W], sum_hold[W], power[W], partial[2 * M];
+        V sum_B[W], sum_A[W], power[W], partial[2 * M];
         NF_UNROLL for (int j = 0; j < W; ++j) {
             sum_B[j] = s.sum_B.v[j], sum_A[j] = s.sum_A.v[j];
-            if (ZOH) sum_hold[j] = s.sum_hold.v[j];
             if (TIED) power[j] = s.power.v[j];
         }
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            V B = FIX ? V{} : splat(w.B.row[t][n0 + i]), C = FIX ? V{} : splat(w.C.row[t][n0 + i]);
+            const V B = splat(w.B[t][n0 + i]), C = splat(w.C[t][n0 + i]);
             partial[i] = partial[M + i] = V{};
             NF_UNROLL for (int j = 0; j < W; ++j) {
-                if (FIX) B = operand(w.B, t, n0 + i, j), C = operand(w.C, t, n0 + i, j);
                 const V dt = s.dt.v[j], dy = s.dy.v[j], before = w.h[t * NB + i].v[j];
-                V dC = dy * w.h[(t + 1) * NB + i].v[j];
                 V total = g[i][j] + dy * C;
-                V dB = total * s.dtu.v[j], gB = total * B;
-                V a, back;
-                if (ZOH) {
-                    V less = w.a[t * NB + i].v[j];
-                    a = less + 1.0f;
-                    V hold = less * inverse[i].v[j] + dt * tiny[i].v[j];
-                    dB *= hold;
-                    sum_B[j] += gB * hold;
-                    V gBu = gB * s.dtu.v[j];
-                    sum_hold[j] += gBu * a;
-                    back = total * a;
-                    V da = back * before;
-                    V x = dt * A2[i].v[j];
-                    V far = (dt * a - hold) * inverse[i].v[j], near = dt * dt * hold_series(x);
-                    V slope = select((x < SERIES_BELOW) & (x > -SERIES_BELOW), near, far);
-                    V dAn = da * dt + gBu * slope;
-                    if (TIED) {
-                        sum_A[j] += da * (float)(n0 + i + 1);
-                        tied_dA[j] += dAn * (float)(n0 + i + 1);
-                    } else {
-                        sum_A[j] += da * A2[i].v[j];
-                        dA[i][j] += dAn;
-                    }
+                partial[i] += total * s.dtu.v[j];
+                partial[M + i] += dy * w.h[(t + 1) * NB + i].v[j];
+                sum_B[j] += total * B;
+                V a = TIED ? power[j] *= s.e.v[j] : w.a[t * NB + i].v[j];
+                V back = total * a;
+                V da = back * before;
+                if (TIED) {
+                    sum_A[j] += da * (float)(n0 + i + 1);
                 } else {
-                    sum_B[j] += gB;
-                    a = TIED ? power[j] *= s.e.v[j] : w.a[t * NB + i].v[j];
-                    back = total * a;
-                    V da = back * before;
-                    if (TIED) {
-                        sum_A[j] += da * (float)(n0 + i + 1);
-                    } else {
-                        sum_A[j] += da * A2[i].v[j];
-                        dA[i][j] += da * dt;
-                    }
+                    sum_A[j] += da * A2[i].v[j];
+                    dA[i][j] += da * dt;
                 }
                 g[i][j] = back;
-                (FIX && w.B.fixed ? w.dB[n0 + i].v[j] : partial[i]) += dB;
-                (FIX && w.C.fixed ? w.dC[n0 + i].v[j] : partial[M + i]) += dC;
             }
         }
         w.folded[t * w.folds + fold_at].v += fold<2 * M>(partial);
         NF_UNROLL for (int j = 0; j < W; ++j) {
             s.sum_B.v[j] = sum_B[j], s.sum_A.v[j] = sum_A[j];
-            if (ZOH) s.sum_hold.v[j] = sum_hold[j];
-            if (TIED && ZOH) power[j] = w.a[t * NB + M - 1].v[j];
             if (TIED) s.power.v[j] = power[j];
         }
     }
     NF_UNROLL for (int j = 0; j < W; ++j) {
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            w.grad[n0 + i].v[j] = g[i][j];
-            if (!TIED) w.dA[n0 + i].v[j] = dA[i][j];
+            w.own->grad[n0 + i].v[j] = g[i][j];
+            if (!TIED) w.own->dA[n0 + i].v[j] = dA[i][j];
         }
-        if (TIED) w.dA[0].v[j] = tied_dA[j];
     }
-}
-
-struct Kernels {  // for NB states and for one
-    void (*forward[2])(Work&, int, bool);
-    void (*again[2])(Work&, int, bool);
-    void (*backward[2])(Work&, int, int);
-};
-
-template <bool FIX, bool ZOH, bool TIED>
-constexpr Kernels KERNELS = {
-    {advance<NB, FIX, ZOH, TIED, false>, advance<1, FIX, ZOH, TIED, false>},
-    {advance<NB, FIX, ZOH, TIED, true>, advance<1, FIX, ZOH, TIED, true>},
-    {retreat<NB, FIX, ZOH, TIED>, retreat<1, FIX, ZOH, TIED>},
-};
-
-const Kernels& choose(const Problem& p) {
-    static const Kernels table[8] = {
-        KERNELS<false, false, false>, KERNELS<false, false, true>, KERNELS<false, true, false>,
-        KERNELS<false, true, true>,   KERNELS<true, false, false>, KERNELS<true, false, true>,
-        KERNELS<true, true, false>,   KERNELS<true, true, true>,
-    };
-    return table[4 * (p.fixed_B || p.fixed_C) + 2 * (p.zoh != 0) + (p.tied != 0)];
 }
 
 // --------------------------------------------------------------------------------------- a block of channels
@@ -571,18 +431,12 @@ struct Plan {
 
 inline int64_t offset(const View& x, const Place& at) { return at.b * x.b + at.k * x.k + at.channel * x.d; }
 
-void load_tile(const View& x, const Place& at, const Rows& rows, Block* out) {
+template <bool STORE>
+void move_tile(const View& x, const Place& at, const Rows& rows, Block* tile) {
     if (x.dtype == BFLOAT16)
-        load_rows<uint16_t>(x, offset(x, at), rows, at.channels, out, STEP);
+        move_rows<STORE, uint16_t>(x, offset(x, at), rows, at.channels, tile, STEP);
     else
-        load_rows<float>(x, offset(x, at), rows, at.channels, out, STEP);
-}
-
-void store_tile(const View& x, const Place& at, const Rows& rows, const Block* in) {
-    if (x.dtype == BFLOAT16)
-        store_rows<uint16_t>(x, offset(x, at), rows, at.channels, in, STEP);
-    else
-        store_rows<float>(x, offset(x, at), rows, at.channels, in, STEP);
+        move_rows<STORE, float>(x, offset(x, at), rows, at.channels, tile, STEP);
 }
 
 // How far apart the entries of a weight are.
@@ -627,88 +481,53 @@ void move_on(const Problem& p, int64_t b, int64_t k, int64_t g, int64_t after, W
     const int64_t base = ((b * p.directions + k) * p.groups + g) * p.length;
     for (int t = 0; t < w.rows.count; ++t) {
         const int64_t row = base + w.rows.at[t];
-        w.B.row[t] = p.fixed_B ? nullptr : p.B + row * p.states;
-        w.C.row[t] = p.fixed_C ? nullptr : p.C + row * p.states;
+        w.B[t] = p.B + row * p.states;
+        w.C[t] = p.C + row * p.states;
     }
 }
 
 // Choose one more tile to be fetched. Only whole tiles, and only where channels or rows are side by side.
 void look_ahead(const View& x, const Place& at, const Rows& rows, Work& w) {
-    if (!x.data || rows.count < T || (x.d != 1 && (x.l != 1 || !rows.walk))) return;
-    const int64_t size = x.dtype == BFLOAT16 ? 2 : 4;
-    const char* base = (const char*)x.data + offset(x, at) * size;
-    const char** out = w.ahead[w.streams++];
-    if (x.d == 1) {
-        for (int t = 0; t < T; ++t) out[t] = base + rows.at[t] * x.l * size;
-    } else {
-        base += std::min(rows.at[0], rows.at[T - 1]) * size;
-        for (int t = 0; t < T; ++t)
-            out[t] = base + (t % at.channels) * x.d * size + t / BLOCK * sizeof(Block) % (T * size);
-    }
+    if (!x.data || rows.count < T || (x.d != 1 && !rows.walk)) return;
+    const int64_t size = x.dtype == BFLOAT16 ? 2 : 4, low = std::min(rows.at[0], rows.at[T - 1]);
+    const char *base = (const char*)x.data + offset(x, at) * size, **out = w.ahead[w.streams++];
+    for (int t = 0; t < T; ++t)
+        out[t] = x.d == 1 ? base + rows.at[t] * x.l * size
+                          : base + (low + t % at.channels * x.d) * size + t / BLOCK * sizeof(Block) % (T * size);
 }
 
-// Start a walk: w.own[at] gets the weights of one block, and zeros for what is summed.
-void prepare(const Problem& p, const Place& at, Block* own) {
+// Start a walk: `own` gets the weights of one block, and zeros for what is summed.
+void prepare(const Problem& p, const Place& at, Carry& own) {
     const int N = (int)p.states;
     const int64_t channel = at.k * p.channels + at.channel;
-    std::fill(own, own + SLOTS * N + 2, Block{});
+    for (std::vector<Block>* x : {&own.A2, &own.state, &own.grad, &own.dA}) x->assign(N, Block{});
+    own.D = own.bias = own.dD = own.dbias = Block{};
+    if (p.D) load_weight(p.D + channel, {1, 0}, 1, at.channels, &own.D);
+    if (p.bias) load_weight(p.bias + channel, {1, 0}, 1, at.channels, &own.bias);
     const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
-    Block *A = own + SCALED_A * N, *inverse = own + INVERSE * N, *tiny = own + IS_TINY * N;
-    load_weight(p.A + channel * rates.channel, rates, N, at.channels, A);
+    load_weight(p.A + channel * rates.channel, rates, N, at.channels, own.A2.data());
     for (int n = 0; n < N; ++n)
-        for (int j = 0; j < W; ++j) {
-            V a = A[n].v[j] * (p.tied ? n + 1.0f : 1.0f);
-            Lanes small = (a < TINY) & (a > -TINY);
-            inverse[n].v[j] = select(small, V{}, 1.0f / a);
-            tiny[n].v[j] = select(small, splat(1.0f), V{});
-            A[n].v[j] = bounded(a * LOG2E, -1e19f, 1e19f);
-        }
-    if (p.fixed_B) load_weight(p.B + channel * N, {N, 1}, N, at.channels, own + FIXED_B * N);
-    if (p.fixed_C) load_weight(p.C + channel * N, {N, 1}, N, at.channels, own + FIXED_C * N);
-}
-
-// Take up the walk of one block again.
-void enter(const Problem& p, const Place& at, Work& w, Block* own) {
-    const int N = (int)p.states;
-    const int64_t channel = at.k * p.channels + at.channel;
-    w.A2 = own + SCALED_A * N;
-    w.inverse = own + INVERSE * N;
-    w.tiny = own + IS_TINY * N;
-    w.state = own + STATE * N;
-    w.grad = own + GRAD * N;
-    w.B.fixed = p.fixed_B ? own + FIXED_B * N : nullptr;
-    w.C.fixed = p.fixed_C ? own + FIXED_C * N : nullptr;
-    w.dA = own + D_A * N;
-    w.dB = own + D_B * N;
-    w.dC = own + D_C * N;
-    w.dD = own + SLOTS * N;
-    w.dbias = own + SLOTS * N + 1;
-    w.D = w.bias = Block{};
-    if (p.D) load_weight(p.D + channel, {1, 0}, 1, at.channels, &w.D);
-    if (p.bias) load_weight(p.bias + channel, {1, 0}, 1, at.channels, &w.bias);
-    w.streams = w.pass = 0;
+        for (int j = 0; j < W; ++j)
+            own.A2[n].v[j] = bounded(own.A2[n].v[j] * (p.tied ? n + 1.0f : 1.0f) * LOG2E, -1e19f, 1e19f);
 }
 
 // Step sizes of a chunk and what follows from them.
 template <bool BACKWARD>
 void load_steps(const Problem& p, const Place& at, Work& w) {
-    load_tile(p.u, at, w.rows, &w.step[0].u);
-    load_tile(p.delta, at, w.rows, &w.step[0].dt);
+    const Carry& own = *w.own;
+    move_tile<false>(p.u, at, w.rows, &w.step[0].u);
+    move_tile<false>(p.delta, at, w.rows, &w.step[0].dt);
     for (int t = 0; t < w.rows.count; ++t) {
         Step& s = w.step[t];
         for (int j = 0; j < W; ++j) {
-            V dt = s.dt.v[j] + w.bias.v[j];
+            V dt = s.dt.v[j] + own.bias.v[j];
             if (p.softplus) dt = softplus<BACKWARD>(dt, s.slope.v[j]);
             if (BACKWARD) s.size.v[j] = dt;
-            s.dt.v[j] = p.zoh ? dt : bounded(dt, -1e18f, 1e18f);
-            s.dtu.v[j] = p.zoh ? s.u.v[j] : dt * s.u.v[j];
+            s.dt.v[j] = bounded(dt, -1e18f, 1e18f);
+            s.dtu.v[j] = dt * s.u.v[j];
             if (!BACKWARD || p.z.data) s.y.v[j] = V{};
-            if (p.tied && p.zoh) {
-                s.e1.v[j] = exp2m1(s.dt.v[j] * w.A2[0].v[j]);
-                s.e.v[j] = s.e1.v[j] + 1.0f;
-                s.power.v[j] = V{};
-            } else if (p.tied) {
-                s.e.v[j] = exp2(s.dt.v[j] * w.A2[0].v[j]);
+            if (p.tied) {
+                s.e.v[j] = exp2(s.dt.v[j] * own.A2[0].v[j]);
                 s.power.v[j] = splat(1.0f);
             }
         }
@@ -719,58 +538,61 @@ float* kept_state(const Problem& p, const Plan& plan, const Place& at, int64_t c
     return p.kept + ((at.b * p.directions + at.k) * plan.chunks + chunk) * p.states * p.channels + at.channel;
 }
 
-void forward_unit(const Problem& p, const Plan& plan, const Kernels& kernels, Work& w, int64_t unit) {
+template <bool TIED>
+void forward_unit(const Problem& p, const Plan& plan, Work& w, int64_t unit) {
     const int N = (int)p.states;
     const int64_t block = unit % plan.blocks, g = unit / plan.blocks % p.groups;
     const int64_t k = unit / plan.blocks / p.groups % p.directions;
     const int64_t b = unit / plan.blocks / p.groups / p.directions;
     const Place at = plan.place(b, k, g, block);
-    prepare(p, at, w.own.data());
+    w.own = &w.blocks[0];
+    prepare(p, at, *w.own);
     visit(p, b, k, 0, w.next_rows);
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         move_on(p, b, k, g, chunk + 1, w);
-        enter(p, at, w, w.own.data());
+        w.streams = w.pass = 0;
         for (const View* x : {&p.u, &p.delta, &p.z}) look_ahead(*x, at, w.next_rows, w);
         look_ahead(p.y, at, w.rows, w);
-        if (p.kept) store_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+        if (p.kept) store_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.own->state.data());
         load_steps<false>(p, at, w);
-        if (p.z.data) load_tile(p.z, at, w.rows, &w.step[0].z);
+        if (p.z.data) move_tile<false>(p.z, at, w.rows, &w.step[0].z);
         int n = 0;
-        for (; n + NB <= N; n += NB) kernels.forward[0](w, n, true);
-        for (; n < N; ++n) kernels.forward[1](w, n, true);
+        for (; n + NB <= N; n += NB) advance<NB, TIED, false>(w, n, true);
+        for (; n < N; ++n) advance<1, TIED, false>(w, n, true);
         for (int t = 0; t < w.rows.count; ++t) {
             Step& s = w.step[t];
             for (int j = 0; j < W; ++j) {
-                if (p.D) s.y.v[j] += w.D.v[j] * s.u.v[j];
+                if (p.D) s.y.v[j] += w.own->D.v[j] * s.u.v[j];
                 if (p.z.data) s.y.v[j] *= s.z.v[j] * sigmoid(s.z.v[j]);
             }
         }
-        store_tile(p.y, at, w.rows, &w.step[0].y);
+        move_tile<true>(p.y, at, w.rows, &w.step[0].y);
     }
     float* last = p.last + ((b * p.directions + k) * p.channels + at.channel) * N;
-    store_weight(last, {N, 1}, N, at.channels, w.state);
+    store_weight(last, {N, 1}, N, at.channels, w.own->state.data());
 }
 
 // The gradients of one chunk of one block; those with respect to B and C are added to w.folded.
-void backward_chunk(const Problem& p, const Kernels& kernels, Work& w, const Place& at) {
+template <bool TIED>
+void backward_chunk(const Problem& p, Work& w, const Place& at) {
     const int N = (int)p.states;
+    Carry& own = *w.own;
     load_steps<true>(p, at, w);
-    load_tile(p.grad_y, at, w.rows, p.z.data ? &w.step[0].raw_dy : &w.step[0].dy);
-    if (p.z.data) load_tile(p.z, at, w.rows, &w.step[0].z);
+    move_tile<false>(p.grad_y, at, w.rows, p.z.data ? &w.step[0].raw_dy : &w.step[0].dy);
+    if (p.z.data) move_tile<false>(p.z, at, w.rows, &w.step[0].z);
     for (int t = 0; t < w.rows.count; ++t) {
         Step& s = w.step[t];
         s.sum_B = s.sum_A = Block{};
-        if (p.zoh) s.sum_hold = Block{};
         for (int j = 0; p.z.data && j < W; ++j) s.dy.v[j] = s.raw_dy.v[j] * s.z.v[j] * sigmoid(s.z.v[j]);
     }
     int n = 0, pass = 0;
     for (; n + NB <= N; n += NB, ++pass) {
-        kernels.again[0](w, n, p.z.data != nullptr);
-        kernels.backward[0](w, n, pass);
+        advance<NB, TIED, true>(w, n, p.z.data != nullptr);
+        retreat<NB, TIED>(w, n, pass);
     }
     for (; n < N; ++n, ++pass) {
-        kernels.again[1](w, n, p.z.data != nullptr);
-        kernels.backward[1](w, n, pass);
+        advance<1, TIED, true>(w, n, p.z.data != nullptr);
+        retreat<1, TIED>(w, n, pass);
     }
 
     for (int t = 0; t < w.rows.count; ++t) {
@@ -779,39 +601,30 @@ void backward_chunk(const Problem& p, const Kernels& kernels, Work& w, const Pla
             const V u = s.u.v[j], dy = s.dy.v[j];
             if (p.z.data) {
                 V gate = sigmoid(s.z.v[j]), y = s.y.v[j];
-                if (p.D) y += w.D.v[j] * u;
+                if (p.D) y += own.D.v[j] * u;
                 s.z.v[j] = s.raw_dy.v[j] * y * gate * (1.0f + s.z.v[j] * (1.0f - gate));
             }
-            if (p.tied && !p.zoh) w.dA[0].v[j] += s.dt.v[j] * s.sum_A.v[j];
-            V ddelta = s.sum_A.v[j] * (p.tied ? w.A2[0].v[j] * LN2 : splat(LN2));
-            ddelta += p.zoh ? s.sum_hold.v[j] : u * s.sum_B.v[j];
+            if (p.tied) own.dA[0].v[j] += s.dt.v[j] * s.sum_A.v[j];
+            V ddelta = s.sum_A.v[j] * (p.tied ? own.A2[0].v[j] * LN2 : splat(LN2));
+            ddelta += u * s.sum_B.v[j];
             if (p.softplus) ddelta *= s.slope.v[j];
             s.sum_A.v[j] = ddelta;
-            w.dbias->v[j] += ddelta;
-            if (!p.zoh) s.sum_B.v[j] *= s.size.v[j];
+            own.dbias.v[j] += ddelta;
+            s.sum_B.v[j] *= s.size.v[j];
             if (p.D) {
-                s.sum_B.v[j] += dy * w.D.v[j];
-                w.dD->v[j] += dy * u;
+                s.sum_B.v[j] += dy * own.D.v[j];
+                own.dD.v[j] += dy * u;
             }
         }
     }
-    store_tile(p.ddelta, at, w.rows, &w.step[0].sum_A);
-    if (p.z.data) store_tile(p.dz, at, w.rows, &w.step[0].z);
+    move_tile<true>(p.ddelta, at, w.rows, &w.step[0].sum_A);
+    if (p.z.data) move_tile<true>(p.dz, at, w.rows, &w.step[0].z);
     if (p.shared && at.k > 0) {
-        load_tile(p.du, at, w.rows, &w.step[0].u);
+        move_tile<false>(p.du, at, w.rows, &w.step[0].u);
         for (int t = 0; t < w.rows.count; ++t)
             for (int j = 0; j < W; ++j) w.step[t].sum_B.v[j] += w.step[t].u.v[j];
     }
-    store_tile(p.du, at, w.rows, &w.step[0].sum_B);
-}
-
-// Where units put their share of gradients that are sums over units: (samples, ...), dB and dC (pieces, ...).
-struct Shares {
-    float *dA, *dB, *dC, *dD, *dbias;
-};
-
-inline void put(float* to, const float* from, int count, bool add) {
-    for (int i = 0; i < count; ++i) to[i] = (add ? to[i] : 0.0f) + from[i];
+    move_tile<true>(p.du, at, w.rows, &w.step[0].sum_B);
 }
 
 // Add the lanes of w.folded; write rows of dB and dC, or add to them.
@@ -826,25 +639,27 @@ void unfold(const Problem& p, const Work& w, bool add, float* dB, float* dC) {
             std::memcpy(lanes, &w.folded[t * w.folds + pass], sizeof lanes);
             for (int half = LANES / 2; half >= 2 * M; half /= 2)
                 for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-            if (dB) put(dB + row + n, lanes, M, add);
-            if (dC) put(dC + row + n, lanes + M, M, add);
+            for (int i = 0; i < M; ++i) {
+                dB[row + n + i] = (add ? dB[row + n + i] : 0.0f) + lanes[i];
+                dC[row + n + i] = (add ? dC[row + n + i] : 0.0f) + lanes[M + i];
+            }
             n += M;
         }
     }
 }
 
 // Blocks first ... last - 1 of a group in one direction, chunk by chunk; dB and dC (l, n) are their share.
-void backward_blocks(const Problem& p, const Plan& plan, const Kernels& kernels, const Shares& shares,
-                     Work& w, const Place& group, int64_t first, int64_t last, float* dB, float* dC) {
+template <bool TIED>
+void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& group, int64_t first,
+                     int64_t last, float* dB, float* dC) {
     const int N = (int)p.states;
     const int64_t b = group.b, k = group.k, g = group.g;
-    auto own = [&](int64_t block) { return &w.own[(block - first) * (SLOTS * N + 2)]; };
     for (int64_t block = first; block < last; ++block) {
         const Place at = plan.place(b, k, g, block);
-        prepare(p, at, own(block));
+        prepare(p, at, w.blocks[block - first]);
         if (p.grad_last) {
             const float* from = p.grad_last + ((b * p.directions + k) * p.channels + at.channel) * N;
-            load_weight(from, {N, 1}, N, at.channels, own(block) + GRAD * N);
+            load_weight(from, {N, 1}, N, at.channels, w.blocks[block - first].grad.data());
         }
     }
     visit(p, b, k, plan.chunks - 1, w.next_rows);
@@ -852,30 +667,27 @@ void backward_blocks(const Problem& p, const Plan& plan, const Kernels& kernels,
         move_on(p, b, k, g, chunk - 1, w);
         for (int64_t block = first; block < last; ++block) {
             const Place at = plan.place(b, k, g, block);
-            enter(p, at, w, own(block));
+            w.own = &w.blocks[block - first];
+            w.streams = w.pass = 0;
             const bool more = block + 1 < last;
             const Place next = plan.place(b, k, g, more ? block + 1 : first);
             for (const View* x : {&p.u, &p.delta, &p.grad_y, &p.z})
                 look_ahead(*x, next, more ? w.rows : w.next_rows, w);
             for (const View* x : {&p.du, &p.ddelta, &p.dz}) look_ahead(*x, at, w.rows, w);
-            load_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+            load_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.own->state.data());
             if (block % PART == 0) std::fill(w.folded.begin(), w.folded.end(), Vector{});
-            backward_chunk(p, kernels, w, at);
+            backward_chunk<TIED>(p, w, at);
             if (block % PART == PART - 1 || !more) unfold(p, w, block >= first + PART, dB, dC);
         }
     }
     for (int64_t block = first; block < last; ++block) {
         const Place at = plan.place(b, k, g, block);
         const int64_t channel = (b * p.directions + k) * p.channels + at.channel;
-        auto give = [&](float* share, Weight stride, int states, int64_t slot) {
-            const Block* sums = own(block) + slot;
-            store_weight(share + channel * stride.channel, stride, states, at.channels, sums);
-        };
-        give(shares.dA, p.tied ? Weight{1, 0} : Weight{N, 1}, p.tied ? 1 : N, D_A * N);
-        if (p.fixed_B) give(shares.dB, {N, 1}, N, D_B * N);
-        if (p.fixed_C) give(shares.dC, {N, 1}, N, D_C * N);
-        if (p.D) give(shares.dD, {1, 0}, 1, SLOTS * N);
-        if (p.bias) give(shares.dbias, {1, 0}, 1, SLOTS * N + 1);
+        const Carry& own = w.blocks[block - first];
+        const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
+        store_weight(p.dA + channel * rates.channel, rates, p.tied ? 1 : N, at.channels, own.dA.data());
+        if (p.D) store_weight(p.dD + channel, {1, 0}, 1, at.channels, &own.dD);
+        if (p.bias) store_weight(p.dbias + channel, {1, 0}, 1, at.channels, &own.dbias);
     }
 }
 
@@ -887,13 +699,6 @@ struct FlushDenormals {
     unsigned before = _mm_getcsr();
     FlushDenormals() { _mm_setcsr(before | 0x8040); }
     ~FlushDenormals() { _mm_setcsr(before); }
-#elif defined(__aarch64__)
-    uint64_t before;
-    FlushDenormals() {
-        asm volatile("mrs %0, fpcr" : "=r"(before));
-        asm volatile("msr fpcr, %0" ::"r"(before | 1 << 24));
-    }
-    ~FlushDenormals() { asm volatile("msr fpcr, %0" ::"r"(before)); }
 #endif
 };
 
@@ -927,102 +732,62 @@ std::vector<std::unique_ptr<Work>> hire(const Problem& p, int64_t units, int64_t
         Work& w = *workers.back();
         w.folds = (int)(p.states / NB + p.states % NB);
         w.folded.resize(T * w.folds);
-        w.own.resize(blocks * (SLOTS * p.states + 2));
+        w.blocks.resize(blocks);
     }
     return workers;
 }
 
+template <bool TIED>
 void run_forward(const Problem& p) {
     const Plan plan(p);
-    const Kernels& kernels = choose(p);
     const int64_t units = p.batch * p.directions * p.groups * plan.blocks;
     auto workers = hire(p, units, 1);
-    parallel(workers, units, [&](Work& w, int64_t unit) { forward_unit(p, plan, kernels, w, unit); });
+    parallel(workers, units, [&](Work& w, int64_t unit) { forward_unit<TIED>(p, plan, w, unit); });
 }
 
+template <bool TIED>
 void run_backward(const Problem& p) {
     const Plan plan(p);
-    const Kernels& kernels = choose(p);
     // Directions that share u stay in one unit, which adds up du.
     const int64_t inside = p.shared ? p.directions : 1, outside = p.directions / inside;
-    const int64_t groups = p.batch * outside * p.groups, parts = (plan.blocks + PART - 1) / PART;
-    // A unit takes all parts of a group, or a single one where threads would be idle otherwise.
-    const int64_t pieces = p.threads == 1 || groups >= 2 * p.threads ? 1 : parts;
-    const int64_t blocks = pieces == 1 ? plan.blocks : PART;
-
-    struct Sum {
-        float *result, **share;
-        int64_t size, count;
-        std::unique_ptr<float[]> memory;
-    };
-    const int64_t channels = p.directions * p.channels;
-    const int64_t varying = p.batch * p.directions * p.groups * p.length * p.states;
-    Shares shares{};
-    Sum sums[] = {
-        {p.dA, &shares.dA, channels * (p.tied ? 1 : p.states), p.batch, nullptr},
-        {p.dB, &shares.dB, p.fixed_B ? channels * p.states : varying, p.fixed_B ? p.batch : pieces, nullptr},
-        {p.dC, &shares.dC, p.fixed_C ? channels * p.states : varying, p.fixed_C ? p.batch : pieces, nullptr},
-        {p.dD, &shares.dD, channels, p.batch, nullptr},
-        {p.dbias, &shares.dbias, channels, p.batch, nullptr},
-    };
-    for (Sum& sum : sums) {
-        if (!sum.result) continue;
-        if (sum.count > 1) sum.memory.reset(new float[sum.size * sum.count]);
-        *sum.share = sum.memory ? sum.memory.get() : sum.result;
-    }
-
-    const int64_t units = groups * pieces;
+    const int64_t blocks = p.pieces == 1 ? plan.blocks : PART;  // of a unit
+    const int64_t units = p.batch * outside * p.groups * p.pieces;
     auto workers = hire(p, units, blocks);
     parallel(workers, units, [&](Work& w, int64_t unit) {
-        const int64_t piece = unit % pieces, g = unit / pieces % p.groups;
-        const int64_t b = unit / pieces / p.groups / outside;
+        const int64_t piece = unit % p.pieces, g = unit / p.pieces % p.groups;
+        const int64_t b = unit / p.pieces / p.groups / outside;
         const int64_t first = piece * blocks, last = std::min(first + blocks, plan.blocks);
         for (int64_t i = 0; i < inside; ++i) {
-            const int64_t k = unit / pieces / p.groups % outside * inside + i;
+            const int64_t k = unit / p.pieces / p.groups % outside * inside + i;
             const int64_t group = ((piece * p.batch + b) * p.directions + k) * p.groups + g;
-            const int64_t share = group * p.length * p.states;
-            backward_blocks(p, plan, kernels, shares, w, plan.place(b, k, g, 0), first, last,
-                            p.fixed_B ? nullptr : shares.dB + share, p.fixed_C ? nullptr : shares.dC + share);
+            const int64_t rows = group * p.length * p.states;
+            backward_blocks<TIED>(p, plan, w, plan.place(b, k, g, 0), first, last, p.dB + rows, p.dC + rows);
         }
     });
-
-    constexpr int64_t STRETCH = 4096;
-    for (Sum& sum : sums) {
-        if (!sum.memory) continue;
-        parallel(workers, (sum.size + STRETCH - 1) / STRETCH, [&](Work&, int64_t stretch) {
-            const int64_t first = stretch * STRETCH, last = std::min(first + STRETCH, sum.size);
-            const float* from = sum.memory.get();
-            std::memcpy(sum.result + first, from + first, (last - first) * sizeof(float));
-            for (int64_t i = 1; i < sum.count; ++i) {
-                from += sum.size;
-                for (int64_t at = first; at < last; ++at) sum.result[at] += from[at];
-            }
-        });
-    }
 }
 
-// Whether every row that `order` names exists.
-bool rows_exist(const Problem& p) {
-    if (!p.order) return true;
-    const int64_t count = (p.order_b ? p.batch : 1) * p.directions * p.length;
-    return std::all_of(p.order, p.order + count, [&](int64_t row) { return 0 <= row && row < p.length; });
+// A unit takes all parts of a group, or a single one where threads would be idle otherwise: pieces of dB, dC.
+int64_t pieces(const Problem& p) {
+    const int64_t groups = p.batch * (p.shared ? 1 : p.directions) * p.groups;
+    return p.threads == 1 || groups >= 2 * p.threads ? 1 : (Plan(p).blocks + PART - 1) / PART;
 }
 
-enum Outcome { DONE = 0, NO_MEMORY = 1, NO_SUCH_ROW = 2 };
-
-template <void RUN(const Problem&)>
-int guarded(const Problem& p) {
+int64_t guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
     try {
-        if (!rows_exist(p)) return NO_SUCH_ROW;
-        RUN(p);
-        return DONE;
+        run(p);
+        return 0;
     } catch (const std::bad_alloc&) {
-        return NO_MEMORY;
+        return 1;
     }
 }
 
 }  // namespace
 
 #define NF_EXPORT extern "C" __attribute__((visibility("default")))
-NF_EXPORT int nf_forward(const Problem* p) { return guarded<run_forward>(*p); }
-NF_EXPORT int nf_backward(const Problem* p) { return guarded<run_backward>(*p); }
+NF_EXPORT int64_t nf_pieces(const Problem* p) { return pieces(*p); }
+NF_EXPORT int64_t nf_forward(const Problem* p) {
+    return guarded(p->tied ? run_forward<true> : run_forward<false>, *p);
+}
+NF_EXPORT int64_t nf_backward(const Problem* p) {
+    return guarded(p->tied ? run_backward<true> : run_backward<false>, *p);
+}

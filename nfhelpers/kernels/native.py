@@ -1,12 +1,9 @@
 """The selective scan on a CPU in C++: compiled at first use, kept in the user's cache folder, run by ctypes.
 
-`native.cpp` says how the scan is computed. Here are the two functions of the canonical operation, which hand
-it pointers and strides, and the build. The compiler is CXX, else the first of c++, g++ and clang++; it needs
-no headers but those of the C++ library. The library's name is a hash of source, flags, compiler and
-processor: a change of any of them builds anew, and machines that share a home folder do not share a library.
-
-b batch, k direction (K of them; k' is K, or 1 for an input that all directions share), l row, d channel,
-n state, g group of channels that share B and C.
+`native.cpp` says how the scan is computed. Here are the two functions of the operation that
+reference.py describes, which hand it pointers and strides, and the build, by CXX, else the first of
+c++, g++ and clang++. The library's name is a hash of source, flags, compiler and processor: a change of any
+builds anew, and machines that share a home folder do not share a library.
 
 The state is float32; float32, bfloat16 and float16 are read and written. Numbers below 1e-38 count as zero.
 Results are bitwise the same in every run and at any number of threads (`torch.get_num_threads()` are used).
@@ -28,23 +25,12 @@ import torch
 
 CHUNK = 64  # steps between two states that are kept for the backward pass
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = (
-    *(
-        "-std=c++17",
-        "-O3",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        "-fvisibility=hidden",
-        "-w",
-        f"-DNF_CHUNK={CHUNK}",
-    ),
-    # The parts of -ffast-math that leave NaN, infinity and the order of sums alone.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-)
-TUNING = ("-march=native",)  # left out where the compiler refuses it
+FLAGS = f"-std=c++17 -O3 -shared -fPIC -pthread -fvisibility=hidden -w -DNF_CHUNK={CHUNK}".split()
+# The parts of -ffast-math that leave NaN, infinity and the order of sums alone.
+FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+TUNING = "-march=native"  # left out where the compiler refuses it
 COMPILE_SECONDS = 300
-_SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of native.cpp
 
 
@@ -53,22 +39,18 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of native.cpp
 
 def status():
     """ "ok", or why the backend cannot be used in this process. Builds the library unless one is kept."""
-    return _load()[1] or "ok"
+    try:
+        load()
+    except RuntimeError as error:
+        return str(error)
+    return "ok"
 
 
 @functools.cache
-def _load():
-    """(library, None) or (None, reason)."""
-    if os.name != "posix":
-        return None, f"needs Linux or macOS, not {platform.system()}"
-    try:
-        return _library(), None
-    except RuntimeError as error:
-        return None, str(error)
-
-
-def _library():
+def load():
     """The library: the one that is kept, else one built and kept, else one built for this process."""
+    if os.name != "posix":
+        raise RuntimeError(f"needs Linux or macOS, not {platform.system()}")
     compiler = _compiler()
     name = f"scan-{_fingerprint(compiler)}.so"
     try:
@@ -96,43 +78,30 @@ def _library():
 def _compiler():
     """The command that compiles, as a list of words."""
     asked = shlex.split(os.environ.get("CXX", ""))
-    if asked:
-        if shutil.which(asked[0]) is None:
-            raise RuntimeError(f"no compiler found: CXX={os.environ['CXX']!r} is not a command")
-        return asked
-    found = next((name for name in COMPILERS if shutil.which(name)), None)
+    found = [asked] if asked else [[name] for name in COMPILERS]
+    found = next((command for command in found if shutil.which(command[0])), None)
     if found is None:
-        raise RuntimeError(
-            f"no compiler found: none of {', '.join(COMPILERS)} is installed, and CXX is not set"
-        )
-    return [found]
+        raise RuntimeError(f"no compiler found: none of {', '.join(asked[:1] or COMPILERS)} is a command")
+    return found
 
 
 def _fingerprint(compiler):
     """Hash of all that decides what the library contains."""
-    version = _run([*compiler, "--version"]).stdout
-    parts = [_SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, *TUNING, version, _processor()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
-
-
-def _processor():
-    """Model and instruction sets of the processor."""
-    try:
+    try:  # model and instruction sets of the processor, on x86, ARM, RISC-V, POWER
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        told = ("model", "flags", "Features", "CPU", "isa", "cpu")
+        processor = [line for line in lines if line.startswith(told) and not line.startswith("cpu MHz")]
     except OSError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    told = ("model", "flags", "Features", "CPU", "isa", "cpu")  # x86, ARM, RISC-V, POWER
-    kept = [line for line in lines if line.startswith(told) and not line.startswith("cpu MHz")]
-    return "\n".join([platform.machine(), *kept])
+        processor = [platform.processor()]
+    version = _run([*compiler, "--version"]).stdout
+    parts = [SOURCE.read_text(encoding="utf-8"), *compiler, *FLAGS, TUNING, version, platform.machine()]
+    return hashlib.sha256("\0".join([*parts, *processor]).encode()).hexdigest()[:20]
 
 
 def _cache_folder():
     """The folder of kept libraries, made if needed. OSError when it is not the user's own."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    root = root if os.path.isabs(root) else os.path.expanduser("~/.cache")
-    if not os.path.isabs(root):
-        raise FileNotFoundError("the user has no home folder; set XDG_CACHE_HOME")
-    folder = Path(root) / "nfhelpers" / "native"
+    folder = Path(root if os.path.isabs(root) else Path("~/.cache").expanduser()) / "nfhelpers" / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(folder)
     return folder
@@ -141,15 +110,13 @@ def _cache_folder():
 def _check_owner(path):
     """Loading what someone else can write is running what someone else wrote."""
     found = path.stat()
-    if found.st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to user {found.st_uid}, not to {os.getuid()}")
-    if found.st_mode & 0o022:
-        raise PermissionError(f"{path} can be written by others; run chmod go-w on it")
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{path} is another user's or can be written by others; chown it, chmod go-w")
 
 
 def _compile(compiler, path):
-    files = (str(_SOURCE), "-o", str(path))
-    result = _run([*compiler, *FLAGS, *TUNING, *files])
+    files = (str(SOURCE), "-o", str(path))
+    result = _run([*compiler, *FLAGS, TUNING, *files])
     if result.returncode:
         result = _run([*compiler, *FLAGS, *files])
     if result.returncode:
@@ -160,7 +127,7 @@ def _compile(compiler, path):
 def _run(command):
     try:
         return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=COMPILE_SECONDS
+            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"compile failed: {error}") from error
@@ -169,8 +136,8 @@ def _run(command):
 def _open(path):
     try:
         library = ctypes.CDLL(str(path))
-        for function in (library.nf_forward, library.nf_backward):
-            function.argtypes, function.restype = [ctypes.POINTER(_Problem)], ctypes.c_int
+        for function in (library.nf_forward, library.nf_backward, library.nf_pieces):
+            function.argtypes, function.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"load failed: {error}") from error
     return library
@@ -180,7 +147,7 @@ def _open(path):
 
 
 class _View(ctypes.Structure):
-    """View of native.cpp: a tensor (b, k, l, d), strides in elements."""
+    """View of native.cpp: a tensor (b, k, l, d), d or l side by side, strides in elements."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -192,8 +159,7 @@ class _Problem(ctypes.Structure):
     """Problem of native.cpp."""
 
     _numbers = (
-        "batch directions length channels states groups threads reverse "
-        "shared softplus zoh tied fixed_B fixed_C order_b"
+        "batch directions length channels states groups threads reverse shared softplus tied order_b pieces"
     )
     _views = "u delta z y grad_y du ddelta dz"
     _pointers = "A B C D bias grad_last order last kept dA dB dC dD dbias"
@@ -203,160 +169,82 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _pointers.split()),
     ]
 
+    def give(self, **tensors):
+        """Point to tensors and keep them alive: views with rows or channels side by side, or contiguous."""
+        self.held = [*getattr(self, "held", ()), tensors]
+        for name, x in tensors.items():
+            if x is not None and name in self._views.split():
+                strides = [0 if i == 1 and x.shape[1] == 1 else step for i, step in enumerate(x.stride())]
+                setattr(self, name, _View(x.data_ptr(), *strides, _DTYPES[x.dtype]))
+            elif x is not None:
+                setattr(self, name, x.data_ptr())
+
 
 def states_shape(batch, directions, length, channels, states):
     """Shape of the float32 tensor that `forward` keeps for `backward`: the state before every CHUNK steps."""
     return batch, directions, -(-length // CHUNK), states, channels
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied, keep_states):
-    """The scan: y (b, K, l, d) in u's dtype, last state (b, K, d, N), kept states (`states_shape`, or (0,)).
-
-    Args:
-        u: (b, k', l, d). delta: (b, K, l, d). Any strides.
-        A: (K, d, N), or (K, d) with tied decays, where state n decays at the rate (n + 1) A.
-        B, C: (b, K, G, l, N) varying, or (K, d, N) fixed.
-        D: (K, d) or None. z: (b, K, l, d) or None. bias: (K, d) or None.
-        order: None or integer (b', K, l), b' 1 or b: permutations; row order[t] is visited at step t.
-        reverse: bit mask; direction k walks from the last step to the first if bit k is set.
-        softplus, zoh, tied: bool, what the recurrence does. keep_states: bool, for `backward`.
-
-    Every tensor but order is float32, bfloat16 or float16, on the CPU.
-
-    Raises:
-        ValueError: another dtype or device, or a row in order that does not exist.
-        RuntimeError: the library cannot be built; `status` says why.
-        MemoryError: no memory for the work buffers.
-
-    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
-    """
-    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
-    batch, directions, _, channels = delta.shape
-    y = torch.empty_like(u) if u.shape[1] == directions else u.new_empty(delta.shape)
-    last = torch.empty(batch, directions, channels, problem.states, dtype=torch.float32, device="cpu")
-    kept = last.new_empty(states_shape(*delta.shape, problem.states) if keep_states else 0)
-    written = _strided(y)
-    problem.y, problem.last = _view(written), _pointer(last)
-    problem.kept = _pointer(kept) if keep_states else None
-    _call("nf_forward", problem)
-    return _filled(y, written), last, kept
-
-
-def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied):
-    """Gradients (du, ddelta, dA, dB, dC, dD, dz, dbias) of `forward`; an empty tensor for None.
-
-    grad_y (b, K, l, d), any strides; grad_last (b, K, d, N) or None; states: what `forward` kept; the others
-    as there. A gradient has shape, dtype and layout (`torch.empty_like`) of its argument.
-
-    Raises: what `forward` raises.
-    """
-    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied)
-    grad_y, grad_last, states = (
-        _readable("grad_y", grad_y),
-        _dense("grad_last", grad_last),
-        _dense("states", states),
-    )
-    problem.grad_y, problem.grad_last, problem.kept = _view(grad_y), _pointer(grad_last), _pointer(states)
-
-    arguments = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, bias=bias)
-    results, written = {}, {}
-    for name, argument in arguments.items():
-        if argument is None:
-            results[name] = written[name] = A.new_empty(0)
-            continue
-        results[name] = torch.empty_like(argument)
-        if name in ("u", "delta", "z"):
-            # Directions that share u add to du one after another: without rounding in between.
-            written[name] = _strided(results[name], exact=name == "u" and problem.shared)
-            setattr(problem, f"d{name}", _view(written[name]))
-        else:
-            written[name] = _dense(name, results[name])
-            setattr(problem, f"d{name}", _pointer(written[name]))
-    _call("nf_backward", problem)
-    return tuple(_filled(results[name], written[name]) for name in arguments)
-
-
-def _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, zoh, tied):
+def _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     """The arguments as native.cpp takes them."""
-    views = dict(u=u, delta=delta, z=z)
-    views = {name: _readable(name, x) for name, x in views.items() if x is not None}
-    weights = dict(A=A, B=B, C=C, D=D, bias=bias)
-    weights = {name: _dense(name, x) for name, x in weights.items()}
-    if order is not None:
-        order = order.to(torch.int64).contiguous()  # (b', K, l)
-
-    batch, directions, length, channels = delta.shape
-    problem = _Problem(
-        batch=batch,
-        directions=directions,
-        length=length,
-        channels=channels,
-        states=B.shape[-1],
-        groups=next((x.shape[2] for x in (B, C) if x.dim() == 5), 1),
-        threads=torch.get_num_threads(),
-        reverse=reverse,
-        shared=u.shape[1] < directions,
-        softplus=softplus,
-        zoh=zoh,
-        tied=tied,
-        fixed_B=B.dim() == 3,
-        fixed_C=C.dim() == 3,
-        order_b=0 if order is None or order.shape[0] == 1 else directions * length,
-        order=_pointer(order),
-        **{name: _view(x) for name, x in views.items()},
-        **{name: _pointer(x) for name, x in weights.items()},
-    )
-    problem.held = views, weights, order  # their memory is pointed to
+    problem = _Problem(*delta.shape, B.shape[4], B.shape[2], torch.get_num_threads(), reverse)
+    problem.shared, problem.softplus, problem.tied = u.shape[1] < delta.shape[1], softplus, tied
+    if order is not None and order.shape[0] > 1:
+        problem.order_b = order[0].numel()
+    problem.give(u=_rows(u), delta=_rows(delta), z=_rows(z), A=A, B=_float(B), C=_float(C), D=D, bias=bias)
+    problem.give(order=None if order is None else order.to(torch.int64).contiguous())  # (b', K, l)
     return problem
 
 
-def _check(name, x):
-    if x.dtype == torch.float64:
-        raise ValueError(f"{name} is float64 and the native scan's state is float32; use backend='chunked'")
-    if not x.is_floating_point() or x.device.type != "cpu":
-        raise ValueError(f"{name} is {x.dtype} on {x.device}; the native scan takes float32 on the cpu")
+def _rows(x):
+    """x (b, k, l, d), or None, in a dtype that the library reads, with rows or channels side by side."""
+    x = x if x is None or x.dtype in _DTYPES else x.float()
+    return x if x is None or 1 in x.stride()[2:] else x.contiguous()
 
 
-def _readable(name, x):
-    """x, any strides, in a dtype that the library reads."""
-    _check(name, x)
-    return x if x.dtype in _DTYPES else x.float()
+def _float(x):
+    return None if x is None else x.float().contiguous()
 
 
-def _dense(name, x):
-    """x, or None, as contiguous float32."""
-    if x is None:
-        return None
-    _check(name, x)
-    return x.float().contiguous()
-
-
-def _strided(result, exact=False):
-    """Where the library writes `result`: there, or in float32 where it cannot or where rounding must wait."""
-    direct = result.dtype in _DTYPES and (result.dtype == torch.float32 or not exact)
-    return result if direct else torch.empty_like(result, dtype=torch.float32)
-
-
-def _filled(result, written):
-    return result if written is result else result.copy_(written)
-
-
-def _pointer(x):
-    return None if x is None else x.data_ptr()
-
-
-def _view(x):
-    batch, direction, row, channel = x.stride()
-    shared = x.shape[1] == 1
-    return _View(x.data_ptr(), batch, 0 if shared else direction, row, channel, _DTYPES[x.dtype])
+def _like(x, exact=False):
+    """A tensor (b, k, l, d) like x for the library to write, in x's dtype and memory order where it can."""
+    new = torch.empty_like(x)
+    direct = x.dtype in _DTYPES and 1 in new.stride()[2:] and not exact
+    return new if direct else x.new_empty(x.shape, dtype=torch.float32)
 
 
 def _call(name, problem):
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(f"the native scan cannot be used: {reason}")
-    outcome = getattr(library, name)(problem)
-    if outcome == 1:
+    if getattr(load(), name)(problem):
         raise MemoryError("the native scan has no memory for its work buffers")
-    if outcome == 2:
-        raise ValueError(f"order names a row that is not in 0 ... {problem.length - 1}")
+
+
+def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
+    """(y, last, states) of the scan that reference.py describes."""
+    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+    y = _like(u.new_empty(delta.shape) if problem.shared else u)
+    last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)
+    kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
+    problem.give(y=y, last=last, kept=kept if keep_states else None)
+    _call("nf_forward", problem)
+    return y, last, kept
+
+
+def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
+    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; None where one is None."""
+    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+    problem.give(grad_y=_rows(grad_y), grad_last=_float(grad_last), kept=states)
+    problem.pieces = load().nf_pieces(problem)
+
+    def terms(x, count):  # of a sum over samples, or over pieces of the channels
+        return None if x is None else A.new_empty(count, *x.shape)
+
+    # Directions that share u add to du one after another: without rounding in between.
+    rows = dict(du=_like(u, exact=problem.shared and u.dtype != torch.float32), ddelta=_like(delta))
+    rows["dz"] = None if z is None else _like(z)
+    sums = {f"d{name}": terms(x, problem.batch) for name, x in dict(A=A, D=D, bias=bias).items()}
+    sums |= {f"d{name}": terms(x, problem.pieces) for name, x in dict(B=B, C=C).items()}
+    problem.give(**rows, **sums)
+    _call("nf_backward", problem)
+    # One term after another: the same bits at any number of threads.
+    found = rows | {name: None if x is None else functools.reduce(torch.add, x) for name, x in sums.items()}
+    return tuple(found[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias"))

@@ -9,53 +9,25 @@ import re
 
 import torch
 
-from nfhelpers.flow import check_unit_range
-
 POINT_ORDERS = ("row", "column", "diagonal", "antidiagonal", "serpentine", "hilbert")
+GRID_ORDERS = ("h", "v", "w7")  # LocalMamba's; there is "w<N>" for any N, and each with "_flip"
 _HILBERT_BITS = 16
 
 
 def point_order(coords, kind):
-    """Scan order of a batch of point sets.
+    """Scan order (B, L) int64 of sets of points: coords (B, L, 2), (x, y) in [0, 1]; kind: of POINT_ORDERS.
 
-    Points on a line that the scan follows (a row, a diagonal ...) are told apart from those on the next line
-    with a tolerance of four rounding errors of float32, so that a diagonal of a regular grid is one line
-    although its sums x + y differ in their last bits. Lines that are closer run into one: grids of up to
-    700 x 700 pixels are safe whatever their aspect. Points that coincide keep the order they came in.
-    Serpentine counts the rows that hold a point and walks every second one backwards.
-
-    Args:
-        coords: (B, L, 2) floating, (x, y) in [0, 1]. Compared in float32 whatever the dtype, so that a
-            float64 copy is scanned like its original. Half precision does not hold every pixel centre (of
-            sides that are powers of two, float16 does up to 1024 pixels and bfloat16 up to 128): the points
-            it names are scanned as they are.
-        kind: "row", "column", "diagonal" (x + y, then x), "antidiagonal" (x - y, then x), "serpentine",
-            "hilbert".
-
-    Returns:
-        (B, L) int64, one permutation of 0 ... L-1 a sample.
-
-    Raises:
-        ValueError: not a tensor, a shape other than (B, L, 2), a dtype that is not floating, an unknown kind;
-            coordinates on the CPU that are not in [0, 1] (on a GPU they are not read back: Hilbert order
-            takes points outside as on the border).
-
-    Source: the four directions of seed 001; Hilbert, "Ueber die stetige Abbildung einer Linie auf ein
-    Flaechenstueck", 1891.
+    "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
+    that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
+    order. Points on a line of the scan are told from those on the next in float32, with a tolerance of four
+    rounding errors: a diagonal of a regular grid is one line although its sums differ in their last bits.
+    Grids of up to 700 x 700 pixels are safe. Coordinates on a GPU are not checked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
-    if not isinstance(coords, torch.Tensor):
-        raise ValueError(f"coords is a {type(coords).__name__}; pass a tensor (B, L, 2) such as (8, 204, 2)")
-    if coords.dim() != 3 or coords.shape[-1] != 2 or 0 in coords.shape:
-        raise ValueError(
-            f"coords has shape {tuple(coords.shape)}; pass (B, L, 2) such as (8, 204, 2), not empty"
-        )
-    if not coords.is_floating_point():
-        raise ValueError(f"coords is {coords.dtype}; pass (x, y) in [0, 1] as float32")
-    check_unit_range("coords", coords, "(x, y)")
-    coords = coords.detach().float()
-    x, y = coords.unbind(-1)  # (B, L) each
+    if _is_read(coords) and not bool(((coords >= 0) & (coords <= 1)).all()):  # NaN compares false
+        raise ValueError(f"coords spans {coords.min():.4g} ... {coords.max():.4g}; pass (x, y) in [0, 1]")
+    x, y = coords.detach().float().unbind(-1)  # (B, L) each
     if kind == "row":
         return _sort_by(_lines(y), x)
     if kind == "column":
@@ -111,28 +83,13 @@ def _hilbert_index(x, y):
 
 
 def grid_order(height, width, kind):
-    """Scan order of the pixels of a grid, whose positions count row by row.
+    """Scan order (height * width,) int64 of the pixels of a grid, whose positions count row by row.
 
-    Args:
-        height, width: at least 1.
-        kind: "h" row by row, "v" column by column, "w<N>" windows of N x N pixels, row by row inside a window
-            and from window to window, windows at the far edges cut short; each with "_flip", which walks
-            backwards.
-
-    Returns:
-        (height * width,) int64 permutation.
-
-    Raises:
-        ValueError: a size that is not a whole number of at least 1, or an unknown kind.
-
-    Source: LocalMamba, Huang et al., 2024 (seed 000).
+    kind: "h" row by row, "v" column by column, "w<N>" windows of N x N pixels, row by row inside a window and
+    from window to window, cut short at the far edges; each with "_flip", which walks backwards. Source: Huang
+    et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024.
     """
-    for size in (height, width):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"height={height!r}, width={width!r}; both must be whole and at least 1, such as 32, 32"
-            )
-    match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind) if isinstance(kind, str) else None
+    match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
     if match is None:
         raise ValueError(
             f"kind={kind!r} is not an order of a grid; pass 'h', 'v' or 'w<N>' such as 'w7', or 'h_flip'"
@@ -150,73 +107,37 @@ def grid_order(height, width, kind):
     return order.flip(0) if match[3] else order
 
 
-def inverse_order(order):
-    """The permutation that undoes `order`: inverse[order[k]] = k.
-
-    Args:
-        order: (..., L) int64, a permutation of 0 ... L-1 along the last dimension.
-
-    Raises:
-        ValueError: not an int64 tensor, no dimension, or, on the CPU, not a permutation.
-    """
-    if not isinstance(order, torch.Tensor):
-        raise ValueError(f"order is a {type(order).__name__}; pass an int64 tensor (..., L)")
-    if order.dtype != torch.int64 or order.dim() == 0:
-        raise ValueError(f"order is {order.dtype} of shape {tuple(order.shape)}; pass int64 (..., L)")
+def check_permutation(order):
+    """Raise ValueError unless order (..., L) on the CPU visits each of L tokens once. Others are not read."""
+    if not _is_read(order):
+        return
     length = order.shape[-1]
-    if _is_read(order) and not bool(((order >= 0) & (order < length)).all()):
-        raise ValueError(
-            f"order has entries outside 0 ... {length - 1}; pass a permutation such as point_order returns"
-        )
-    steps = torch.arange(length, device=order.device)
-    inverse = torch.full_like(order, -1).scatter_(-1, order, steps.expand_as(order))
-    if _is_read(inverse) and bool((inverse < 0).any()):
-        raise ValueError("order names a position twice; pass a permutation such as point_order returns")
-    return inverse
+    low, high = (bound.item() for bound in order.aminmax())
+    inside = 0 <= low and high < length
+    if not inside or not torch.zeros(order.shape, dtype=torch.bool).scatter_(-1, order.long(), True).all():
+        raise ValueError(f"an order holds {low} ... {high}; pass permutations of 0 ... {length - 1}")
+
+
+def inverse_order(order):
+    """The permutation (..., L) that undoes `order` (..., L): inverse[order[k]] = k."""
+    check_permutation(order)
+    steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order, memory_format=torch.contiguous_format).scatter_(-1, order, steps)
 
 
 def neighbour_steps(coords, orders, neighbours=4, among=None):
-    """How far back in each order a scan has met the points that lie nearest in the plane.
+    """(B, K, L, M): how far back in each order a scan has met the M points that lie nearest, nearest first.
 
-    Time and memory are O(B L^2). Of points that are equally near, those that come first in `coords` count.
-
-    Args:
-        coords: (B, L, 2) floating, (x, y).
-        orders: (B, K, L) int64, permutations as `point_order` returns them, stacked.
-        neighbours: M, how many nearest points of every point; it is not one of its own.
-        among: (B, L) bool, the points that may be neighbours; None for all.
-
-    Returns:
-        (B, K, L, M) int64, nearest first: n for a neighbour that the scan meets n steps before the point, -n
-        for one that it meets n steps after it, of which a causal scan knows nothing there.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, fewer than M points that may be a point's neighbours.
+    n for a neighbour that the scan meets n steps before the point, -n for one that it meets n steps after it,
+    of which a causal scan knows nothing there. coords (B, L, 2); orders (B, K, L); among (B, L) bool: points
+    that may be neighbours. Of points that are equally near, the first in coords counts. O(B L^2).
     """
-    shape = tuple(getattr(coords, "shape", ()))
-    if len(shape) != 3 or shape[2] != 2 or 0 in shape:
-        raise ValueError(f"coords has shape {shape}; pass a tensor (B, L, 2) such as (8, 204, 2), not empty")
-    batch, length, _ = coords.shape
-    shape = tuple(getattr(orders, "shape", ()))
-    if len(shape) != 3 or shape[0] != batch or shape[2] != length:
-        raise ValueError(f"orders has shape {shape}; the points ask for (B, K, L) = ({batch}, K, {length})")
-    among = torch.ones_like(coords[..., 0], dtype=torch.bool) if among is None else among
-    if among.shape != (batch, length) or among.dtype != torch.bool:
-        raise ValueError(
-            f"among is {among.dtype} of shape {tuple(among.shape)}; pass bool ({batch}, {length})"
-        )
-    available = int((among.sum(-1, keepdim=True) - among.long()).min())
-    if isinstance(neighbours, bool) or not isinstance(neighbours, int) or not 1 <= neighbours <= available:
-        raise ValueError(
-            f"neighbours={neighbours!r} of every point were asked for, and one of them has {available}; pass "
-            "a whole number from 1 to that, such as 4 of 5 points or more"
-        )
     apart = (coords[:, :, None].float() - coords[:, None].float()).norm(dim=-1)  # (B, L, L)
-    itself = torch.eye(length, dtype=torch.bool, device=coords.device)
-    apart = apart.masked_fill(itself | ~among[:, None], torch.inf)
+    excluded = torch.eye(coords.shape[1], dtype=torch.bool, device=coords.device)
+    excluded = excluded if among is None else excluded | ~among[:, None]
+    apart = apart.masked_fill(excluded, torch.inf)
     level = _lines(apart.flatten(0, 1)).view_as(apart)  # pixels equally far in exact arithmetic share one
     nearest = level.argsort(dim=-1, stable=True)[..., :neighbours]  # (B, L, M)
     position = inverse_order(orders)  # (B, K, L), the step at which a point is visited
-    directions = orders.shape[1]
-    there = position.gather(2, nearest.flatten(1)[:, None].expand(-1, directions, -1))  # (B, K, L*M)
-    return position[..., None] - there.unflatten(2, (length, neighbours))  # (B, K, L, M)
+    there = position.gather(2, nearest.flatten(1)[:, None].expand(-1, orders.shape[1], -1))  # (B, K, L*M)
+    return position[..., None] - there.unflatten(2, nearest.shape[1:])  # (B, K, L, M)

@@ -1,12 +1,29 @@
 """The scans as they are written: one step after another, in any floating dtype. The truth of the tests.
 
-b batch, k direction, d channel, l position, n state, g group of channels that share B and C.
-
     h_l = exp(delta_l A) h_{l-1} + Bbar_l u_l          h: (B, D, N), h_{-1} = 0
     y_l = sum_n C_l h_l + D u_l,  then  y_l * silu(z_l) if z is given
 
 `discretization="mamba"` takes Bbar = delta B (Gu and Dao, "Mamba", 2023, and the kernel they released);
-`"zoh"` is the zero-order hold Bbar = (exp(delta A) - 1) / A * B (seed 002).
+`"zoh"` is the zero-order hold Bbar = (exp(delta A) - 1) / A * B, the exact solution for a constant input.
+
+The operation behind both public scans, which `as_groups` states by such a scan and the backends implement:
+
+    forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states) -> y, last, states
+    backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        -> the gradients of u, delta, A, B, C, D, z, bias, None for None
+
+b batch, k direction (K of them), l token (row), d channel, n state, g group of channels that share B and C
+
+    u           (b, K, l, d), or (b, 1, l, d) when the directions share one input
+    delta, z    (b, K, l, d)
+    A           (K, d, N); tied (K, d), where state n decays at the rate (n + 1) A
+    B, C        (b, K, G, l, N)
+    D, bias     (K, d); they and A come contiguous in the state's dtype, the rest in any dtype and strides
+    order       None, or (1 or b, K, l): row visited at step t
+    reverse     bit k set: direction k walks its order from the last step to the first
+    y           (b, K, l, d) in the order of the rows
+    last        (b, K, d, N) state after the last step
+    states      what the backend keeps for its backward pass; (0,) when keep_states is False
 """
 
 import math
@@ -14,9 +31,18 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .orders import check_permutation
+
 SERIES_TERMS = 6
 # |delta A| below which a Taylor series replaces a quotient whose numerator cancels.
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.01}
+
+
+def relative_error(found, wanted):
+    """Largest absolute difference over the largest magnitude in `wanted`; infinite when anything is NaN."""
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    return float("inf") if not torch.isfinite(error) else error.item()
 
 
 def compute_dtype(*tensors):
@@ -51,118 +77,66 @@ def hold(delta, A):
     return delta * torch.where(near_zero, series, torch.expm1(away) / away)
 
 
-def _steps(weight, length, channels, dtype):
-    """B or C as `length` tensors that broadcast to (B, D, N)."""
-    weight = weight.to(dtype)
+def _step_by_step(weight, channels):
+    """B or C as (L, B, D, N), or what broadcasts to it."""
     if weight.dim() == 2:
-        return [weight] * length  # (D, N)
-    if weight.dim() == 3:
-        weight = weight.unsqueeze(1)  # (B, 1, N, L)
-    repeats = channels // weight.shape[1]
-    return [step.repeat_interleave(repeats, dim=1) for step in weight.unbind(-1)]  # (B, D, N) each
+        return weight  # (D, N)
+    weight = (weight.unsqueeze(1) if weight.dim() == 3 else weight).permute(3, 0, 1, 2)  # (L, B, G, N)
+    groups = weight.shape[2]
+    return weight if groups == 1 else weight.repeat_interleave(channels // groups, dim=2)
 
 
 def selective_scan_reference(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=False,
-    *,
-    discretization="mamba",
-    tied_decay=False,
-):
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
+    *, initial_state=None, discretization="mamba", tied_decay=False,
+):  # fmt: skip
     """Step-by-step selective scan. Arguments and result as `kernels.selective_scan`, which checks them.
 
-    Autograd differentiates it, any number of times. Memory grows as B·D·L·N when gradients are wanted.
+    Autograd differentiates it, any number of times; memory grows as B D L N. initial_state (B, D, N): h_{-1}.
     """
-    length, channels = u.shape[-1], u.shape[1]
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
-        A = A.to(dtype)
-        if tied_decay:
-            A = state_rates(A, states_of(B))  # (D, N)
-        inputs = u.to(dtype)  # (B, D, L)
-        delta = delta.to(dtype)
-        if delta_bias is not None:
-            delta = delta + delta_bias.to(dtype)[:, None]
-        if delta_softplus:
-            delta = F.softplus(delta)
-
-        state = inputs.new_zeros(u.shape[0], channels, A.shape[1])  # (B, D, N)
-        outputs = []
-        # unbind and stack, never x[..., l]: the backward of a slice fills a tensor of the size of the whole.
-        for u_l, delta_l, B_l, C_l in zip(
-            inputs.unbind(-1),
-            delta.unbind(-1),
-            _steps(B, length, channels, dtype),
-            _steps(C, length, channels, dtype),
-            strict=True,
+        A = state_rates(A.to(dtype), states_of(B)) if tied_decay else A.to(dtype)  # (D, N)
+        x, step = (rows.to(dtype).permute(2, 0, 1) for rows in (u, delta))  # (L, B, D)
+        step = step if delta_bias is None else step + delta_bias.to(dtype)
+        step = (F.softplus(step) if delta_softplus else step).unsqueeze(-1)  # (L, B, D, 1)
+        B, C = (_step_by_step(weight.to(dtype), x.shape[2]) for weight in (B, C))
+        weight = hold(step, A) if discretization == "zoh" else step
+        state = x.new_zeros(*x.shape[1:], A.shape[1]) if initial_state is None else initial_state.to(dtype)
+        states = []
+        # unbind and stack, never h[l]: the backward of a slice fills a tensor of the size of the whole.
+        for decay, added in zip(
+            torch.exp(step * A).unbind(), (weight * B * x.unsqueeze(-1)).unbind(), strict=True
         ):
-            delta_l = delta_l.unsqueeze(-1)  # (B, D, 1)
-            weight = hold(delta_l, A) if discretization == "zoh" else delta_l
-            state = torch.exp(delta_l * A) * state + weight * B_l * u_l.unsqueeze(-1)  # (B, D, N)
-            outputs.append((state * C_l).sum(-1))  # (B, D)
-        out = torch.stack(outputs, dim=-1)  # (B, D, L)
-
-        if D is not None:
-            out = out + D.to(dtype)[:, None] * inputs
-        if z is not None:
-            out = out * F.silu(z.to(dtype))
-        out = out.to(u.dtype)
-    return (out, state) if return_last_state else out
+            state = decay * state + added  # (B, D, N)
+            states.append(state)
+        y = (torch.stack(states) * C).sum(-1)  # (L, B, D)
+        y = y if D is None else y + D.to(dtype) * x
+        y = y.permute(1, 2, 0)
+        y = (y if z is None else y * F.silu(z.to(dtype))).to(u.dtype)
+    return (y, state) if return_last_state else y
 
 
-def directional_scan_reference(
-    x,
-    delta,
-    A,
-    B,
-    C,
-    D=None,
-    *,
-    orders,
-    delta_bias=None,
-    delta_softplus=True,
-    reverse=None,
-    tied_decay=False,
-):
-    """One selective scan a direction, of gathered rows. Arguments and result as `kernels.directional_scan`.
+def as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
+    """(y, last) of the operation by one selective scan of permuted copies.
 
-    K L steps that autograd differentiates: memory grows as B·K·D·L·N when gradients are wanted.
+    Directions become groups of channels, as peers do it (VMamba's cross-scan). `scan` takes the arguments of
+    mamba_ssm's `selective_scan_fn`; `reverse` holds K bools.
     """
     batch, directions, length, channels = delta.shape
-    x = x.unsqueeze(1) if x.dim() == 3 else x
-    x = x.expand(batch, directions, length, channels)
-    per_direction = 1 if tied_decay else 2  # dimensions of A that one direction has
-    A = A.expand(directions, *A.shape[-per_direction:])
-    D, delta_bias = (None if w is None else w.expand(directions, channels) for w in (D, delta_bias))
-    outputs = []
-    for k in range(directions):
-        walk = orders[..., k, :].expand(batch, length).long()  # row visited at each step
-        if reverse is not None and reverse[k]:
-            walk = walk.flip(-1)
+    if order is not None:
+        check_permutation(order)
+        walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
+        walks = torch.stack(walks, 1).long().expand(batch, -1, -1)  # (b, K, l): row visited at each step
 
-        def visit(rows, k=k, walk=walk):
-            index = walk.unsqueeze(-1).expand(-1, -1, rows.shape[-1])
-            return rows[:, k].gather(1, index).transpose(1, 2)  # (B, ..., L)
+    def visit(rows):  # (b, K, G, l, F) -> (b, K G, F, l), step by step
+        rows = rows.expand(-1, directions, -1, -1, -1)
+        rows = rows if order is None else rows.gather(3, walks[:, :, None, :, None].expand(rows.shape))
+        return rows.transpose(3, 4).flatten(1, 2)
 
-        y = selective_scan_reference(
-            visit(x),
-            visit(delta),
-            A[k],
-            visit(B),
-            visit(C),
-            None if D is None else D[k],
-            None,
-            None if delta_bias is None else delta_bias[k],
-            delta_softplus,
-            tied_decay=tied_decay,
-        ).transpose(1, 2)  # (B, L, D), row t the result of step t
-        outputs.append(torch.zeros_like(y).scatter(1, walk.unsqueeze(-1).expand_as(y), y))
-    return torch.stack(outputs, 1)  # (B, K, L, D)
+    u, delta, z = (None if x is None else visit(x.unsqueeze(2)).flatten(1, 2) for x in (u, delta, z))
+    D, bias = (None if x is None else x.flatten() for x in (D, bias))
+    y, last = scan(u, delta, A.flatten(0, 1), visit(B), visit(C), D, z, bias, softplus, True)
+    y = y.unflatten(1, (directions, channels)).transpose(2, 3)  # (b, K, l, d), row t the result of step t
+    y = y if order is None else torch.zeros_like(y).scatter(2, walks[..., None].expand_as(y), y)
+    return y, last.unflatten(1, (directions, channels))

@@ -228,7 +228,7 @@ def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, B
 
 @triton.jit
 def place(blocks_per_group, group_dim, dim, num_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a program owns: sample b, direction k, both in one, group g of `groups`, channels, states (N, D)."""
+    """What a program owns: sample b, direction k, both in one, group g of so many, channels, states."""
     block = tl.program_id(0)
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -657,7 +657,7 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
 
 
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
-    """The canonical operation of `kernels/__init__.py`: (y, last, states)."""
+    """(y, last, states) of the operation that reference.py describes."""
     batch, directions, length, channels = delta.shape
     order = None if order is None else order.contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
@@ -670,11 +670,11 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_
         forward_kernel[grid](
             **arguments, y_ptr=y, states_ptr=saved, last_ptr=last, SAVE=keep_states, maxnreg=registers
         )
-    return _in_memory_of(u, y), last.transpose(2, 3).contiguous(), saved
+    return y, last.transpose(2, 3).contiguous(), saved
 
 
 def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
-    """Its gradients: (du, ddelta, dA, dB, dC, dD, dz, dbias), shape (0,) for an argument that is None."""
+    """Its gradients: (du, ddelta, dA, dB, dC, dD, dz, dbias), None for an argument that is None."""
     batch, directions, length, channels = delta.shape
     groups, num_state = B.shape[2], B.shape[4]
     order = None if order is None else order.contiguous()
@@ -682,7 +682,7 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     grad_last = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta = (new(delta.shape, dtype=x.dtype) for x in (u, delta))
-    dz = new(0) if z is None else new(z.shape, dtype=z.dtype)
+    dz = None if z is None else new(z.shape, dtype=z.dtype)
     # Gradients of B and C that are bfloat16 themselves take partial sums and products in bfloat16, those in
     # float16 products cut to the 11 bits of tf32.
     partial = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
@@ -699,38 +699,25 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
             **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
-            du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD,
-            dz_ptr=None if z is None else dz, dbias_ptr=dbias, one=1.0,
-            **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=None if z is None else dz),
+            du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
+            dbias_ptr=dbias, one=1.0, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz),
             HAS_DLAST=grad_last is not None, PRECISION=precision,
             PARTS=4 if precision == "bf16" else 2,  # steps whose sums over channels are taken at once
             GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
         dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
-    if not tied:
-        dA = dA.transpose(1, 2)
-    if u.shape[1] < directions:
-        du = du.sum(1, keepdim=True)
-    found, given = (du, ddelta, dA, dB, dC, dD, dz, dbias), (u, delta, A, B, C, D, z, bias)
-    return tuple(x if y is None else _in_memory_of(y, x) for x, y in zip(found, given, strict=True))
+    du = du.sum(1, keepdim=True) if u.shape[1] < directions else du
+    return du, ddelta, dA if tied else dA.transpose(1, 2), dB, dC, dD, dz, dbias
 
 
 def _sums(partials, like):
-    """The sum of each partial over its first dimension, in the dtype of its `like`; shape (0,) for None."""
-    sums = [
-        like[0].new_empty(0) if x is None else torch.empty(x.shape[1:], dtype=y.dtype, device=x.device)
+    """The sum of each partial over its first dimension, in the dtype of its `like`; None for None."""
+    found = [
+        None if x is None else torch.empty(x.shape[1:], dtype=y.dtype, device=x.device)
         for x, y in zip(partials, like, strict=True)
     ]
-    xs, outs = zip(*((x, y) for x, y in zip(partials, sums, strict=True) if x is not None), strict=True)
-    columns = tuple(y.numel() for y in outs)
+    xs, sums = (tuple(x for x in xs if x is not None) for xs in (partials, found))
+    columns = tuple(y.numel() for y in sums)
     blocks = sum(triton.cdiv(size, SUM_TILE[1]) for size in columns)
-    sum_kernel[(blocks,)](xs, outs, tuple(len(x) for x in xs), columns, *SUM_TILE, num_warps=1)
-    return sums
-
-
-def _in_memory_of(like, x):
-    """x in the dtype and memory order of `torch.empty_like(like)`; x itself if its shape is another."""
-    if x.shape != like.shape:
-        return x
-    wanted = torch.empty_like(like)
-    return x if x.stride() == wanted.stride() and x.dtype == like.dtype else wanted.copy_(x)
+    sum_kernel[(blocks,)](xs, sums, tuple(len(x) for x in xs), columns, *SUM_TILE, num_warps=1)
+    return found

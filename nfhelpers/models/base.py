@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -50,19 +48,19 @@ class Layers(nn.ModuleList):
 
     recompute = False
 
-    def forward(self, tokens: torch.Tensor, *context: Any) -> torch.Tensor:
+    def forward(self, tokens, *context):
         for layer in self:
             tokens = self.apply_layer(layer, tokens, *context)
         return tokens
 
-    def apply_layer(self, layer: nn.Module, tokens: torch.Tensor, *context: Any) -> torch.Tensor:
+    def apply_layer(self, layer, tokens, *context):
         if self.recompute and self.training:
             return checkpoint(layer, tokens, *context, use_reentrant=False)
         return layer(tokens, *context)
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model):
     """model.eval() inside; afterwards each submodule is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -83,17 +81,17 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
     launch_bound: ClassVar[bool] = False
 
     @property
-    def gradient_checkpointing(self) -> bool:
+    def gradient_checkpointing(self):
         """Whether training recomputes the layers in the backward pass: less memory, a third more time."""
         return any(part.recompute for part in self.modules() if isinstance(part, Layers))
 
     @gradient_checkpointing.setter
-    def gradient_checkpointing(self, enabled: bool) -> None:
+    def gradient_checkpointing(self, enabled):
         for part in self.modules():
             if isinstance(part, Layers):
                 part.recompute = enabled
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _save_pretrained(self, save_directory):
         settings = {"model_type": self.config.model_type, **asdict(self.config)}
         (save_directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -108,15 +106,11 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
         return super().from_pretrained(name, **options)
 
     @classmethod
-    def _decode_arg(cls, expected_type: type, value: Any) -> Any:
-        if isinstance(expected_type, type) and issubclass(expected_type, ModelConfig):
-            return expected_type.from_dict(value)
-        return super()._decode_arg(expected_type, value)
+    def _decode_arg(cls, expected_type, value):
+        return expected_type.from_dict(value)  # strict; the mixin's own ignores unknown keys
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, config: ModelConfig | None = None, **hub: Any
-    ) -> "FieldModel":
+    def _from_pretrained(cls, *, model_id, config=None, **hub):
         folder, name = Path(model_id), "model.safetensors"
         path = folder / name if folder.is_dir() else Path(hf_hub_download(model_id, name, **hub))
         if config is None or not path.exists():

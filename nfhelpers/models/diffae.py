@@ -30,11 +30,11 @@ from nfhelpers.models.layers import (
     TimeEmbedding,
     gather_tokens,
     mlp,
+    solve_positive,
     squared_distances,
     zero,
 )
 from nfhelpers.models.sparse_fields import (
-    Conditions,
     MultiDirectionalConfig,
     MultiDirectionalMambaDiffusion,
     MultiDirectionalMambaDiffusionConfig,
@@ -60,11 +60,10 @@ OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
 
 
-def point_areas(coords: torch.Tensor) -> torch.Tensor:
+def point_areas(coords):
     """The share of the image that each of the points (B, I, 2) stands for -> (B, I), which sums to 1.
 
-    Every cell of a grid of `AREA_CELLS` a side goes to the points near it, the nearest most. A mean over
-    random points with these weights is the integral over the image, with less error from where they lie.
+    Every cell of a grid of `AREA_CELLS` a side goes to the points near it, the nearest most.
     """
     centres = (torch.arange(AREA_CELLS, device=coords.device, dtype=coords.dtype) + 0.5) / AREA_CELLS
     grid = torch.cartesian_prod(centres, centres).expand(len(coords), -1, -1)  # (B, G, 2)
@@ -73,44 +72,39 @@ def point_areas(coords: torch.Tensor) -> torch.Tensor:
     return share.mean(1)  # (B, I)
 
 
-def cosines(coords: torch.Tensor, count: int) -> torch.Tensor:
-    """Cosines of points (B, L, 2) -> (B, L, count^2): the basis of the discrete cosine transform.
+def cosines(coords, count):
+    """Products of sqrt(2) cos(pi f x), sqrt(2) cos(pi g y) at points (B, L, 2) -> (B, L, count^2), g slower.
 
-    The products of sqrt(2) cos(pi f x) and sqrt(2) cos(pi g y), f and g below `count`, g the slower (1 in
-    place of sqrt(2) cos 0). Over the pixel centres of a grid they are orthonormal.
+    f and g are below `count`, with 1 in place of sqrt(2) cos 0: orthonormal over the pixel centres of a grid.
     """
     frequencies = math.pi * torch.arange(count, device=coords.device, dtype=coords.dtype)  # (M,)
-    waves = (coords[..., None] * frequencies).cos()  # (B, L, 2, M)
-    waves = waves * torch.where(frequencies == 0, 1, 2**0.5)
+    waves = (coords[..., None] * frequencies).cos() * torch.where(frequencies == 0, 1, 2**0.5)  # (B, L, 2, M)
     along_x, along_y = waves.unbind(dim=-2)  # (B, L, M) each
     return (along_y[..., :, None] * along_x[..., None, :]).flatten(-2)  # (B, L, M^2)
 
 
-def spectrum_power(count: int, device: torch.device | None = None) -> torch.Tensor:
+def spectrum_power(count, device=None):
     """Power of each of the `cosines` in images, beside that of the mean -> (count^2,)."""
     f = torch.arange(count, dtype=torch.float32, device=device)
     return (1 + f[:, None] ** 2 + f**2).pow(-SPECTRUM_DECAY).flatten()  # (M^2,)
 
 
-def spectrum_scale(count: int, device: torch.device) -> torch.Tensor:
-    """Standard deviation of amplitudes in images -> (count^2, 1)."""
-    return (SPECTRUM_VARIANCE * spectrum_power(count, device)).sqrt()[:, None]
+def spectrum_scale(count, like):
+    """Standard deviation of amplitudes in images -> (count^2, 1), of the device and dtype of `like`."""
+    return (SPECTRUM_VARIANCE * spectrum_power(count, like.device)).sqrt()[:, None].to(like)
 
 
-def filled_share(coords: torch.Tensor) -> torch.Tensor:
-    """How much of the grid of their columns and rows the points (B, I, 2) fill -> (B,), in (0, 1].
-
-    1 for all pixels of an image, about a fifth for a fifth of them, 1/I for points that share no coordinate.
-    """
+def filled_share(coords):
+    """How much of the grid of their columns and rows points (B, I, 2) fill -> (B,): 1 for all pixels."""
     steps = coords.sort(dim=1).values.diff(dim=1)  # (B, I-1, 2)
     lines = 1 + (steps > SAME_LINE).sum(1)  # (B, 2), columns and rows
     return (coords.shape[1] / lines.prod(-1).to(coords)).clamp(max=1)  # (B,)
 
 
-def fit_spectrum(coords: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+def fit_spectrum(coords, values, count):
     """Amplitudes of the `cosines` of a field known at points (B, I, 2), values (B, I, 3) -> (B, count^2, 3).
 
-    Ridge regression, which is the posterior mean of a Gaussian field with the spectrum of images (Wahba 1990):
+    Ridge regression: the posterior mean of a Gaussian field with the spectrum of images (Wahba 1990).
 
         a = argmin |values - cosines a|^2 / noise + sum of a_j^2 / power_j
 
@@ -125,12 +119,9 @@ def fit_spectrum(coords: torch.Tensor, values: torch.Tensor, count: int) -> torc
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
     noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
     gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
-    factor, _ = torch.linalg.cholesky_ex(gram)
     if primal:
-        amplitudes = torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
-    else:
-        amplitudes = weighted.mT @ torch.cholesky_solve(values, factor)  # (B, M^2, 3)
-    return root[:, None] * amplitudes
+        return root[:, None] * solve_positive(gram, weighted.mT @ values)  # (B, M^2, 3)
+    return root[:, None] * (weighted.mT @ solve_positive(gram, values))  # (B, M^2, 3)
 
 
 class LinearCode(nn.Module):
@@ -138,12 +129,11 @@ class LinearCode(nn.Module):
 
         code = components (spectrum - mean) / scale          spectrum = mean + (scale code) components
 
-    The components are orthonormal. They start as the single cosines of single opponent colours that have the
-    most power in images, close to the principal components (Ahmed et al. 1974); `fit_linear_code` puts those
-    of a training set in their place. Codes are of about unit variance.
+    The orthonormal components start as the cosines of opponent colours that have the most power in images,
+    close to the principal components (Ahmed et al. 1974); `fit_linear_code` puts these in their place.
     """
 
-    def __init__(self, count: int, channels: int):
+    def __init__(self, count, channels):
         super().__init__()
         power = spectrum_power(count)[:, None] * torch.tensor(OPPONENT_POWER)  # (M^2, 3)
         first = power.flatten().argsort(descending=True, stable=True)[:channels]  # (C,)
@@ -155,28 +145,27 @@ class LinearCode(nn.Module):
         scale[: len(first)] = (SPECTRUM_VARIANCE * power.flatten()[first]).sqrt()
         self.register_buffer("scale", scale)  # (C,)
 
-    def encode(self, spectrum: torch.Tensor) -> torch.Tensor:
+    def encode(self, spectrum):
         """Spectrum (B, M^2, 3) -> code (B, C)."""
         return (spectrum.flatten(1) - self.mean) @ self.components.T / self.scale
 
-    def decode(self, code: torch.Tensor) -> torch.Tensor:
+    def decode(self, code):
         """Code (B, C) -> spectrum (B, M^2, 3)."""
         return (self.mean + (self.scale * code) @ self.components).unflatten(1, (-1, 3))
 
 
 class GatedEmbedding(nn.Module):
-    """gate(features) * projection(values): products of where a point is and what is there.
+    """gate(features) * projection(values). Its mean over the points is a linear functional of the field.
 
-    Their mean over the points is a linear functional of the field, as a coefficient of PCA or of a Fourier
-    series is; the mean of a sum of two embeddings has no such part.
+    So is a coefficient of PCA or of a Fourier series; the mean of a sum of two embeddings has no such part.
     """
 
-    def __init__(self, num_features: int, num_values: int, dim: int):
+    def __init__(self, num_features, num_values, dim):
         super().__init__()
         self.gate = nn.Linear(num_features, dim)
         self.value_proj = nn.Linear(num_values, dim)
 
-    def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, features, values):
         """Features (B, L, num_features) and values (B, L, num_values) -> (B, L, dim)."""
         return self.gate(features) * self.value_proj(values)  # (B, L, dim)
 
@@ -184,11 +173,11 @@ class GatedEmbedding(nn.Module):
 class FiLM(nn.Module):
     """Scale and shift tokens by a linear function of a condition (Perez et al. 2018)."""
 
-    def __init__(self, num_conditions: int, d_model: int):
+    def __init__(self, num_conditions, d_model):
         super().__init__()
         self.proj = nn.Linear(num_conditions, 2 * d_model)
 
-    def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens, condition):
         """Tokens (B, L, D) and conditions (B, num_conditions) -> (B, L, D)."""
         scale, shift = self.proj(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         return tokens * (1 + scale) + shift  # (B, L, D)
@@ -227,9 +216,8 @@ class MambaDiffusionAutoencoderConfig(MultiDirectionalConfig):
 class FieldEncoder(nn.Module):
     """What networks add to the linear code of observed points; zero to begin with.
 
-    An MLP sees the spectrum of the field. Scans in several directions see the values and what the linear code
-    misses of them; their mean over the points, each with its area (`point_areas`), is one of products with
-    functions of the place (`GatedEmbedding`).
+    An MLP sees the spectrum of the field; scans see the values and what the linear code misses of them. Their
+    mean over the points, by area, is one of products with functions of the place (`GatedEmbedding`).
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -247,15 +235,10 @@ class FieldEncoder(nn.Module):
         self.latent_proj = zero(nn.Linear(c.latent_dim, c.latent_dim))
         zero(self.spectrum_mlp[-1])
 
-    def forward(
-        self, coords: torch.Tensor, values: torch.Tensor, spectrum: torch.Tensor, linear: torch.Tensor
-    ) -> torch.Tensor:
-        """What is added to the code of points (B, I, 2), sorted by rows -> (B, C).
-
-        values (B, I, 3), spectrum (B, M^2, 3); linear (B, I, 3): the linear code, decoded at the points.
-        """
+    def forward(self, coords, values, spectrum, linear):
+        """Points (B, I, 2), values (B, I, 3), spectrum (B, M^2, 3), linear decoding (B, I, 3) -> (B, C)."""
         dtype = self.latent_proj.weight.dtype
-        scale = spectrum_scale(self.config.num_cosines, coords.device)  # (M^2, 1)
+        scale = spectrum_scale(self.config.num_cosines, spectrum)  # (M^2, 1)
         added = self.spectrum_mlp((spectrum / scale).flatten(1).to(dtype))  # (B, C)
         seen = torch.cat([values, values - linear], dim=-1)  # (B, I, 6)
         features = self.fourier(coords).to(dtype)  # (B, I, 2F)
@@ -270,8 +253,8 @@ class FieldEncoder(nn.Module):
 class LatentDecoder(nn.Module):
     """The linear decoding of a latent at any points, and what networks add to it; zero to begin with.
 
-    An MLP adds to the spectrum. Then scans over the points add to the values: their tokens are functions of
-    the place and of the value decoded there, scaled and shifted by the latent.
+    An MLP adds to the spectrum, scans over the points to the values. Tokens are functions of the place and of
+    the value decoded there, scaled and shifted by the latent.
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -286,16 +269,15 @@ class LatentDecoder(nn.Module):
         self.head = residual_decoder(c.d_model, c.dropout)
         zero(self.spectrum_mlp[-1])
 
-    def forward(self, coords: torch.Tensor, latent: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
+    def forward(self, coords, latent, spectrum):
         """Points (B, Q, 2), latent (B, C) and its linear decoding (B, M^2, 3) -> values (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords = gather_tokens(coords, order)
         dtype = self.film.proj.weight.dtype
         added = self.spectrum_mlp(latent).unflatten(-1, (-1, 3))  # (B, M^2, 3)
-        spectrum = spectrum + spectrum_scale(self.config.num_cosines, coords.device) * added.to(dtype)
+        spectrum = spectrum + spectrum_scale(self.config.num_cosines, spectrum) * added.to(dtype)
         smooth = cosines(coords, self.config.num_cosines).to(dtype) @ spectrum  # (B, Q, 3)
-        features = self.fourier(coords).to(dtype)  # (B, Q, 2F)
-        tokens = self.film(self.embedding(features, smooth), latent).to(dtype)  # (B, Q, D)
+        tokens = self.film(self.embedding(self.fourier(coords), smooth), latent).to(dtype)  # (B, Q, D)
         orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, Q)
         tokens = self.blocks(tokens, orders)  # (B, Q, D)
         values = smooth.to(dtype) + self.head(tokens).to(dtype)  # (B, Q, 3)
@@ -303,10 +285,7 @@ class LatentDecoder(nn.Module):
 
 
 class VelocityRefiner(nn.Module):
-    """What phase 2 adds to the velocity of the deterministic decoding; zero to begin with.
-
-    Tokens are scaled and shifted by the latent and the time, then scanned in several directions.
-    """
+    """What phase 2 adds to the velocity of the deterministic decoding; zero to begin with."""
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
         super().__init__()
@@ -319,14 +298,12 @@ class VelocityRefiner(nn.Module):
         self.blocks = directional_blocks(c, c.num_decoder_layers, c.bidirectional)
         self.head = residual_decoder(c.d_model, c.dropout)
 
-    def forward(
-        self, seen: torch.Tensor, coords: torch.Tensor, t: torch.Tensor, latent: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, seen, coords, t, latent):
         """Noisy rest and decoding (B, Q, 6) at (B, Q, 2), t (B,), latent (B, C) -> (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords, seen = gather_tokens(coords, order), gather_tokens(seen, order)
         dtype = self.latent_proj.weight.dtype
-        tokens = self.embedding(self.fourier(coords).to(dtype), seen)  # (B, Q, D)
+        tokens = self.embedding(self.fourier(coords), seen)  # (B, Q, D)
         condition = self.latent_proj(latent) + self.time(t)  # (B, D)
         tokens = self.film(tokens, F.silu(condition)).to(dtype)  # (B, Q, D)
         orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, Q)
@@ -363,7 +340,7 @@ class MambaDiffusionAutoencoder(SparseField):
             self.decoder.requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> "MambaDiffusionAutoencoder":
+    def train(self, mode=True):
         """As nn.Module's; what phase 2 has frozen stays in eval mode, without dropout."""
         super().train(mode)
         if self.config.phase == 2:
@@ -371,7 +348,7 @@ class MambaDiffusionAutoencoder(SparseField):
             self.decoder.eval()
         return self
 
-    def encode(self, coords: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def encode(self, coords, values):
         """Latent (B, C), not normalised, of values (B, Ni, 3) in [-1, 1] observed at (B, Ni, 2) in [0, 1]."""
         check_points(None, (coords, values))
         order = point_order(coords, "row")  # (B, I): sums are then the same however the points are listed
@@ -382,18 +359,10 @@ class MambaDiffusionAutoencoder(SparseField):
         linear = cosines(coords, self.config.num_cosines).to(dtype) @ self.linear_code.decode(code)
         return code + self.encoder(coords, values, spectrum, linear).to(dtype)  # (B, C)
 
-    def decode(
-        self,
-        coords: torch.Tensor,
-        latent: torch.Tensor,
-        t: torch.Tensor | None = None,
-        noisy_values: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def decode(self, coords, latent, t=None, noisy_values=None, start=None):
         """Deterministic decoding (B, Nq, 3) of a latent (B, C), not normalised, at coords (B, Nq, 2).
 
-        With noisy_values (B, Nq, 3), the state x_t at t (B,), the velocity there instead; start: the
-        deterministic decoding, if it is at hand.
+        With noisy_values (B, Nq, 3), x_t at t (B,), the velocity instead; start: the decoding, if at hand.
         """
         check_points(t, (coords, noisy_values))
         if start is None:
@@ -409,40 +378,37 @@ class MambaDiffusionAutoencoder(SparseField):
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
         return velocity + s / scale * self.refiner(seen, coords, t, latent)  # (B, Q, 3)
 
-    def prepare(
-        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """What `forward` computes from these alone: points, latent (B, C) and its decoding (B, Q, 3)."""
+    def prepare(self, query_coords, input_coords, input_values):
+        """What `forward` computes from these alone: query points, latent (B, C), its decoding (B, Q, 3)."""
         latent = self.encode(input_coords, input_values)  # (B, C)
         return query_coords, latent, self.decode(query_coords, latent)
 
-    def velocity(self, noisy_values: torch.Tensor, t: torch.Tensor, conditions: tuple) -> torch.Tensor:
+    def velocity(self, noisy_values, t, conditions):
         query_coords, latent, start = conditions
         return self.decode(query_coords, latent, t, noisy_values, start)
 
-    def loss_times(self, t: torch.Tensor) -> torch.Tensor:
+    def loss_times(self, t):
         """Times at which training takes the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
         return torch.zeros_like(t) if self.config.phase == 1 else t
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+    def loss_weight(self, t):
         """Weight of the loss at t (B,) -> (B,): in phase 2 V / s^2, as that of `MambaField`."""
         return torch.ones_like(t) if self.config.phase == 1 else loss_weight(t, self.config.residual_std)
 
-    def normalise(self, latent: torch.Tensor) -> torch.Tensor:
+    def normalise(self, latent):
         """Latent (B, C) of `encode` -> of mean 0 and standard deviation 1 over the training set, (B, C)."""
-        mean, std = self._statistics(latent)
+        mean, std = self._statistics(latent.device)
         return (latent - mean) / std
 
-    def denormalise(self, latent: torch.Tensor) -> torch.Tensor:
+    def denormalise(self, latent):
         """The inverse of `normalise`: what `decode` takes."""
-        mean, std = self._statistics(latent)
+        mean, std = self._statistics(latent.device)
         return latent * std + mean
 
-    def _statistics(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (C,), where the latent is."""
+    def _statistics(self, device):
         if not bool(torch.isfinite(self.latent_std).all()):
             raise ValueError("call fit_latent_statistics(model, dataset) with the training set first")
-        return self.latent_mean.to(latent.device), self.latent_std.clamp_min(SMALLEST_STD).to(latent.device)
+        return self.latent_mean.to(device), self.latent_std.clamp_min(SMALLEST_STD).to(device)  # (C,) each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -455,17 +421,14 @@ class MinimalLatentMambaConfig(MultiDirectionalMambaDiffusionConfig):
 
 
 class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
-    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token after the scans.
-
-    A quick test: does compression alone change anything?
-    """
+    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token: does compression change anything?"""
 
     def __init__(self, config: MinimalLatentMambaConfig):
         super().__init__(config)
         self.to_latent = nn.Linear(config.d_model, config.latent_dim)
         self.from_latent = nn.Linear(config.latent_dim, config.d_model)
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         latent = self.to_latent(self.blocks(tokens, c.scans))  # (B, L, C)
         tokens = self.from_latent(latent).to(tokens.dtype)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
@@ -475,14 +438,14 @@ class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
 class LatentBlock(nn.Module):
     """Residual MLP on vectors, scaled and shifted by the time; zero to begin with."""
 
-    def __init__(self, width: int):
+    def __init__(self, width):
         super().__init__()
         self.norm = nn.RMSNorm(width)
         self.film = FiLM(width, width)
         self.mlp = mlp(width, 2 * width, width)
         zero(self.mlp[-1])
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def forward(self, x, time):
         """x (B, 1, W) and time (B, W) -> (B, 1, W)."""
         return x + self.mlp(self.film(self.norm(x), time))  # (B, 1, W)
 
@@ -500,8 +463,7 @@ class LatentVelocityNetworkConfig(ModelConfig):
 class LatentVelocityNetwork(FieldModel):
     """Velocity of latents, z-normalised, from noise to data: unconditional sampling.
 
-    A residual MLP, preconditioned as `MambaField` is, around the Gaussian of mean 0 and standard deviation 1:
-    untrained, it is the exact velocity between two of these.
+    A residual MLP, preconditioned as `MambaField`: untrained, it is the exact velocity between two Gaussians.
     """
 
     def __init__(self, config: LatentVelocityNetworkConfig):
@@ -512,32 +474,30 @@ class LatentVelocityNetwork(FieldModel):
         self.blocks = Layers(LatentBlock(config.width) for _ in range(config.depth))
         self.out = nn.Sequential(nn.RMSNorm(config.width), zero(nn.Linear(config.width, config.latent_dim)))
 
-    def forward(self, noisy_latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, noisy_latent, t):
         """Velocity (B, C) at noisy latents (B, C) of `normalise`, t (B,) in [0, 1], 0 is noise."""
-        check_unit_range("t", t, "times from noise, 0, to data, 1,")
+        check_unit_range("t", t, "times")
         time = t[:, None]  # (B, 1)
         scale = ((1 - time) ** 2 + time**2).sqrt()  # (B, 1)
         x = self.in_proj(noisy_latent / scale)[:, None]  # (B, 1, W)
         x = self.blocks(x, F.silu(self.time(t)))  # (B, 1, W)
         return skip_weight(time, 1.0) * noisy_latent + self.out(x[:, 0]) / scale  # (B, C)
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+    def loss_weight(self, t):
         """Weight of the loss at t (B,) -> (B,): what makes the error of the velocity that of the network."""
         return loss_weight(t, 1.0)
 
 
 @torch.no_grad()
 def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, batch_size: int = 256) -> None:
-    """Set the model's linear code to the principal components of images, its training set.
+    """Set the model's linear code to the principal components of images (N, H, W, 3) uint8, its training set.
 
-    images: (N, H, W, 3) uint8. Given all pixels, the untrained autoencoder then is PCA, up to what
-    `num_cosines` a side cannot say. Raises ValueError for too few images or pixels for the model's sizes.
+    The untrained autoencoder, given all pixels, then is PCA, up to what `num_cosines` a side cannot say.
     """
     code, count, channels = model.linear_code, model.config.num_cosines, model.config.latent_dim
     if min(len(images), len(code.mean)) <= channels or min(images.shape[1:3]) < count:
         raise ValueError(
-            f"images {images.shape} do not determine latent_dim={channels} components of num_cosines={count}: "
-            "there must be more images than components, and no more cosines than pixels a side"
+            f"images {images.shape} are too few, or too small, for latent_dim={channels}, num_cosines={count}"
         )
     basis = cosines(grid_coords(*images.shape[1:3])[None].to(code.mean.device), count)[0]  # (P, M^2)
     spectra = []
@@ -546,7 +506,9 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
         spectra.append(basis.T @ values.flatten(1, 2) / len(basis))  # (b, M^2, 3): they are orthonormal
     spectra = torch.cat(spectra).flatten(1).double()  # (N, 3 M^2)
     mean = spectra.mean(0)
-    powers, axes = torch.linalg.eigh(torch.cov(spectra.T, correction=0))  # ascending
+    powers, axes = torch.linalg.eigh(
+        spectra.T @ spectra / len(spectra) - torch.outer(mean, mean)
+    )  # ascending
     code.mean.copy_(mean)
     code.components.copy_(axes[:, -channels:].flip(1).T)
     code.scale.copy_(powers[-channels:].flip(0).clamp_min(SMALLEST_STD**2).sqrt())
@@ -556,10 +518,9 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
 def fit_latent_statistics(
     model: MambaDiffusionAutoencoder, dataset: Dataset, *, batch_size: int = 64, progress: bool = False
 ) -> torch.Tensor:
-    """Set the model's latent mean and standard deviation to those over a dataset, its training set.
+    """Set the model's latent mean and standard deviation to those over its training set, a `SparseFields`.
 
-    dataset: items as of `images.SparseFields`; progress: show a bar. Returns the latents (N, C), not
-    normalised, on the CPU.
+    Returns the latents (N, C), not normalised, on the CPU.
     """
     device, latents = model.latent_mean.device, []
     with evaluation_mode(model):
@@ -573,10 +534,7 @@ def fit_latent_statistics(
 
 
 def first_phase(model: MambaDiffusionAutoencoder) -> MambaDiffusionAutoencoder:
-    """The autoencoder without its flow: as a velocity model, one step of it is the deterministic decoding.
-
-    It shares the modules of a model of phase 2; one of phase 1 is returned as it is.
-    """
+    """The autoencoder without its flow, sharing its modules: one step of it is the deterministic decoding."""
     if model.config.phase == 1:
         return model
     twin = MambaDiffusionAutoencoder(replace(model.config, phase=1))

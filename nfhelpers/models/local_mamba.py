@@ -1,4 +1,4 @@
-"""LocalMamba: a hierarchical denoiser of grids, such as spectrograms .
+"""LocalMamba: a hierarchical denoiser of grids, such as spectrograms.
 
     x (B, C, H, W) -> TokenMerge 2x2 -> stage 1 -> PatchMerging -> ... -> stage S -> RMSNorm, conv
       -> TokenSplit with the skip of stage S-1 -> its blocks -> ... -> patch unprojection -> velocity
@@ -35,7 +35,7 @@ from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels import directional_scan
 from nfhelpers.kernels.orders import grid_order
-from nfhelpers.models.base import FieldModel, Layers, ModelConfig
+from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import mlp, sinusoidal_embedding, zero
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, stack
@@ -52,9 +52,7 @@ def _places(height, width, stages, directions, device):
         return tuple(torch.stack([grid_order(*size, kind) for kind in kinds]).to(device) for size in sizes)
 
 
-def stage_places(
-    height: int, width: int, stages: int, directions: tuple[str, ...] | None, device: torch.device
-) -> tuple[torch.Tensor, ...]:
+def stage_places(height, width, stages, directions, device):
     """What the mixers take beside their grid, for each stage, each with half the side of the one before.
 
     Orders (K, L) of the directions, or for None, which is attention, centres of tokens (1, L, 2). "x_flip"
@@ -66,19 +64,19 @@ def stage_places(
 stage_places._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its imports
 
 
-def gather_patches(grid: torch.Tensor) -> torch.Tensor:
+def gather_patches(grid):
     """Patches of 2 x 2 tokens as one: (B, H, W, D) with even H, W -> (B, H/2, W/2, 4D)."""
     patches = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, D)
     return patches.transpose(2, 3).flatten(3)  # (B, H/2, W/2, 4D)
 
 
-def spread_patches(grid: torch.Tensor) -> torch.Tensor:
+def spread_patches(grid):
     """The inverse of `gather_patches`: (B, H, W, 4D) -> (B, 2H, 2W, D)."""
     patches = grid.unflatten(3, (2, 2, -1)).transpose(2, 3)  # (B, H, 2, W, 2, D)
     return patches.flatten(3, 4).flatten(1, 2)  # (B, 2H, 2W, D)
 
 
-def tag_mapping(module: nn.Module) -> nn.Module:
+def tag_mapping(module):
     """Mark a module's parameters as of the mapping network, trained at a third of the others' learning rate.
 
     They move everything at once (Crowson et al. 2024).
@@ -91,7 +89,7 @@ def tag_mapping(module: nn.Module) -> nn.Module:
 class MappingNetwork(nn.Module):
     """What is known of a sample, concatenated, to one conditioning vector (Crowson et al. 2024)."""
 
-    def __init__(self, parts: int, width: int, depth: int, dropout: float):
+    def __init__(self, parts, width, depth, dropout):
         super().__init__()
         self.in_proj = nn.Linear(parts * width, width)
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
@@ -99,7 +97,7 @@ class MappingNetwork(nn.Module):
         self.out_norm = nn.RMSNorm(width)
         tag_mapping(self)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features):
         """Features (B, parts * M) -> condition (B, M)."""
         condition = self.in_proj(features).to(self.out_norm.weight.dtype)  # (B, M)
         for norm, layer in zip(self.norms, self.layers, strict=True):
@@ -116,12 +114,12 @@ class AdaRMSNorm(nn.Module):
 
     EPS = 1e-6
 
-    def __init__(self, dim: int, mapping_width: int):
+    def __init__(self, dim, mapping_width):
         super().__init__()
         self.head = zero(nn.Linear(mapping_width, 2 * dim))
         tag_mapping(self)
 
-    def forward(self, grid: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid, condition):
         """Grid (B, H, W, D), condition (B, M) -> (B, H, W, D)."""
         scale, shift = self.head(condition)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, D) each
         return F.rms_norm(grid, grid.shape[-1:], eps=self.EPS) * (1 + scale) + shift  # (B, H, W, D)
@@ -130,11 +128,11 @@ class AdaRMSNorm(nn.Module):
 class DropPath(nn.Module):
     """Leave a residual branch out of some samples while training (stochastic depth, Huang et al. 2016)."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+    def forward(self, branch):
         """(B, ...) -> (B, ...), the expected value kept."""
         if not self.training or self.rate == 0:
             return branch
@@ -154,7 +152,7 @@ class BiAttn(nn.Module):
 
     REDUCTION = 8
 
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         hidden = max(dim // self.REDUCTION, 4)
         self.norm = nn.RMSNorm(dim)
@@ -164,7 +162,7 @@ class BiAttn(nn.Module):
         self.place_score = nn.Linear(hidden, 1)
         self.whole_score = nn.Linear(hidden, 1, bias=False)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, y):
         """Directions (B, K, L, E) -> (B, L, E)."""
         seen = self.norm(y.to(self.norm.weight.dtype))  # (B, K, L, E)
         whole = F.gelu(self.whole_proj(seen.mean(2, keepdim=True)))  # (B, K, 1, hidden)
@@ -183,7 +181,7 @@ class SS2D(nn.Module):
     of permuted copies. Sources: Liu et al., "VMamba: Visual State Space Model", 2024; Huang et al. 2024.
     """
 
-    def __init__(self, dim: int, d_state: int, ssm_ratio: float, directions: tuple[str, ...]):
+    def __init__(self, dim, d_state, ssm_ratio, directions):
         super().__init__()
         e, k = int(ssm_ratio * dim), len(directions)
         self.reverse = tuple(kind.endswith("_flip") for kind in directions)
@@ -204,7 +202,7 @@ class SS2D(nn.Module):
         self.norm = nn.RMSNorm(e)
         self.out_proj = nn.Linear(e, dim, bias=False)
 
-    def forward(self, grid: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid, orders):
         """Mix the tokens of (B, H, W, D) along orders (K, L) -> (B, H, W, D)."""
         x, z = self.in_proj(grid).chunk(2, dim=-1)  # (B, H, W, E) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)))  # (B, E, H, W)
@@ -235,14 +233,14 @@ class GridAttention(nn.Module):
     Queries, keys and values are turned by where their tokens lie (`RotaryCoordinates`).
     """
 
-    def __init__(self, dim: int, head_dim: int):
+    def __init__(self, dim, head_dim):
         super().__init__()
         self.num_heads = dim // head_dim
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.rotary = RotaryCoordinates(self.num_heads, head_dim)
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, grid: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid, coords):
         """Mix the tokens of (B, H, W, D) at coords (1, L, 2) -> (B, H, W, D)."""
         qkv = self.to_qkv(grid).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C) each
@@ -257,15 +255,7 @@ class ConditionedVSSBlock(nn.Module):
     It is the VSS block of Liu et al. 2024, with the norm of Crowson et al. 2024.
     """
 
-    def __init__(
-        self,
-        mixer: nn.Module,
-        dim: int,
-        mapping_width: int,
-        mlp_ratio: float,
-        dropout: float,
-        drop_path: float,
-    ):
+    def __init__(self, mixer, dim, mapping_width, mlp_ratio, dropout, drop_path):
         super().__init__()
         self.mixer_norm = AdaRMSNorm(dim, mapping_width)
         self.mixer = mixer
@@ -274,7 +264,7 @@ class ConditionedVSSBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, grid: torch.Tensor, condition: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid, condition, where):
         """Grid (B, H, W, D), condition (B, M) -> (B, H, W, D); `where`: orders or coordinates."""
         mixed = self.mixer(self.mixer_norm(grid, condition), where)  # (B, H, W, D)
         grid = grid + self.drop_path(self.dropout(mixed))
@@ -284,11 +274,11 @@ class ConditionedVSSBlock(nn.Module):
 class TokenMerge(nn.Module):
     """Patches of 2 x 2 pixels as tokens (Hourglass)."""
 
-    def __init__(self, channels: int, dim: int):
+    def __init__(self, channels, dim):
         super().__init__()
         self.proj = nn.Linear(4 * channels, dim)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels):
         """(B, H, W, C) with even H, W -> (B, H/2, W/2, D)."""
         return self.proj(gather_patches(pixels))
 
@@ -296,12 +286,12 @@ class TokenMerge(nn.Module):
 class PatchMerging2D(nn.Module):
     """The step down to the next stage: 2 x 2 tokens as one (Liu et al. 2024)."""
 
-    def __init__(self, dim: int, dim_below: int):
+    def __init__(self, dim, dim_below):
         super().__init__()
         self.norm = nn.RMSNorm(4 * dim)
         self.proj = nn.Linear(4 * dim, dim_below, bias=False)
 
-    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid):
         """(B, H, W, D) with even H, W -> (B, H/2, W/2, D below)."""
         return self.proj(self.norm(gather_patches(grid)))
 
@@ -312,7 +302,7 @@ class TokenSplit(nn.Module):
     skip "concat" concatenates and projects both; skip "lerp" mixes them with one learned weight (Hourglass).
     """
 
-    def __init__(self, dim_below: int, dim: int, skip: str):
+    def __init__(self, dim_below, dim, skip):
         super().__init__()
         self.proj = nn.Linear(dim_below, 4 * dim, bias=False)
         self.skip = skip
@@ -321,7 +311,7 @@ class TokenSplit(nn.Module):
         else:
             self.weight = nn.Parameter(torch.full((1,), 0.5))  # of what comes from below
 
-    def forward(self, grid: torch.Tensor, cached: torch.Tensor) -> torch.Tensor:
+    def forward(self, grid, cached):
         """Grid (B, H, W, D below), skip (B, 2H, 2W, D) -> (B, 2H, 2W, D)."""
         grid = spread_patches(self.proj(grid))  # (B, 2H, 2W, D)
         if self.skip == "concat":
@@ -398,7 +388,7 @@ class LocalMamba2D(FieldModel):
         way = [*range(stages), *reversed(range(stages - 1))]  # the stage of each stack, down and up again
         total = sum(config.depths[stage] for stage in way)
         rates = (config.drop_path * index / max(total - 1, 1) for index in range(total))
-        stacks = [self._stack(stage, [next(rates) for _ in range(config.depths[stage])]) for stage in way]
+        stacks = [stack(self._block(s, next(rates)) for _ in range(config.depths[s])) for s in way]
         self.down = nn.ModuleList(stacks[:stages])
         self.up = nn.ModuleList(stacks[stages:])
         self.mergings = nn.ModuleList(PatchMerging2D(dims[s], dims[s + 1]) for s in range(stages - 1))
@@ -410,70 +400,49 @@ class LocalMamba2D(FieldModel):
         self.out_norm = nn.RMSNorm(dims[0])
         self.out_proj = zero(nn.Linear(dims[0], 4 * config.channels))
 
-    def _stack(self, stage: int, rates: list[float]) -> Layers:
+    def _block(self, stage, drop_path):
         c, dim = self.config, self.config.dims[stage]
+        if c.mixer == "attention":
+            mixer = GridAttention(dim, c.head_dim)
+        else:
+            mixer = SS2D(dim, c.d_state, c.ssm_ratio, c.scan_directions)
+        return ConditionedVSSBlock(mixer, dim, c.mapping_width, c.mlp_ratio, c.dropout, drop_path)
 
-        def block(rate: float) -> ConditionedVSSBlock:
-            attention = c.mixer == "attention"
-            scans = (c.d_state, c.ssm_ratio, c.scan_directions)
-            mixer = GridAttention(dim, c.head_dim) if attention else SS2D(dim, *scans)
-            return ConditionedVSSBlock(mixer, dim, c.mapping_width, c.mlp_ratio, c.dropout, rate)
-
-        return stack(block(rate) for rate in rates)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        captions: torch.Tensor | None = None,
-        drop: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, x, t, labels=None, captions=None, drop=None):
         """Velocity (B, C, H, W) of the flow at x (B, C, H, W), which is x_t, in about [-1, 1].
 
         t (B,) in [0, 1], 0 is noise. labels (B,) int64 and captions (B, caption_dim): what the model is
         conditioned on. drop (B,) bool: samples whose labels and captions are not looked at.
         """
-        check_unit_range("t", t, "times from noise, 0, to data, 1,")
+        check_unit_range("t", t, "times")
         sizes = (("labels", labels, self.config.num_classes), ("captions", captions, self.config.caption_dim))
         if wrong := [name for name, given, size in sizes if (given is not None) != (size > 0)]:
             raise ValueError(f"this model and the call disagree on {wrong}: {self.config}")
         height, width = x.shape[2:]
-        multiple = 2 ** len(self.config.dims)
-        pixels = x.permute(0, 2, 3, 1).to(self.out_proj.weight.dtype)  # (B, H, W, C)
-        pixels = F.pad(pixels, (0, 0, 0, -width % multiple, 0, -height % multiple))  # (B, H', W', C)
-        condition = self._condition(t, labels, captions, drop)  # (B, M)
-        residual = self._network(pixels, condition)[:, :height, :width]  # (B, H, W, C)
-        linear = skip_weight(t, self.config.data_std)[:, None, None, None] * x  # (B, C, H, W)
-        return residual.permute(0, 3, 1, 2) + linear
-
-    def _network(self, pixels: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, H, W, C), condition (B, M) -> (B, H, W, C); H, W multiples of 2^S."""
-        dtype = self.out_proj.weight.dtype  # of the residual stream, float32 under autocast
-        grid = self.token_merge(pixels).to(dtype)  # (B, H/2, W/2, D)
+        multiple, dtype = 2 ** len(self.down), self.out_proj.weight.dtype  # float32 stays so under autocast
+        condition = self.condition(t, labels, captions, drop)  # (B, M)
+        grid = x.permute(0, 2, 3, 1).to(dtype)  # (B, H, W, C)
+        grid = F.pad(grid, (0, 0, 0, -width % multiple, 0, -height % multiple))  # (B, H', W', C)
+        grid = self.token_merge(grid).to(dtype)  # (B, H'/2, W'/2, D)
         directions = None if self.config.mixer == "attention" else self.config.scan_directions
         places = stage_places(*grid.shape[1:3], len(self.down), directions, grid.device)
         cached = []
         for stage, blocks in enumerate(self.down):
             if stage > 0:
                 cached.append(grid)
-                grid = self.mergings[stage - 1](grid).to(dtype)  # (B, H/2, W/2, D below)
+                grid = self.mergings[stage - 1](grid).to(dtype)  # half the sides
             grid = blocks(grid, condition, places[stage])
-        grid = self.bottleneck_norm(grid)
-        grid = self.bottleneck_conv(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(dtype)
+        grid = self.bottleneck_norm(grid).permute(0, 3, 1, 2)
+        grid = self.bottleneck_conv(grid).permute(0, 2, 3, 1).to(dtype)
         for stage, split, blocks in zip(reversed(range(len(cached))), self.splits, self.up, strict=True):
-            grid = split(grid, cached[stage]).to(dtype)  # (B, 2H, 2W, D)
+            grid = split(grid, cached[stage]).to(dtype)  # twice the sides
             grid = blocks(grid, condition, places[stage])
-        return spread_patches(self.out_proj(self.out_norm(grid)))  # (B, H, W, C)
+        residual = spread_patches(self.out_proj(self.out_norm(grid)))  # (B, H', W', C)
+        residual = residual[:, :height, :width].permute(0, 3, 1, 2)  # (B, C, H, W)
+        return residual + skip_weight(t, self.config.data_std)[:, None, None, None] * x
 
-    def _condition(
-        self,
-        t: torch.Tensor,
-        labels: torch.Tensor | None,
-        captions: torch.Tensor | None,
-        drop: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Conditioning vector (B, M)."""
+    def condition(self, t, labels, captions, drop):
+        """Conditioning vector (B, M) of time, class and caption."""
         dtype = self.out_proj.weight.dtype
         time = sinusoidal_embedding(t, self.config.mapping_width).to(dtype)  # (B, M)
         known = []

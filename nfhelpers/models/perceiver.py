@@ -11,7 +11,6 @@ Glossary
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -37,7 +36,7 @@ class RotaryCoordinates(nn.Module):
 
     LOWEST, HIGHEST = 0.25, 16.0
 
-    def __init__(self, num_heads: int, channels: int):
+    def __init__(self, num_heads, channels):
         super().__init__()
         pairs = channels // 2
         length = torch.empty(num_heads, pairs).uniform_(math.log(self.LOWEST), math.log(self.HIGHEST)).exp()
@@ -45,7 +44,7 @@ class RotaryCoordinates(nn.Module):
         frequencies = torch.stack([length * angle.cos(), length * angle.sin()])
         self.register_buffer("frequencies", frequencies)  # (2, H, C/2)
 
-    def forward(self, coords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, coords):
         """Points (B, L, 2) -> cosines and sines of the angles, (B, H, L, C/2) each."""
         x, y = (2 * math.pi * coords.float())[:, None].split(1, dim=-1)  # (B, 1, L, 1) each
         along_x, along_y = self.frequencies.float()[:, :, None]  # (H, 1, C/2) each
@@ -53,20 +52,13 @@ class RotaryCoordinates(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x, cos, sin):
     """Turn the last pairs of channels of x (B, H, L, C), as many as there are cosines (B, H, L, P)."""
     still, a, b = x.split([x.shape[-1] - 2 * cos.shape[-1], cos.shape[-1], cos.shape[-1]], dim=-1)
     return torch.cat([still, (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)], dim=-1)
 
 
-def relative_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    at_query: tuple[torch.Tensor, torch.Tensor],
-    at_key: tuple[torch.Tensor, torch.Tensor],
-    attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
-) -> torch.Tensor:
+def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_attention):
     """Attention of q (B, H, Q, C) to k, v (B, H, I, C) that sees where they lie -> (B, H, Q, C).
 
     at_query, at_key: cosines and sines of their points (`RotaryCoordinates`); attend: of q, k, v. Half of the
@@ -92,7 +84,7 @@ class CrossAttention(nn.Module):
     NEAREST, WIDEST = 0.015, 0.3  # in image sides: half a pixel to ten pixels of a 32 px field
     LOGITS_AT_ONCE = 2**22  # of a sample: what is added to all, (H, Q, I), is far beyond a cache at 96 px
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float):
+    def __init__(self, d_model, num_heads, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -109,18 +101,11 @@ class CrossAttention(nn.Module):
         widths = torch.linspace(math.log(self.NEAREST), math.log(self.WIDEST), num_heads)
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
-    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
+    def places(self, query_coords, input_coords):
         """The angles at the points (B, Q, 2) and (B, I, 2): they serve all calls with these points."""
         return self.rotary(query_coords), self.rotary(input_coords)
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        places: tuple | None = None,
-    ) -> torch.Tensor:
+    def forward(self, queries, query_coords, inputs, input_coords, places=None):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D)."""
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
         k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
@@ -141,7 +126,7 @@ class CrossAttention(nn.Module):
         y = relative_attention(q, k, v, *at, attend)  # (B, H, Q, C)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+    def _heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, C)
 
 
@@ -155,7 +140,7 @@ class QuerySelfAttention(nn.Module):
 
     FULL, WINDOW = 4096, 1024
 
-    def __init__(self, d_model: int, num_heads: int, order: str, dropout: float):
+    def __init__(self, d_model, num_heads, order, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.order = order
@@ -165,7 +150,7 @@ class QuerySelfAttention(nn.Module):
         self.to_out = nn.Linear(d_model, d_model, bias=False)
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
-    def places(self, coords: torch.Tensor) -> tuple:
+    def places(self, coords):
         """Windows of the points (B, Q, 2) and the angles there: they serve all calls with these points.
 
         The order of the queries (B, Q), window after window, and its inverse, both None for a single window;
@@ -187,9 +172,7 @@ class QuerySelfAttention(nn.Module):
         ]
         return order, inverse_order(order), groups
 
-    def forward(
-        self, queries: torch.Tensor, coords: torch.Tensor, places: tuple | None = None
-    ) -> torch.Tensor:
+    def forward(self, queries, coords, places=None):
         """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
         order, back, groups = self.places(coords) if places is None else places
         x = self.norm(queries if order is None else gather_tokens(queries, order))
@@ -198,7 +181,7 @@ class QuerySelfAttention(nn.Module):
         y = self.to_out(y)  # (B, Q, D)
         return y if back is None else gather_tokens(y, back)  # (B, Q, D)
 
-    def _attend(self, x: torch.Tensor, windows: int, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _attend(self, x, windows, at):
         """Queries, keys and values (B, L, 3D) in so many equal windows, with their angles -> (B, L, D)."""
         heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
         q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
@@ -210,27 +193,19 @@ class QuerySelfAttention(nn.Module):
 class PerceiverLayer(nn.Module):
     """One iteration: gather from the observed points, exchange among queries, refine each by an MLP."""
 
-    def __init__(self, d_model: int, num_heads: int, order: str, mlp_ratio: float, dropout: float):
+    def __init__(self, d_model, num_heads, order, mlp_ratio, dropout):
         super().__init__()
         self.cross_attention = CrossAttention(d_model, num_heads, dropout)
         self.self_attention = QuerySelfAttention(d_model, num_heads, order, dropout)
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
-    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
+    def places(self, query_coords, input_coords):
         """What the two attentions compute from the points (B, Q, 2) and (B, I, 2) alone."""
-        return self.cross_attention.places(query_coords, input_coords), self.self_attention.places(
-            query_coords
-        )
+        across = self.cross_attention.places(query_coords, input_coords)
+        return across, self.self_attention.places(query_coords)
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        places: tuple,
-    ) -> torch.Tensor:
+    def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
         across, among = places
         queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
@@ -247,25 +222,18 @@ class LightweightPerceiver(nn.Module):
 
     WINDOW_ORDERS = ("hilbert", "row")
 
-    def __init__(self, d_model: int, num_heads: int, iterations: int, mlp_ratio: float, dropout: float):
+    def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
         orders = [self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)] for i in range(iterations)]
         self.layers = Layers(
             PerceiverLayer(d_model, num_heads, order, mlp_ratio, dropout) for order in orders
         )
 
-    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> list[tuple]:
+    def places(self, query_coords, input_coords):
         """What the layers compute from the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
         return [layer.places(query_coords, input_coords) for layer in self.layers]
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        places: list[tuple] | None = None,
-    ) -> torch.Tensor:
+    def forward(self, queries, query_coords, inputs, input_coords, places=None):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
         places = self.places(query_coords, input_coords) if places is None else places
         for layer, place in zip(self.layers, places, strict=True):

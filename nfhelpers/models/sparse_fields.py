@@ -40,27 +40,27 @@ MOST_SEQUENCES = 2**16 - 1
 """The most that cuDNN's attention takes at once (pytorch/pytorch#181235)."""
 
 
-def check_points(t: torch.Tensor | None, *fields: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    """Raise ValueError for t or coordinates outside [0, 1] on the CPU, and values (B, L, 3) of other points."""
+def check_points(t, *fields):
+    """Raise ValueError for t or coordinates outside [0, 1] on the CPU, and for values of other points."""
     if t is not None:
-        check_unit_range("t", t, "times from noise, 0, to data, 1,")
+        check_unit_range("t", t, "times")
     for coords, values in fields:
         check_unit_range("coordinates", coords, "pixel centres (x, y)")
         if values is not None and coords.shape[:2] != values.shape[:2]:  # sorting would drop some silently
             raise ValueError(f"coordinates {tuple(coords.shape)} and values {tuple(values.shape)} differ")
 
 
-def residual_decoder(d: int, dropout: float) -> nn.Sequential:
+def residual_decoder(d, dropout):
     """Tokens (B, Q, D) -> what a velocity (B, Q, 3) adds to its linear part in x_t; zero to begin with."""
     return nn.Sequential(nn.RMSNorm(d), mlp(d, 2 * d, d, dropout), nn.GELU(), zero(nn.Linear(d, 3)))
 
 
-def split_tokens(tokens: torch.Tensor, num_inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_tokens(tokens, num_inputs):
     """Tokens (B, L, D) -> inputs (B, I, D), queries (B, Q, D)."""
     return tokens.split([num_inputs, tokens.shape[1] - num_inputs], dim=1)
 
 
-def joint_orders(coords: torch.Tensor, kinds: tuple[str, ...], bidirectional: bool) -> torch.Tensor:
+def joint_orders(coords, kinds, bidirectional):
     """Directions in which points (B, L, 2) are scanned -> (B, K, L): the orders `kinds`.
 
     With `bidirectional` they come twice: `MultiDirectionalSSM` walks the second half backwards.
@@ -69,11 +69,11 @@ def joint_orders(coords: torch.Tensor, kinds: tuple[str, ...], bidirectional: bo
     return torch.stack(orders * 2 if bidirectional else orders, dim=1)  # (B, K, L)
 
 
-def directional_blocks(c: "MultiDirectionalConfig", num_layers: int, bidirectional: bool) -> Layers:
+def directional_blocks(c, num_layers, bidirectional):
     """Blocks that scan in the orders of a config."""
-    orders = (len(c.orders), c.shared_weights, bidirectional)
-    block = (c.d_model, c.d_state, c.expand, *orders, c.tied_decay, c.mlp_ratio, c.dropout)
-    return stack(MultiDirectionalMambaBlock(*block) for _ in range(num_layers))
+    scan = (c.d_state, c.expand, len(c.orders), c.shared_weights, bidirectional, c.tied_decay)
+    rest = dict(mlp_ratio=c.mlp_ratio, dropout=c.dropout)
+    return stack(MultiDirectionalMambaBlock(c.d_model, *scan, **rest) for _ in range(num_layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,17 +200,9 @@ class Conditions(NamedTuple):
 
 
 class SparseField(FieldModel):
-    """Base of the velocity fields over sparse pixels. Subclasses `prepare` points, and then give `velocity`."""
+    """Base of the velocity fields over sparse pixels. Subclasses `prepare` points, then give `velocity`."""
 
-    def forward(
-        self,
-        noisy_values: torch.Tensor,
-        query_coords: torch.Tensor,
-        t: torch.Tensor,
-        input_coords: torch.Tensor,
-        input_values: torch.Tensor,
-        conditions: tuple | torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, noisy_values, query_coords, t, input_coords, input_values, conditions=None):
         """Velocity (B, Nq, 3) of the field at the query points.
 
         noisy_values (B, Nq, 3): x_t, in about [-1, 1]; query_coords (B, Nq, 2), input_coords (B, Ni, 2):
@@ -222,7 +214,7 @@ class SparseField(FieldModel):
             conditions = self.prepare(query_coords, input_coords, input_values)
         return self.velocity(noisy_values, t, conditions)  # (B, Q, 3)
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+    def loss_weight(self, t):
         """Weight of the loss at t (B,) -> (B,)."""
         return loss_weight(t, POSTERIOR_STD)
 
@@ -235,7 +227,7 @@ class TokenField(SparseField):
     x_t (`flow.skip_weight`): at t = 0 the noise cancels exactly, and one step estimates the posterior mean.
     """
 
-    def __init__(self, config: FieldConfig, order: str = "row", query_values: int = 3):
+    def __init__(self, config: FieldConfig, order="row", query_values=3):
         super().__init__()
         self.config = config
         self.order = order
@@ -245,9 +237,7 @@ class TokenField(SparseField):
         self.query_embedding = PointEmbedding(2 * config.num_fourier_features, d, query_values)
         self.time = TimeEmbedding(d)
 
-    def prepare(
-        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
-    ) -> Conditions:
+    def prepare(self, query_coords, input_coords, input_values):
         """What `forward` computes from these arguments alone, for calls with the same."""
         input_order = point_order(input_coords, self.order)  # (B, I)
         query_order = point_order(query_coords, self.order)  # (B, Q)
@@ -262,17 +252,17 @@ class TokenField(SparseField):
             inverse_order(query_order),
         )
 
-    def velocity(self, noisy_values: torch.Tensor, t: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def velocity(self, noisy_values, t, c):
         return self.predict(noisy_values, t, c) + skip_weight(t)[:, None, None] * noisy_values
 
-    def predict(self, query_values: torch.Tensor, t: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def predict(self, query_values, t, c):
         """What the network makes of the queries' values (B, Q, query_values) -> (B, Q, 3)."""
         queries = c.queries + self.query_embedding.value_proj(gather_tokens(query_values, c.order))
         tokens = torch.cat([c.inputs, queries], dim=1) + self.time(t)[:, None]  # (B, L, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
         return gather_tokens(self.decoder(self.mix(tokens, c)), c.back)  # (B, Q, 3)
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         """Tokens (B, L, D) of the inputs, then of the queries -> queries (B, Q, D)."""
         raise NotImplementedError
 
@@ -292,7 +282,7 @@ class MambaDiffusion(TokenField):
         self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
         self.decoder = residual_decoder(c.d_model, c.dropout)
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         tokens = self.blocks(tokens)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return queries + self.cross_attention(queries, c.query_coords, inputs, c.input_coords)  # (B, Q, D)
@@ -311,12 +301,12 @@ class MultiDirectionalMambaDiffusion(TokenField):
         self.cross_attention = CrossAttention(config.d_model, config.num_heads, config.dropout)
         self.decoder = residual_decoder(config.d_model, config.dropout)
 
-    def prepare(self, *points: torch.Tensor) -> Conditions:
+    def prepare(self, *points):
         c = super().prepare(*points)
         coords = torch.cat([c.input_coords, c.query_coords], dim=1)  # (B, L, 2)
         return c._replace(scans=joint_orders(coords, self.config.orders, bidirectional=False))
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         tokens = self.blocks(tokens, c.scans)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return queries + self.cross_attention(queries, c.query_coords, inputs, c.input_coords)  # (B, Q, D)
@@ -338,11 +328,11 @@ class MambaDiffusionV2(TokenField):
         )
         self.decoder = residual_decoder(c.d_model, c.dropout)
 
-    def prepare(self, *points: torch.Tensor) -> Conditions:
+    def prepare(self, *points):
         c = super().prepare(*points)
         return c._replace(places=self.perceiver.places(c.query_coords, c.input_coords))
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         tokens = self.bidirectional(tokens)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
@@ -379,9 +369,7 @@ class MambaField(TokenField):
         )
         self.decoder = residual_decoder(c.d_model, c.dropout)
 
-    def prepare(
-        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
-    ) -> Conditions:
+    def prepare(self, query_coords, input_coords, input_values):
         """As `TokenField.prepare`, and where the flow starts."""
         if self.config.spline_source:
             start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
@@ -393,14 +381,14 @@ class MambaField(TokenField):
         places = self.perceiver.places(c.query_coords, c.input_coords)
         return c._replace(scans=scans, places=places, start=start)
 
-    def velocity(self, noisy_values: torch.Tensor, t: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def velocity(self, noisy_values, t, c):
         m, s, time = c.start, self.config.residual_std, t[:, None, None]  # (B, Q, 3), number, (B, 1, 1)
         scale = ((1 - time) ** 2 + (s * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
         rest = noisy_values - time * m  # (B, Q, 3), r
         residual = self.predict(torch.cat([rest / scale, m], dim=-1), t, c)  # (B, Q, 3)
         return m + skip_weight(time, s) * rest + s / scale * residual
 
-    def mix(self, tokens: torch.Tensor, c: Conditions) -> torch.Tensor:
+    def mix(self, tokens, c):
         tokens = self.blocks(tokens, c.scans)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
@@ -426,9 +414,7 @@ class LocalImplicitField(SparseField):
         self.layers = Layers(nn.TransformerEncoderLayer(*sizes, **options) for _ in range(config.num_layers))
         self.decoder = residual_decoder(d, config.dropout)
 
-    def prepare(
-        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
-    ) -> torch.Tensor:
+    def prepare(self, query_coords, input_coords, input_values):
         """What `forward` computes from these alone: tokens of each query's neighbours (B, Q, K, D)."""
         k = min(self.config.neighbours, input_coords.shape[1])
         # On a grid many points are equally near: which are the k nearest is well defined only in a canonical
@@ -442,7 +428,7 @@ class LocalImplicitField(SparseField):
         neighbours = self.neighbour_embedding(self.fourier(offsets), values)  # (B, Q*K, D)
         return neighbours.unflatten(1, (-1, k))  # (B, Q, K, D)
 
-    def velocity(self, noisy_values: torch.Tensor, t: torch.Tensor, neighbours: torch.Tensor) -> torch.Tensor:
+    def velocity(self, noisy_values, t, neighbours):
         query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
         tokens = torch.cat([query[:, :, None], neighbours], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast

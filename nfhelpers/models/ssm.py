@@ -13,7 +13,6 @@ Glossary
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -24,13 +23,13 @@ from nfhelpers.models.base import Layers
 from nfhelpers.models.layers import mlp, zero
 
 
-def initial_step_bias(*shape: int) -> torch.Tensor:
+def initial_step_bias(*shape):
     """Bias of the softplus that makes step sizes log-uniform in [0.001, 0.1] (Gu & Dao 2023)."""
     delta = torch.exp(torch.empty(*shape).uniform_(math.log(1e-3), math.log(1e-1)))
     return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus
 
 
-def initial_log_rates(*shape: int, d_state: int, tied_decay: bool) -> torch.Tensor:
+def initial_log_rates(*shape, d_state, tied_decay):
     """Logarithms of the S4D-real decay rates 1 .. N, (*shape, N); tied, of a = 1, (*shape)."""
     if tied_decay:
         return torch.zeros(*shape)
@@ -46,7 +45,7 @@ class SelectiveSSM(nn.Module):
     ``-(n + 1) a`` with one a per channel: the scan takes one exponential a step and channel in place of N.
     """
 
-    def __init__(self, d_model: int, d_state: int, expand: int, tied_decay: bool = False):
+    def __init__(self, d_model, d_state, expand, tied_decay=False):
         super().__init__()
         d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -65,7 +64,7 @@ class SelectiveSSM(nn.Module):
         self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens):
         """Mix tokens (B, L, D) along the sequence, first to last -> (B, L, D)."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
         x = F.silu(x)
@@ -98,15 +97,7 @@ class MultiDirectionalSSM(nn.Module):
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_state: int,
-        expand: int,
-        num_orders: int,
-        shared_weights: bool,
-        bidirectional: bool,
-        tied_decay: bool,
-        dropout: float,
+        self, d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
     ):
         super().__init__()
         e = expand * d_model
@@ -133,7 +124,7 @@ class MultiDirectionalSSM(nn.Module):
         self.fusion_norm = nn.RMSNorm(e)
         self.out_proj = nn.Linear(e, d_model, bias=False)
 
-    def forward(self, tokens: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens, orders):
         """Mix tokens (B, L, D) along orders (B, K, L) -> (B, L, D), in the tokens' own order."""
         k = len(self.reverse)
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
@@ -167,7 +158,7 @@ class MultiDirectionalSSM(nn.Module):
 class ResidualBlock(nn.Module):
     """Pre-norm residual block: a sequence mixer, then a token-wise MLP."""
 
-    def __init__(self, mixer: nn.Module, d_model: int, mlp_ratio: float, dropout: float):
+    def __init__(self, mixer, d_model, mlp_ratio, dropout):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(d_model)
         self.mixer = mixer
@@ -175,52 +166,36 @@ class ResidualBlock(nn.Module):
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor, *orders: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens, *orders):
         """(B, L, D) -> (B, L, D); `orders`: what the mixer takes beside the tokens."""
         tokens = tokens + self.dropout(self.mixer(self.mixer_norm(tokens), *orders))
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
 
 
-def stack(blocks: Iterable[nn.Module]) -> Layers:
+def stack(blocks):
     """Residual blocks one after the other, that pass their tokens on unchanged to begin with.
 
     What a block mixes in before it has learned anything is noise to the layers after it.
     """
     blocks = Layers(blocks)
     for block in blocks:
-        for layer in (block.mixer.out_proj, block.mlp[-1]):
-            zero(layer)
+        zero(block.mixer.out_proj)
+        zero(block.mlp[-1])
     return blocks
 
 
 class MambaBlock(ResidualBlock):
     """One scan along the sequence: `forward(tokens)`."""
 
-    def __init__(
-        self, d_model: int, d_state: int, expand: int, tied_decay: bool, mlp_ratio: float, dropout: float
-    ):
+    def __init__(self, d_model, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__(SelectiveSSM(d_model, d_state, expand, tied_decay), d_model, mlp_ratio, dropout)
 
 
 class MultiDirectionalMambaBlock(ResidualBlock):
-    """Scans in several orders: `forward(tokens, orders)`."""
+    """Scans in several orders: `forward(tokens, orders)`; `scan`: arguments of `MultiDirectionalSSM`."""
 
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int,
-        expand: int,
-        num_orders: int,
-        shared_weights: bool,
-        bidirectional: bool,
-        tied_decay: bool,
-        mlp_ratio: float,
-        dropout: float,
-    ):
-        mixer = MultiDirectionalSSM(
-            d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
-        )
-        super().__init__(mixer, d_model, mlp_ratio, dropout)
+    def __init__(self, d_model, *scan, mlp_ratio, dropout):
+        super().__init__(MultiDirectionalSSM(d_model, *scan, dropout), d_model, mlp_ratio, dropout)
 
 
 class BidirectionalMamba(nn.Module):
@@ -230,26 +205,17 @@ class BidirectionalMamba(nn.Module):
     backwards is one that walks forwards over the flipped sequence: it is flipped once, not in each block.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_layers: int,
-        d_state: int,
-        expand: int,
-        tied_decay: bool,
-        mlp_ratio: float,
-        dropout: float,
-    ):
+    def __init__(self, d_model, num_layers, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__()
 
-        def half() -> Layers:
+        def half():
             block = (d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
             return stack(MambaBlock(*block) for _ in range(num_layers // 2))
 
         self.forward_blocks, self.backward_blocks = half(), half()
         self.combine = nn.Linear(2 * d_model, d_model)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens):
         """(B, L, D) -> (B, L, D)."""
         ahead = self.forward_blocks(tokens)  # (B, L, D)
         back = self.backward_blocks(tokens.flip(1)).flip(1)  # (B, L, D)
