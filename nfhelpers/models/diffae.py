@@ -2,9 +2,6 @@
 
 Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top.
 
-Glossary: b batch, q query points, i observed (input) points, d model width (d_model), f Fourier frequencies,
-k directions of a scan, m cosines along x and along y (num_cosines), c channels of the latent (latent_dim).
-
 Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
@@ -30,19 +27,17 @@ from nfhelpers.models.layers import (
     TimeEmbedding,
     gather_tokens,
     mlp,
+    solve_positive,
     squared_distances,
     zero,
 )
 from nfhelpers.models.sparse_fields import (
     MultiDirectionalConfig,
-    MultiDirectionalMambaDiffusion,
-    MultiDirectionalMambaDiffusionConfig,
     SparseField,
     check_points,
     directional_blocks,
     joint_orders,
     residual_decoder,
-    split_tokens,
 )
 
 SMALLEST_STD = 1e-6  # that a latent channel is divided by: one that never changes normalises to 0
@@ -88,9 +83,9 @@ def spectrum_power(count, device=None):
     return (1 + f[:, None] ** 2 + f**2).pow(-SPECTRUM_DECAY).flatten()  # (M^2,)
 
 
-def spectrum_scale(count, device):
-    """Standard deviation of amplitudes in images -> (count^2, 1)."""
-    return (SPECTRUM_VARIANCE * spectrum_power(count, device)).sqrt()[:, None]
+def spectrum_scale(count, like):
+    """Standard deviation of amplitudes in images -> (count^2, 1), of the device and dtype of `like`."""
+    return (SPECTRUM_VARIANCE * spectrum_power(count, like.device)).sqrt()[:, None].to(like)
 
 
 def filled_share(coords):
@@ -118,10 +113,9 @@ def fit_spectrum(coords, values, count):
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
     noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
     gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
-    factor, _ = torch.linalg.cholesky_ex(gram)
     if primal:
-        return root[:, None] * torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
-    return root[:, None] * (weighted.mT @ torch.cholesky_solve(values, factor))  # (B, M^2, 3)
+        return root[:, None] * solve_positive(gram, weighted.mT @ values)  # (B, M^2, 3)
+    return root[:, None] * (weighted.mT @ solve_positive(gram, values))  # (B, M^2, 3)
 
 
 class LinearCode(nn.Module):
@@ -238,7 +232,7 @@ class FieldEncoder(nn.Module):
     def forward(self, coords, values, spectrum, linear):
         """Points (B, I, 2), values (B, I, 3), spectrum (B, M^2, 3), linear decoding (B, I, 3) -> (B, C)."""
         dtype = self.latent_proj.weight.dtype
-        scale = spectrum_scale(self.config.num_cosines, coords.device)  # (M^2, 1)
+        scale = spectrum_scale(self.config.num_cosines, spectrum)  # (M^2, 1)
         added = self.spectrum_mlp((spectrum / scale).flatten(1).to(dtype))  # (B, C)
         seen = torch.cat([values, values - linear], dim=-1)  # (B, I, 6)
         features = self.fourier(coords).to(dtype)  # (B, I, 2F)
@@ -275,7 +269,7 @@ class LatentDecoder(nn.Module):
         coords = gather_tokens(coords, order)
         dtype = self.film.proj.weight.dtype
         added = self.spectrum_mlp(latent).unflatten(-1, (-1, 3))  # (B, M^2, 3)
-        spectrum = spectrum + spectrum_scale(self.config.num_cosines, coords.device) * added.to(dtype)
+        spectrum = spectrum + spectrum_scale(self.config.num_cosines, spectrum) * added.to(dtype)
         smooth = cosines(coords, self.config.num_cosines).to(dtype) @ spectrum  # (B, Q, 3)
         tokens = self.film(self.embedding(self.fourier(coords), smooth), latent).to(dtype)  # (B, Q, D)
         orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, Q)
@@ -409,30 +403,6 @@ class MambaDiffusionAutoencoder(SparseField):
         if not bool(torch.isfinite(self.latent_std).all()):
             raise ValueError("call fit_latent_statistics(model, dataset) with the training set first")
         return self.latent_mean.to(device), self.latent_std.clamp_min(SMALLEST_STD).to(device)  # (C,) each
-
-
-@dataclass(frozen=True, kw_only=True)
-class MinimalLatentMambaConfig(MultiDirectionalMambaDiffusionConfig):
-    """Settings of `MinimalLatentMamba`: each token passes through `latent_dim` channels."""
-
-    latent_dim: int = 256
-    mlp_ratio: float = 2.0
-    model_type: ClassVar[str] = "minimal"
-
-
-class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
-    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token: does compression change anything?"""
-
-    def __init__(self, config: MinimalLatentMambaConfig):
-        super().__init__(config)
-        self.to_latent = nn.Linear(config.d_model, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, config.d_model)
-
-    def mix(self, tokens, c):
-        latent = self.to_latent(self.blocks(tokens, c.scans))  # (B, L, C)
-        tokens = self.from_latent(latent).to(tokens.dtype)  # (B, L, D)
-        inputs, queries = split_tokens(tokens, c.inputs.shape[1])
-        return queries + self.cross_attention(queries, c.query_coords, inputs, c.input_coords)  # (B, Q, D)
 
 
 class LatentBlock(nn.Module):

@@ -1,11 +1,4 @@
-"""Embeddings and small parts that every model uses.
-
-Glossary
-    b  batch
-    l  tokens (points of a field)
-    f  random Fourier frequencies
-    d  model width (d_model)
-"""
+"""Embeddings and small parts that every model uses."""
 
 import math
 
@@ -88,6 +81,13 @@ def squared_distances(p, q):
     """Of all pairs of points (B, P, 2) and (B, Q, 2) -> (B, P, Q), unrounded by a matrix product."""
     x, y = (p[:, :, None, i] - q[:, None, :, i] for i in (0, 1))  # a sum over two entries is slow
     return x * x + y * y  # (B, P, Q)
+
+
+def solve_positive(A, b):
+    """A^-1 b for symmetric positive definite A (B, N, N), b (B, N, C), without a wait for the device."""
+    factor, _ = torch.linalg.cholesky_ex(A)
+    b = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, b, upper=True)
 
 
 def mlp(dim, hidden, out, dropout=0.0):

@@ -6,7 +6,7 @@ Glossary: b batch, q query points, i observed (input) points, c channels.
 import torch
 from torch.nn import functional as F
 
-from nfhelpers.models.layers import squared_distances
+from nfhelpers.models.layers import solve_positive, squared_distances
 
 RIDGE = 1e-8
 """Added to the diagonal of the system, whose entries are of order 1 for points of the unit square."""
@@ -30,8 +30,8 @@ def thin_plate_spline(
         (Phi + ridge) w + P c = values        P^T w = 0
 
     Of all surfaces through the values it bends least. The ridge averages points that coincide; elsewhere it
-    changes less than 1e-4 of the values' range. S = Phi + ridge + k P P^T is positive definite, so Cholesky
-    factors solve the system, and no check of theirs waits for the device:
+    changes less than 1e-4 of the values' range. S = Phi + ridge + k P P^T is positive definite, which
+    Cholesky factors solve:
 
         (P^T S^-1 P) c = P^T S^-1 values        w = S^-1 (values - P c)
 
@@ -44,21 +44,17 @@ def thin_plate_spline(
     P = _affine(points)  # (B, I, 3)
     S = _radial(points, points) + SHIFT * P @ P.mT  # (B, I, I)
     S.diagonal(dim1=1, dim2=2).add_(RIDGE)
-    solved_P, solved_values = _solve(S, torch.cat([P, values], dim=-1)).tensor_split([3], dim=-1)
+    solved_P, solved_values = solve_positive(S, torch.cat([P, values], dim=-1)).tensor_split([3], dim=-1)
     slopes = (torch.arange(3, device=P.device) > 0).to(P.dtype).diag().expand(len(P), 3, 3)
     level = LEVEL * points.shape[1] * slopes
-    N = level @ _solve(P.mT @ P + level, slopes)  # (B, 3, 3): 1 for slopes across a line, else next to 0
-    c = _solve(P.mT @ solved_P + N, P.mT @ solved_values)  # (B, 3, C)
+    N = level @ solve_positive(P.mT @ P + level, slopes)  # 1 for slopes across a line, else next to 0
+    c = solve_positive(P.mT @ solved_P + N, P.mT @ solved_values)  # (B, 3, C)
     w = solved_values - solved_P @ c  # (B, I, C)
     parts = [
         _radial(part, points) @ w + _affine(part) @ c  # (B, q, C)
         for part in query_coords.double().split(max(1, BASIS_AT_ONCE // points.shape[1]), dim=1)
     ]
     return torch.cat(parts, dim=1).to(input_values.dtype)  # (B, Q, C)
-
-
-def _solve(A, b):
-    return torch.cholesky_solve(b, torch.linalg.cholesky_ex(A)[0])  # A symmetric and positive definite
 
 
 def _radial(p, q):
