@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 def one_run(folder):
     """One run at a time in this folder, which is made; the system frees the lock of a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)
+    rank = os.environ.get("RANK", "0")  # each of several processes holds a lock of its own
     try:
-        with filelock.FileLock(folder / "run.lock", timeout=0):
-            yield
+        with filelock.FileLock(folder / ("run.lock" if rank == "0" else f"run{rank}.lock"), timeout=0):
+            yield folder
     except filelock.Timeout:
         raise ValueError(
             f"another run trains in {folder}; wait for its end, or pass another folder"

@@ -84,7 +84,7 @@ def reconstruct(
     if own_size and not observed.mask.all():
         asked = torch.from_numpy(~observed.mask.reshape(len(asked), -1))
     query = grid_coords(*shape).expand(*asked.shape, 2)[asked].reshape(len(asked), -1, 2)  # (N, Nq, 2)
-    device = next(method.parameters()).device
+    device = next(method.parameters(), query).device
     batch = [part.to(device) for part in (query, observed.input_coords, observed.input_values)]
     options = {
         "steps": steps or (1 if kind == "mean" else 50),

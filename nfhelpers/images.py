@@ -101,7 +101,10 @@ def _array(path, split):
 def _records(folder, split):
     folder = _cifar10_folder() if folder == "cifar10" else folder
     kind, pattern = ("test", "test_batch*.bin") if split == "test" else ("train", "data_batch*.bin")
-    records = [np.fromfile(file, np.uint8).reshape(-1, RECORD) for file in sorted(folder.glob(pattern))]
+    files = sorted(folder.glob(pattern))
+    if cut := [file for file in files if file.stat().st_size % RECORD]:
+        raise ValueError(f"{cut[0]} is not a whole number of records of {RECORD} bytes; replace it")
+    records = [np.fromfile(file, np.uint8).reshape(-1, RECORD) for file in files]
     return take_split({kind: np.concatenate(records)} if records else {}, split, folder)
 
 

@@ -9,6 +9,7 @@ import io
 import re
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,12 +176,12 @@ def read_wav(file) -> tuple[np.ndarray, int]:
     import soundfile
 
     file = Path(file) if isinstance(file, str) else file
-    data = file.read() if hasattr(file, "read") else file.read_bytes()
     try:
+        data = file.read() if hasattr(file, "read") else file.read_bytes()
         samples, rate = soundfile.read(io.BytesIO(_whole(data)), dtype="float32", always_2d=True)
         if not (len(samples) and np.isfinite(samples).all()):
             raise ValueError("it holds no samples, or some that are not finite")
-    except (soundfile.LibsndfileError, ValueError) as error:
+    except (soundfile.LibsndfileError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} cannot be read as a wav file: {error}") from error
     return samples.mean(axis=1), rate
 

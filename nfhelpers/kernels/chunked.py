@@ -197,7 +197,7 @@ def _sum_steps(x, weight):
 
 
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
-    """(y, last, states) of the scan as `kernels/__init__.py` describes it and has checked its arguments."""
+    """(y, last, states) of the scan that reference.py describes."""
     y = torch.empty_like(u) if u.shape[1] == delta.shape[1] else u.new_empty(delta.shape)
     scan = _Scan(u, delta, A, B, C, D, z, bias, order, reverse, softplus)
     y_rows = scan.split(y)
@@ -301,8 +301,8 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     return du, ddelta, dA, dB, dC, dD, dz, dbias
 
 
-def by_parts(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **options):
-    """(y, last state) of `selective_scan_reference`, chunk by chunk, computed again for gradients."""
+def by_parts(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options):
+    """`selective_scan_reference` chunk by chunk, computed again for gradients; always with the last state."""
 
     def cut(x):  # what varies into chunks; splits, of which autograd makes one tensor, not slices
         return itertools.repeat(x) if x is None or x.dim() == 2 else x.split(CHUNK, -1)

@@ -1,4 +1,4 @@
-// The selective scan of S6 on a CPU: forward and backward of the operation that native.py describes.
+// The selective scan of S6 on a CPU: forward and backward of the operation that reference.py describes.
 //
 // b batch, k direction, l row, d channel, n state, g group of channels that share B and C.
 //
@@ -14,7 +14,7 @@
 // their order, whether one unit of work takes all of them or one each; sums over samples (dA, dD, dbias) and
 // directions (du) have a fixed order too. So the result is bitwise the same at any number of threads.
 //
-// Denormal numbers are taken as zero. NaN and infinity propagate: there is no -ffast-math in the flags.
+// Denormal numbers are taken as zero on x86. NaN and infinity propagate: there is no -ffast-math in the flags.
 
 #include <algorithm>
 #include <atomic>
@@ -154,8 +154,6 @@ inline V bounded(V x, float low, float high) {
     return (V)_mm512_min_ps((__m512)splat(high), _mm512_max_ps((__m512)splat(low), (__m512)x));
 #elif NF_LANES == 8
     return (V)_mm256_min_ps((__m256)splat(high), _mm256_max_ps((__m256)splat(low), (__m256)x));
-#elif defined(__SSE2__)
-    return (V)_mm_min_ps((__m128)splat(high), _mm_max_ps((__m128)splat(low), (__m128)x));
 #else
     x = select(x < low, splat(low), x);
     return select(x > high, splat(high), x);
@@ -243,14 +241,18 @@ void move_rows(const View& x, int64_t offset, const Rows& rows, int channels, Bl
         S* first = (S*)x.data + offset + j * LANES * x.d;
         int t = 0;
         for (; x.d != 1 && rows.walk && t + LANES <= rows.count; t += LANES) {  // rows side by side
-            V square[LANES] = {};
+            V square[LANES];
             const int from = rows.walk > 0 ? t : t + LANES - 1;
             S* corner = first + rows.at[from];
-            for (int i = 0; STORE && i < LANES; ++i) square[i] = tile[(from + i * rows.walk) * stride].v[j];
-            for (int c = 0; !STORE && c < lanes; ++c) square[c] = load(corner + c * x.d);
+            for (int i = 0; i < LANES; ++i) {
+                if (STORE) square[i] = tile[(from + i * rows.walk) * stride].v[j];
+                if (!STORE) square[i] = i < lanes ? load(corner + i * x.d) : V{};
+            }
             transpose(square);
-            for (int c = 0; STORE && c < lanes; ++c) store(corner + c * x.d, square[c]);
-            for (int i = 0; !STORE && i < LANES; ++i) tile[(from + i * rows.walk) * stride].v[j] = square[i];
+            for (int i = 0; i < LANES; ++i) {
+                if (STORE && i < lanes) store(corner + i * x.d, square[i]);
+                if (!STORE) tile[(from + i * rows.walk) * stride].v[j] = square[i];
+            }
         }
         for (; t < rows.count; ++t) {
             S *p = first + rows.at[t] * x.l, some[LANES] = {};
@@ -278,8 +280,10 @@ struct Step {
 };
 constexpr int STEP = sizeof(Step) / sizeof(Block);
 
-// What a block of channels carries along the sequence: `states` Blocks of each kind, then dD and dbias.
-enum Slot { SCALED_A, STATE, GRAD, D_A, SLOTS };
+struct Carry {  // what a block of channels carries along the sequence, by state and for all states
+    std::vector<Block> A2, state, grad, dA;  // A log2(e); h at the start of the chunk, g at its end; a sum
+    Block D, bias, dD, dbias;
+};
 
 constexpr int STREAMS = 7;  // tensors whose next tile is fetched while this one is computed
 
@@ -291,13 +295,10 @@ struct Work {
     Step step[T];
     Block h[(T + 1) * NB], a[T * NB];  // states and decays, NB states at a time
     const float *B[T], *C[T];       // one number for all channels at each step
-    const Block* A2;                // A log2(e)
-    Block *state, *grad;            // h at the start of the chunk, g at its end
-    Block *dA, *dD, *dbias;         // sums over positions
-    Block D, bias;
+    Carry* own;                     // of the present block
     int folds;                      // passes over the states
     std::vector<Vector> folded;     // (T, folds): dB and dC of the states of a pass, lanes still to be added
-    std::vector<Block> own;         // what the blocks of a unit carry along
+    std::vector<Carry> blocks;      // of a unit
 };
 
 // Each pass over the steps of a tile fetches another tensor of the next tile.
@@ -313,12 +314,12 @@ inline void fetch(const char* p) {
 // States n0 ... n0 + M - 1 through the chunk. KEEP: for `retreat` to use, y only if it is wanted.
 template <int M, bool TIED, bool KEEP>
 NF_NOINLINE void advance(Work& w, int n0, bool want_y) {
-    const Block* A2 = w.A2 + n0;
+    const Block* A2 = &w.own->A2[n0];
     const int count = w.rows.count;
     V h[M][W];
     NF_UNROLL for (int i = 0; i < M; ++i)
         NF_UNROLL for (int j = 0; j < W; ++j) {
-            h[i][j] = w.state[n0 + i].v[j];
+            h[i][j] = w.own->state[n0 + i].v[j];
             if (KEEP) w.h[i].v[j] = h[i][j];
         }
     const char* const* ahead = next_stream(w);
@@ -352,19 +353,19 @@ NF_NOINLINE void advance(Work& w, int n0, bool want_y) {
     }
     if (!KEEP) {
         NF_UNROLL for (int i = 0; i < M; ++i)
-            NF_UNROLL for (int j = 0; j < W; ++j) w.state[n0 + i].v[j] = h[i][j];
+            NF_UNROLL for (int j = 0; j < W; ++j) w.own->state[n0 + i].v[j] = h[i][j];
     }
 }
 
 // Their gradients, from the last step to the first.
 template <int M, bool TIED>
 NF_NOINLINE void retreat(Work& w, int n0, int fold_at) {
-    const Block* A2 = w.A2 + n0;
+    const Block* A2 = &w.own->A2[n0];
     V g[M][W], dA[M][W];
     NF_UNROLL for (int j = 0; j < W; ++j)
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            g[i][j] = w.grad[n0 + i].v[j];
-            if (!TIED) dA[i][j] = w.dA[n0 + i].v[j];
+            g[i][j] = w.own->grad[n0 + i].v[j];
+            if (!TIED) dA[i][j] = w.own->dA[n0 + i].v[j];
         }
     const char* const* ahead = next_stream(w);
     for (int t = w.rows.count - 1; t >= 0; --t) {
@@ -404,8 +405,8 @@ NF_NOINLINE void retreat(Work& w, int n0, int fold_at) {
     }
     NF_UNROLL for (int j = 0; j < W; ++j) {
         NF_UNROLL for (int i = 0; i < M; ++i) {
-            w.grad[n0 + i].v[j] = g[i][j];
-            if (!TIED) w.dA[n0 + i].v[j] = dA[i][j];
+            w.own->grad[n0 + i].v[j] = g[i][j];
+            if (!TIED) w.own->dA[n0 + i].v[j] = dA[i][j];
         }
     }
 }
@@ -485,59 +486,48 @@ void move_on(const Problem& p, int64_t b, int64_t k, int64_t g, int64_t after, W
     }
 }
 
-// Choose one more tile to be fetched. Only whole tiles, and only where channels are side by side.
+// Choose one more tile to be fetched. Only whole tiles, and only where channels or rows are side by side.
 void look_ahead(const View& x, const Place& at, const Rows& rows, Work& w) {
-    if (!x.data || rows.count < T || x.d != 1) return;
-    const int64_t size = x.dtype == BFLOAT16 ? 2 : 4;
-    const char** out = w.ahead[w.streams++];
-    for (int t = 0; t < T; ++t) out[t] = (const char*)x.data + (offset(x, at) + rows.at[t] * x.l) * size;
+    if (!x.data || rows.count < T || (x.d != 1 && !rows.walk)) return;
+    const int64_t size = x.dtype == BFLOAT16 ? 2 : 4, low = std::min(rows.at[0], rows.at[T - 1]);
+    const char *base = (const char*)x.data + offset(x, at) * size, **out = w.ahead[w.streams++];
+    for (int t = 0; t < T; ++t)
+        out[t] = x.d == 1 ? base + rows.at[t] * x.l * size
+                          : base + (low + t % at.channels * x.d) * size + t / BLOCK * sizeof(Block) % (T * size);
 }
 
-// Start a walk: w.own[at] gets the weights of one block, and zeros for what is summed.
-void prepare(const Problem& p, const Place& at, Block* own) {
+// Start a walk: `own` gets the weights of one block, and zeros for what is summed.
+void prepare(const Problem& p, const Place& at, Carry& own) {
     const int N = (int)p.states;
     const int64_t channel = at.k * p.channels + at.channel;
-    std::fill(own, own + SLOTS * N + 2, Block{});
+    for (std::vector<Block>* x : {&own.A2, &own.state, &own.grad, &own.dA}) x->assign(N, Block{});
+    own.D = own.bias = own.dD = own.dbias = Block{};
+    if (p.D) load_weight(p.D + channel, {1, 0}, 1, at.channels, &own.D);
+    if (p.bias) load_weight(p.bias + channel, {1, 0}, 1, at.channels, &own.bias);
     const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
-    Block* A = own + SCALED_A * N;
-    load_weight(p.A + channel * rates.channel, rates, N, at.channels, A);
+    load_weight(p.A + channel * rates.channel, rates, N, at.channels, own.A2.data());
     for (int n = 0; n < N; ++n)
         for (int j = 0; j < W; ++j)
-            A[n].v[j] = bounded(A[n].v[j] * (p.tied ? n + 1.0f : 1.0f) * LOG2E, -1e19f, 1e19f);
-}
-
-// Take up the walk of one block again.
-void enter(const Problem& p, const Place& at, Work& w, Block* own) {
-    const int N = (int)p.states;
-    const int64_t channel = at.k * p.channels + at.channel;
-    w.A2 = own + SCALED_A * N;
-    w.state = own + STATE * N;
-    w.grad = own + GRAD * N;
-    w.dA = own + D_A * N;
-    w.dD = own + SLOTS * N;
-    w.dbias = own + SLOTS * N + 1;
-    w.D = w.bias = Block{};
-    if (p.D) load_weight(p.D + channel, {1, 0}, 1, at.channels, &w.D);
-    if (p.bias) load_weight(p.bias + channel, {1, 0}, 1, at.channels, &w.bias);
-    w.streams = w.pass = 0;
+            own.A2[n].v[j] = bounded(own.A2[n].v[j] * (p.tied ? n + 1.0f : 1.0f) * LOG2E, -1e19f, 1e19f);
 }
 
 // Step sizes of a chunk and what follows from them.
 template <bool BACKWARD>
 void load_steps(const Problem& p, const Place& at, Work& w) {
+    const Carry& own = *w.own;
     move_tile<false>(p.u, at, w.rows, &w.step[0].u);
     move_tile<false>(p.delta, at, w.rows, &w.step[0].dt);
     for (int t = 0; t < w.rows.count; ++t) {
         Step& s = w.step[t];
         for (int j = 0; j < W; ++j) {
-            V dt = s.dt.v[j] + w.bias.v[j];
+            V dt = s.dt.v[j] + own.bias.v[j];
             if (p.softplus) dt = softplus<BACKWARD>(dt, s.slope.v[j]);
             if (BACKWARD) s.size.v[j] = dt;
             s.dt.v[j] = bounded(dt, -1e18f, 1e18f);
             s.dtu.v[j] = dt * s.u.v[j];
             if (!BACKWARD || p.z.data) s.y.v[j] = V{};
             if (p.tied) {
-                s.e.v[j] = exp2(s.dt.v[j] * w.A2[0].v[j]);
+                s.e.v[j] = exp2(s.dt.v[j] * own.A2[0].v[j]);
                 s.power.v[j] = splat(1.0f);
             }
         }
@@ -555,14 +545,15 @@ void forward_unit(const Problem& p, const Plan& plan, Work& w, int64_t unit) {
     const int64_t k = unit / plan.blocks / p.groups % p.directions;
     const int64_t b = unit / plan.blocks / p.groups / p.directions;
     const Place at = plan.place(b, k, g, block);
-    prepare(p, at, w.own.data());
+    w.own = &w.blocks[0];
+    prepare(p, at, *w.own);
     visit(p, b, k, 0, w.next_rows);
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         move_on(p, b, k, g, chunk + 1, w);
-        enter(p, at, w, w.own.data());
+        w.streams = w.pass = 0;
         for (const View* x : {&p.u, &p.delta, &p.z}) look_ahead(*x, at, w.next_rows, w);
         look_ahead(p.y, at, w.rows, w);
-        if (p.kept) store_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+        if (p.kept) store_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.own->state.data());
         load_steps<false>(p, at, w);
         if (p.z.data) move_tile<false>(p.z, at, w.rows, &w.step[0].z);
         int n = 0;
@@ -571,20 +562,21 @@ void forward_unit(const Problem& p, const Plan& plan, Work& w, int64_t unit) {
         for (int t = 0; t < w.rows.count; ++t) {
             Step& s = w.step[t];
             for (int j = 0; j < W; ++j) {
-                if (p.D) s.y.v[j] += w.D.v[j] * s.u.v[j];
+                if (p.D) s.y.v[j] += w.own->D.v[j] * s.u.v[j];
                 if (p.z.data) s.y.v[j] *= s.z.v[j] * sigmoid(s.z.v[j]);
             }
         }
         move_tile<true>(p.y, at, w.rows, &w.step[0].y);
     }
     float* last = p.last + ((b * p.directions + k) * p.channels + at.channel) * N;
-    store_weight(last, {N, 1}, N, at.channels, w.state);
+    store_weight(last, {N, 1}, N, at.channels, w.own->state.data());
 }
 
 // The gradients of one chunk of one block; those with respect to B and C are added to w.folded.
 template <bool TIED>
 void backward_chunk(const Problem& p, Work& w, const Place& at) {
     const int N = (int)p.states;
+    Carry& own = *w.own;
     load_steps<true>(p, at, w);
     move_tile<false>(p.grad_y, at, w.rows, p.z.data ? &w.step[0].raw_dy : &w.step[0].dy);
     if (p.z.data) move_tile<false>(p.z, at, w.rows, &w.step[0].z);
@@ -609,19 +601,19 @@ void backward_chunk(const Problem& p, Work& w, const Place& at) {
             const V u = s.u.v[j], dy = s.dy.v[j];
             if (p.z.data) {
                 V gate = sigmoid(s.z.v[j]), y = s.y.v[j];
-                if (p.D) y += w.D.v[j] * u;
+                if (p.D) y += own.D.v[j] * u;
                 s.z.v[j] = s.raw_dy.v[j] * y * gate * (1.0f + s.z.v[j] * (1.0f - gate));
             }
-            if (p.tied) w.dA[0].v[j] += s.dt.v[j] * s.sum_A.v[j];
-            V ddelta = s.sum_A.v[j] * (p.tied ? w.A2[0].v[j] * LN2 : splat(LN2));
+            if (p.tied) own.dA[0].v[j] += s.dt.v[j] * s.sum_A.v[j];
+            V ddelta = s.sum_A.v[j] * (p.tied ? own.A2[0].v[j] * LN2 : splat(LN2));
             ddelta += u * s.sum_B.v[j];
             if (p.softplus) ddelta *= s.slope.v[j];
             s.sum_A.v[j] = ddelta;
-            w.dbias->v[j] += ddelta;
+            own.dbias.v[j] += ddelta;
             s.sum_B.v[j] *= s.size.v[j];
             if (p.D) {
-                s.sum_B.v[j] += dy * w.D.v[j];
-                w.dD->v[j] += dy * u;
+                s.sum_B.v[j] += dy * own.D.v[j];
+                own.dD.v[j] += dy * u;
             }
         }
     }
@@ -633,10 +625,6 @@ void backward_chunk(const Problem& p, Work& w, const Place& at) {
             for (int j = 0; j < W; ++j) w.step[t].sum_B.v[j] += w.step[t].u.v[j];
     }
     move_tile<true>(p.du, at, w.rows, &w.step[0].sum_B);
-}
-
-inline void put(float* to, const float* from, int count, bool add) {
-    for (int i = 0; i < count; ++i) to[i] = (add ? to[i] : 0.0f) + from[i];
 }
 
 // Add the lanes of w.folded; write rows of dB and dC, or add to them.
@@ -651,8 +639,10 @@ void unfold(const Problem& p, const Work& w, bool add, float* dB, float* dC) {
             std::memcpy(lanes, &w.folded[t * w.folds + pass], sizeof lanes);
             for (int half = LANES / 2; half >= 2 * M; half /= 2)
                 for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-            put(dB + row + n, lanes, M, add);
-            put(dC + row + n, lanes + M, M, add);
+            for (int i = 0; i < M; ++i) {
+                dB[row + n + i] = (add ? dB[row + n + i] : 0.0f) + lanes[i];
+                dC[row + n + i] = (add ? dC[row + n + i] : 0.0f) + lanes[M + i];
+            }
             n += M;
         }
     }
@@ -664,13 +654,12 @@ void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& g
                      int64_t last, float* dB, float* dC) {
     const int N = (int)p.states;
     const int64_t b = group.b, k = group.k, g = group.g;
-    auto own = [&](int64_t block) { return &w.own[(block - first) * (SLOTS * N + 2)]; };
     for (int64_t block = first; block < last; ++block) {
         const Place at = plan.place(b, k, g, block);
-        prepare(p, at, own(block));
+        prepare(p, at, w.blocks[block - first]);
         if (p.grad_last) {
             const float* from = p.grad_last + ((b * p.directions + k) * p.channels + at.channel) * N;
-            load_weight(from, {N, 1}, N, at.channels, own(block) + GRAD * N);
+            load_weight(from, {N, 1}, N, at.channels, w.blocks[block - first].grad.data());
         }
     }
     visit(p, b, k, plan.chunks - 1, w.next_rows);
@@ -678,13 +667,14 @@ void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& g
         move_on(p, b, k, g, chunk - 1, w);
         for (int64_t block = first; block < last; ++block) {
             const Place at = plan.place(b, k, g, block);
-            enter(p, at, w, own(block));
+            w.own = &w.blocks[block - first];
+            w.streams = w.pass = 0;
             const bool more = block + 1 < last;
             const Place next = plan.place(b, k, g, more ? block + 1 : first);
             for (const View* x : {&p.u, &p.delta, &p.grad_y, &p.z})
                 look_ahead(*x, next, more ? w.rows : w.next_rows, w);
             for (const View* x : {&p.du, &p.ddelta, &p.dz}) look_ahead(*x, at, w.rows, w);
-            load_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.state);
+            load_weight(kept_state(p, plan, at, chunk), {1, p.channels}, N, at.channels, w.own->state.data());
             if (block % PART == 0) std::fill(w.folded.begin(), w.folded.end(), Vector{});
             backward_chunk<TIED>(p, w, at);
             if (block % PART == PART - 1 || !more) unfold(p, w, block >= first + PART, dB, dC);
@@ -693,13 +683,11 @@ void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& g
     for (int64_t block = first; block < last; ++block) {
         const Place at = plan.place(b, k, g, block);
         const int64_t channel = (b * p.directions + k) * p.channels + at.channel;
-        auto give = [&](float* to, Weight stride, int states, int64_t slot) {
-            const Block* sums = own(block) + slot;
-            store_weight(to + channel * stride.channel, stride, states, at.channels, sums);
-        };
-        give(p.dA, p.tied ? Weight{1, 0} : Weight{N, 1}, p.tied ? 1 : N, D_A * N);
-        if (p.D) give(p.dD, {1, 0}, 1, SLOTS * N);
-        if (p.bias) give(p.dbias, {1, 0}, 1, SLOTS * N + 1);
+        const Carry& own = w.blocks[block - first];
+        const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
+        store_weight(p.dA + channel * rates.channel, rates, p.tied ? 1 : N, at.channels, own.dA.data());
+        if (p.D) store_weight(p.dD + channel, {1, 0}, 1, at.channels, &own.dD);
+        if (p.bias) store_weight(p.dbias + channel, {1, 0}, 1, at.channels, &own.dbias);
     }
 }
 
@@ -744,7 +732,7 @@ std::vector<std::unique_ptr<Work>> hire(const Problem& p, int64_t units, int64_t
         Work& w = *workers.back();
         w.folds = (int)(p.states / NB + p.states % NB);
         w.folded.resize(T * w.folds);
-        w.own.resize(blocks * (SLOTS * p.states + 2));
+        w.blocks.resize(blocks);
     }
     return workers;
 }
@@ -784,7 +772,7 @@ int64_t pieces(const Problem& p) {
     return p.threads == 1 || groups >= 2 * p.threads ? 1 : (Plan(p).blocks + PART - 1) / PART;
 }
 
-int guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
+int64_t guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
     try {
         run(p);
         return 0;
@@ -797,9 +785,9 @@ int guarded(void run(const Problem&), const Problem& p) {  // 1: no memory
 
 #define NF_EXPORT extern "C" __attribute__((visibility("default")))
 NF_EXPORT int64_t nf_pieces(const Problem* p) { return pieces(*p); }
-NF_EXPORT int nf_forward(const Problem* p) {
+NF_EXPORT int64_t nf_forward(const Problem* p) {
     return guarded(p->tied ? run_forward<true> : run_forward<false>, *p);
 }
-NF_EXPORT int nf_backward(const Problem* p) {
+NF_EXPORT int64_t nf_backward(const Problem* p) {
     return guarded(p->tied ? run_backward<true> : run_backward<false>, *p);
 }

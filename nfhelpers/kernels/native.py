@@ -1,7 +1,7 @@
 """The selective scan on a CPU in C++: compiled at first use, kept in the user's cache folder, run by ctypes.
 
 `native.cpp` says how the scan is computed. Here are the two functions of the operation that
-`kernels/__init__.py` describes, which hand it pointers and strides, and the build, by CXX, else the first of
+reference.py describes, which hand it pointers and strides, and the build, by CXX, else the first of
 c++, g++ and clang++. The library's name is a hash of source, flags, compiler and processor: a change of any
 builds anew, and machines that share a home folder do not share a library.
 
@@ -136,10 +136,8 @@ def _run(command):
 def _open(path):
     try:
         library = ctypes.CDLL(str(path))
-        for name in ("nf_forward", "nf_backward", "nf_pieces"):
-            function = getattr(library, name)
-            function.argtypes = [ctypes.POINTER(_Problem)]
-            function.restype = ctypes.c_int64 if name == "nf_pieces" else ctypes.c_int
+        for function in (library.nf_forward, library.nf_backward, library.nf_pieces):
+            function.argtypes, function.restype = [ctypes.POINTER(_Problem)], ctypes.c_int64
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"load failed: {error}") from error
     return library
@@ -151,7 +149,10 @@ def _open(path):
 class _View(ctypes.Structure):
     """View of native.cpp: a tensor (b, k, l, d), d or l side by side, strides in elements."""
 
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("b", "k", "l", "d", "dtype"))]
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("b", "k", "l", "d", "dtype")),
+    ]
 
 
 class _Problem(ctypes.Structure):
@@ -169,7 +170,7 @@ class _Problem(ctypes.Structure):
     ]
 
     def give(self, **tensors):
-        """Point to tensors and keep them alive: views with rows or channels side by side, others contiguous."""
+        """Point to tensors and keep them alive: views with rows or channels side by side, or contiguous."""
         self.held = [*getattr(self, "held", ()), tensors]
         for name, x in tensors.items():
             if x is not None and name in self._views.split():
@@ -218,7 +219,7 @@ def _call(name, problem):
 
 
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
-    """(y, last, states) of the scan as `kernels/__init__.py` describes it and has checked its arguments."""
+    """(y, last, states) of the scan that reference.py describes."""
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
     y = _like(u.new_empty(delta.shape) if problem.shared else u)
     last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)

@@ -1,12 +1,29 @@
 """The scans as they are written: one step after another, in any floating dtype. The truth of the tests.
 
-B batch, K direction, D channel, L position, N state, G group of channels that share B and C.
-
     h_l = exp(delta_l A) h_{l-1} + Bbar_l u_l          h: (B, D, N), h_{-1} = 0
     y_l = sum_n C_l h_l + D u_l,  then  y_l * silu(z_l) if z is given
 
 `discretization="mamba"` takes Bbar = delta B (Gu and Dao, "Mamba", 2023, and the kernel they released);
 `"zoh"` is the zero-order hold Bbar = (exp(delta A) - 1) / A * B, the exact solution for a constant input.
+
+The operation behind both public scans, which `as_groups` states by such a scan and the backends implement:
+
+    forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states) -> y, last, states
+    backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        -> the gradients of u, delta, A, B, C, D, z, bias, None for None
+
+b batch, k direction (K of them), l token (row), d channel, n state, g group of channels that share B and C
+
+    u           (b, K, l, d), or (b, 1, l, d) when the directions share one input
+    delta, z    (b, K, l, d)
+    A           (K, d, N); tied (K, d), where state n decays at the rate (n + 1) A
+    B, C        (b, K, G, l, N)
+    D, bias     (K, d); they and A come contiguous in the state's dtype, the rest in any dtype and strides
+    order       None, or (1 or b, K, l): row visited at step t
+    reverse     bit k set: direction k walks its order from the last step to the first
+    y           (b, K, l, d) in the order of the rows
+    last        (b, K, d, N) state after the last step
+    states      what the backend keeps for its backward pass; (0,) when keep_states is False
 """
 
 import math
@@ -14,9 +31,18 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .orders import check_permutation
+
 SERIES_TERMS = 6
 # |delta A| below which a Taylor series replaces a quotient whose numerator cancels.
 SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.01}
+
+
+def relative_error(found, wanted):
+    """Largest absolute difference over the largest magnitude in `wanted`; infinite when anything is NaN."""
+    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
+    return float("inf") if not torch.isfinite(error) else error.item()
 
 
 def compute_dtype(*tensors):
@@ -91,27 +117,26 @@ def selective_scan_reference(
     return (y, state) if return_last_state else y
 
 
-def directions_as_groups(scan, x, delta, A, B, C, D, orders, delta_bias, delta_softplus, reverse):
-    """`kernels.directional_scan` by one selective scan of permuted copies: directions are groups of channels.
+def as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
+    """(y, last) of the operation by one selective scan of permuted copies.
 
-    This is how peers do it (VMamba's cross-scan). x (B, K or 1, L, D), A (K, D, N), D and delta_bias (K, D),
-    orders (B or 1, K, L); `scan` takes the arguments of mamba_ssm's `selective_scan_fn`.
+    Directions become groups of channels, as peers do it (VMamba's cross-scan). `scan` takes the arguments of
+    mamba_ssm's `selective_scan_fn`; `reverse` holds K bools.
     """
-    batch, directions, _, channels = delta.shape
-    walks = [
-        order.flip(-1) if back else order
-        for order, back in zip(orders.long().unbind(1), reverse, strict=True)
-    ]
-    walks = (
-        torch.stack(walks, 1).expand(batch, -1, -1).unsqueeze(-1)
-    )  # (B, K, L, 1): row visited at each step
+    batch, directions, length, channels = delta.shape
+    if order is not None:
+        check_permutation(order)
+        walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
+        walks = torch.stack(walks, 1).long().expand(batch, -1, -1)  # (b, K, l): row visited at each step
 
-    def visit(rows):  # (B, K, L, F) -> (B, K, F, L), step by step
-        rows = rows.expand(-1, directions, -1, -1)
-        return rows.gather(2, walks.expand(-1, -1, -1, rows.shape[-1])).transpose(2, 3)
+    def visit(rows):  # (b, K, G, l, F) -> (b, K G, F, l), step by step
+        rows = rows.expand(-1, directions, -1, -1, -1)
+        rows = rows if order is None else rows.gather(3, walks[:, :, None, :, None].expand(rows.shape))
+        return rows.transpose(3, 4).flatten(1, 2)
 
-    u, delta = (visit(rows).flatten(1, 2) for rows in (x, delta))  # (B, K D, L)
-    D, delta_bias = (None if weight is None else weight.flatten() for weight in (D, delta_bias))
-    y = scan(u, delta, A.flatten(0, 1), visit(B), visit(C), D, None, delta_bias, delta_softplus)
-    y = y.unflatten(1, (directions, channels)).transpose(2, 3)  # (B, K, L, D), row t the result of step t
-    return torch.zeros_like(y).scatter(2, walks.expand_as(y), y)
+    u, delta, z = (None if x is None else visit(x.unsqueeze(2)).flatten(1, 2) for x in (u, delta, z))
+    D, bias = (None if x is None else x.flatten() for x in (D, bias))
+    y, last = scan(u, delta, A.flatten(0, 1), visit(B), visit(C), D, z, bias, softplus, True)
+    y = y.unflatten(1, (directions, channels)).transpose(2, 3)  # (b, K, l, d), row t the result of step t
+    y = y if order is None else torch.zeros_like(y).scatter(2, walks[..., None].expand_as(y), y)
+    return y, last.unflatten(1, (directions, channels))

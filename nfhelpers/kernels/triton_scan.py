@@ -228,7 +228,7 @@ def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, B
 
 @triton.jit
 def place(blocks_per_group, group_dim, dim, num_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a program owns: sample b, direction k, both in one, group g of so many, channels, states (N, D)."""
+    """What a program owns: sample b, direction k, both in one, group g of so many, channels, states."""
     block = tl.program_id(0)
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -657,7 +657,7 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
 
 
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
-    """The canonical operation of `kernels/__init__.py`: (y, last, states)."""
+    """(y, last, states) of the operation that reference.py describes."""
     batch, directions, length, channels = delta.shape
     order = None if order is None else order.contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)

@@ -1,14 +1,4 @@
-"""Attention from query points to observed points, and among query points.
-
-Glossary
-    b  batch
-    q  query points
-    i  observed (input) points
-    w  windows of queries
-    h  attention heads
-    c  channels per head
-    d  model width (d_model = h * c)
-"""
+"""Attention from query points to observed points, and among query points."""
 
 import math
 from functools import partial
@@ -202,9 +192,8 @@ class PerceiverLayer(nn.Module):
 
     def places(self, query_coords, input_coords):
         """What the two attentions compute from the points (B, Q, 2) and (B, I, 2) alone."""
-        return self.cross_attention.places(query_coords, input_coords), self.self_attention.places(
-            query_coords
-        )
+        across = self.cross_attention.places(query_coords, input_coords)
+        return across, self.self_attention.places(query_coords)
 
     def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""

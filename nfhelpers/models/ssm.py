@@ -1,16 +1,4 @@
-"""Selective state-space mixers and the block around them.
-
-Glossary
-    b  batch
-    l  tokens, in the order they are scanned
-    d  model width (d_model)
-    e  inner width (expand * d_model)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection (dt_rank)
-    o  orders in which the tokens are scanned
-    k  directions: the orders, and where both ways are taken the same orders backwards after them
-    s  sets of weights: one for each direction, or one for all
-"""
+"""Selective state-space mixers and the block around them."""
 
 import math
 
@@ -179,8 +167,8 @@ def stack(blocks):
     """
     blocks = Layers(blocks)
     for block in blocks:
-        for layer in (block.mixer.out_proj, block.mlp[-1]):
-            zero(layer)
+        zero(block.mixer.out_proj)
+        zero(block.mlp[-1])
     return blocks
 
 
@@ -192,24 +180,10 @@ class MambaBlock(ResidualBlock):
 
 
 class MultiDirectionalMambaBlock(ResidualBlock):
-    """Scans in several orders: `forward(tokens, orders)`."""
+    """Scans in several orders: `forward(tokens, orders)`; `scan`: arguments of `MultiDirectionalSSM`."""
 
-    def __init__(
-        self,
-        d_model,
-        d_state,
-        expand,
-        num_orders,
-        shared_weights,
-        bidirectional,
-        tied_decay,
-        mlp_ratio,
-        dropout,
-    ):
-        mixer = MultiDirectionalSSM(
-            d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
-        )
-        super().__init__(mixer, d_model, mlp_ratio, dropout)
+    def __init__(self, d_model, *scan, mlp_ratio, dropout):
+        super().__init__(MultiDirectionalSSM(d_model, *scan, dropout), d_model, mlp_ratio, dropout)
 
 
 class BidirectionalMamba(nn.Module):
