@@ -81,11 +81,10 @@ class Wiener:
         self.mean = images.mean(axis=(0, 1, 2), dtype=np.float64)  # (3,)
         spectra = dctn(images - self.mean, axes=(1, 2), norm="ortho")  # (M, H, W, 3)
         power = np.einsum("mhwi,mhwj->hwij", spectra, spectra) / len(images)  # (H, W, 3, 3)
-        cosines = [
-            np.cos(np.pi * np.outer(np.arange(n + 1), np.arange(n)) / n) / n for n in images.shape[1:3]
-        ]
+        sides = images.shape[1:3]
+        cosines = [np.cos(np.pi * np.outer(np.arange(n + 1), np.arange(n)) / n) / n for n in sides]
         self.covariance = np.einsum("yh,xw,hwij->yxij", *cosines, power, optimize=True)  # (H+1, W+1, 3, 3)
-        lags = [np.abs(np.fft.fftfreq(2 * n, 1 / (2 * n))).astype(int) for n in images.shape[1:3]]
+        lags = [np.abs(np.fft.fftfreq(2 * n, 1 / (2 * n))).astype(int) for n in sides]
         self.kernel = np.fft.rfft2(self.covariance[np.ix_(*lags)], axes=(0, 1))  # (2H, W+1, 3, 3)
 
     def fill(self, observed, size=None):

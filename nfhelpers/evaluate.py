@@ -1,7 +1,7 @@
 """Evaluation is one idea: observe a part of the pixels, reconstruct the field, score it, one row an image.
 
     observed = observe(images, fraction=0.2)
-    table = score(reconstruct(model, observed), images, model="v1")
+    table = score(reconstruct(model, observed), observed.images, model="v1")
     table.groupby("model").psnr.agg(["mean", "sem"])
 
 Observed pixels are returned unchanged at the size at which they were observed: a method knows them, and a
@@ -45,19 +45,9 @@ def observe(images, fraction=0.2, seed=0) -> Observed:
 
 
 def reconstruct(
-    method,
-    observed: Observed,
-    size=None,
-    *,
-    kind="mean",
-    draws=1,
-    steps=None,
-    sampler="heun",
-    temperature=1.0,
-    seed=0,
-    progress=False,
-    callback=None,
-) -> np.ndarray:
+    method, observed: Observed, size=None, *, kind="mean", draws=1, steps=None, sampler="heun",
+    temperature=1.0, seed=0, progress=False, callback=None,
+) -> np.ndarray:  # fmt: skip
     """Whole fields of observed pixels: (N, h, w, 3) float32 in [0, 1].
 
     method: a model of sparse fields or an autoencoder, on its own device; one of `classical.METHODS`; or a
@@ -119,26 +109,15 @@ def score(prediction, target, **labels):
     """
     from pandas import DataFrame
 
-    names = ("psnr", "ssim", "speckle")
-    scores = {
-        name: np.nan if target is None else getattr(metrics, name)(prediction, target) for name in names
-    }
+    names, known = ("psnr", "ssim", "speckle"), target is not None
+    scores = {name: getattr(metrics, name)(prediction, target) if known else np.nan for name in names}
     return DataFrame({**labels, "image": np.arange(len(prediction)), **scores})
 
 
 def compare(
-    methods,
-    images,
-    sizes=None,
-    *,
-    truth=None,
-    observed=0.2,
-    kinds=("mean",),
-    steps=None,
-    sampler="heun",
-    seed=0,
-    progress=False,
-):
+    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler="heun",
+    seed=0, progress=False,
+):  # fmt: skip
     """Reconstruct the same observed pixels, with the same noise, by several methods at several sizes.
 
     methods: dict of name -> method of `reconstruct`. images: (N, S, S, 3); the fraction `observed` of their
@@ -172,7 +151,6 @@ def compare(
             made = fields[name, kind, size] = reconstruct(methods[name], seen, size, seed=seed, **options)
             seconds = (time.perf_counter() - start) / len(made)
             bar.update(before + work - bar.n)
-            tables.append(
-                score(made, truth.get(size), model=name, kind=kind, size=size).assign(seconds=seconds)
-            )
+            table = score(made, truth.get(size), model=name, kind=kind, size=size)
+            tables.append(table.assign(seconds=seconds))
     return concat(tables, ignore_index=True), fields

@@ -1,7 +1,6 @@
 """Image sources, pixel-centre grids and sparse fields.
 
-Images are uint8 (N, H, W, 3) here; values are [0, 1] outside models and [-1, 1] inside them; coordinates are
-(x, y) pixel centres in [0, 1], row-major. The splits "train", "validation" and "test" share no image.
+Images are uint8 (N, H, W, 3), values [0, 1] outside models and [-1, 1] inside, coordinates (x, y) in [0, 1].
 """
 
 import functools
@@ -38,13 +37,13 @@ RECORD = 1 + 3 * 32 * 32  # of CIFAR-10: label, then red, green and blue planes
 def load_images(source, split="train", size=32, limit=None) -> np.ndarray:
     """The first `limit` images of a source, square, shrunk by area averaging: uint8 (N, size, size, 3).
 
-    - "photos": windows of installed photographs, up to 128 px. Those of "train" are turned, mirrored and have
-      permuted channels; `limit` of them are made, or 4,096. The other splits are of other photographs.
+    - "photos": windows of installed photographs, up to 128 px. Of "train" any `limit` are made, else 4,096,
+      turned, mirrored and with permuted channels. The other splits are of other photographs.
     - "cifar10": from `data_folder()`, downloaded if it is not there; or a folder with such `.bin` batches.
-    - a folder of images of any format; their central squares, in the order of the hashes of their names.
-    - an `.npz` of uint8 arrays (N, H, W, 3): x_train and x_test, or a single one.
+    - a folder of images of any format, in the order of the hashes of their names; or an `.npz` of uint8
+      arrays (N, H, W, 3), x_train and x_test, or a single one. Central squares are taken.
 
-    Splits are found by the names of folders and arrays, or held out: see `files.take_split`.
+    split: "train", "validation" or "test". They share no image: see `files.take_split`.
     """
     images = open_images(source, split, size, limit)
     return images if isinstance(images, np.ndarray) else images[:]
@@ -125,13 +124,11 @@ def _cifar10_folder():
 
 
 def _photos(split, size, limit):
-    if size > 128:
-        raise ValueError(f"size={size} is above the 128 px of the smallest photos; pass at most 128")
     windows = _train_windows(limit or 4096) if split == "train" else _upright_windows(UPRIGHT[split])[:limit]
     images = np.empty((len(windows), size, size, 3), np.uint8)
     for image, (name, top, left, side, symmetry, channels) in zip(images, windows, strict=True):
         table = _photo(name)[1][top : top + side + 1, left : left + side + 1]
-        window = _area_mean(table, size)[..., channels]
+        window = _area_mean(table, size, "a photograph's window")[..., channels]
         image[:] = np.rot90(window.swapaxes(0, 1) if symmetry & 4 else window, symmetry & 3)
     return images
 
@@ -197,10 +194,9 @@ def _decode(source):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
+    # Pillow raises any of these of a damaged file.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{file} cannot be read as an image: {error}"
-        ) from error  # Pillow raises any of these
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
 
 
 def area_resize(images, size, crop=0.5, name="the image") -> np.ndarray:
@@ -210,17 +206,13 @@ def area_resize(images, size, crop=0.5, name="the image") -> np.ndarray:
     """
     height, width = images.shape[-3:-1]
     side = min(height, width)
-    if size > side:
-        raise ValueError(
-            f"size={size} is above the {side} px of {name}: no ground truth; pass at most {side}"
-        )
     top, left = int(crop * (height - side)), int(crop * (width - side))
     images = images[..., top : top + side, left : left + side, :]
     if size == side:
         return np.ascontiguousarray(images)
     if images.ndim > 3:  # float64 of all of them would be eight times their memory
         return np.stack([area_resize(image, size) for image in images])
-    return _area_mean(_summed_area(images), size)
+    return _area_mean(_summed_area(images), size, name)
 
 
 def _summed_area(image):
@@ -228,9 +220,11 @@ def _summed_area(image):
     return np.pad(image, ((1, 0), (1, 0), (0, 0))).astype(np.float64).cumsum(axis=0).cumsum(axis=1)
 
 
-def _area_mean(table, size):
+def _area_mean(table, size, name):
     """Means over size x size equal cells of a square table (S+1, S+1, 3), as uint8."""
     side = len(table) - 1
+    if size > side:
+        raise ValueError(f"size={size} is above the {side} px of {name}, and enlarged it is no ground truth")
     if side % size == 0:
         corners = table[:: side // size, :: side // size]  # (size+1, size+1, 3)
     else:  # inside a pixel the table is bilinear, so that interpolating it is exact

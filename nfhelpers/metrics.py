@@ -52,10 +52,8 @@ def crps(draws, target) -> np.ndarray:
     draws, target = _draws(draws, target)
     count = len(draws)
     error = np.abs(draws - target).mean(axis=0)  # (N, H, W, 3)
-    rank = (2 * np.arange(count) - count + 1).reshape(
-        -1, 1, 1, 1, 1
-    )  # of sorted draws: sums pairs in K log K
-    spread = (rank * np.sort(draws, axis=0)).sum(axis=0) / (count * (count - 1))
+    ranks = 2 * np.arange(count) - count + 1  # of sorted draws: they sum over the pairs
+    spread = np.tensordot(ranks, np.sort(draws, axis=0), 1) / (count * (count - 1))
     return (error - spread).mean(axis=(1, 2, 3))
 
 
@@ -76,9 +74,7 @@ def spread_skill(draws, target, mask=None) -> float:
 def _pair(prediction, target):
     prediction, target = _unit("prediction", prediction), _unit("target", target)
     if prediction.shape != target.shape or target.ndim != 4:  # NumPy would broadcast
-        raise ValueError(
-            f"prediction is {prediction.shape}, target {target.shape}; pass (N, H, W, 3) of both"
-        )
+        raise ValueError(f"prediction is {prediction.shape}, target {target.shape}; pass one (N, H, W, 3)")
     return prediction, target
 
 

@@ -253,17 +253,17 @@ def _files(path):
         parts = {"test": range(5), "train": range(5, 1 + digits[-1][0])}
         found = {split: [(d[4], d[2]) for d in digits if d[0] in takes] for split, takes in parts.items()}
         return found, tuple("0123456789")
-    classes = sorted({Path(name).parent.as_posix() for files in found.values() for name, _ in files})
-    if len(classes) > 1 and classes[0] == ".":  # of files beside the folders of the classes
-        left_out(path, [name for files in found.values() for name, _ in files if "/" not in name])
-        classes = classes[1:]
-    labels = {name: label for label, name in enumerate(classes)}
-    labelled = {
-        split: [
-            (file, labels[kind]) for name, file in files if (kind := Path(name).parent.as_posix()) in labels
-        ]
-        for split, files in found.items()
-    }
+    files = [
+        (split, Path(name).parent.as_posix(), name, file) for split in found for name, file in found[split]
+    ]
+    classes = sorted({kind for _, kind, *_ in files})
+    if len(classes) > 1 and "." in classes:  # of files beside the folders of the classes
+        left_out(path, [name for _, kind, name, _ in files if kind == "."])
+        classes.remove(".")
+    labelled = {split: [] for split in found}
+    for split, kind, _, file in files:
+        if kind in classes:
+            labelled[split].append((file, classes.index(kind)))
     return labelled, tuple(classes)
 
 

@@ -14,19 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nfhelpers import images as module
-from nfhelpers.images import (
-    SparseFields,
-    area_resize,
-    grid_coords,
-    load_image,
-    load_images,
-    load_labels,
-    observe,
-    open_images,
-    to_image,
-    to_model,
-    to_unit,
-)
+from nfhelpers.images import SparseFields, area_resize, grid_coords, load_image, load_images, open_images
 
 SPLITS = ("train", "validation", "test")
 equal = np.testing.assert_array_equal
@@ -62,14 +50,6 @@ def test_photos_are_split_by_photograph_and_a_limit_takes_the_first():
         load_images("photos", "test", 129)
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("ratio", [2, 3, 4])
-def test_a_coarse_photo_is_the_mean_of_the_fine_one(split, ratio):
-    coarse, fine = load_images("photos", split, 32, 16), load_images("photos", split, 32 * ratio, 16)
-    blocks = fine.reshape(16, 32, ratio, 32, ratio, 3).mean(axis=(2, 4))
-    assert np.abs(blocks - coarse).max() <= 1  # each was rounded to 8 bits
-
-
 # ----------------------------------------------------------------------------------------- values and pixels
 
 
@@ -91,12 +71,15 @@ def test_grids_are_row_major_pixel_centres_that_align():
 
 def test_values_of_models_and_back():
     levels = np.arange(256, dtype=np.uint8)
-    assert to_model(levels).dtype == np.float32 and to_model(levels)[[0, 255]].tolist() == [-1, 1]
-    equal(np.rint(to_image(to_model(levels)) * 255), levels)
-    equal(to_model([0, 0.25, 1]), [-1, -0.5, 1])
-    equal(to_image(torch.tensor([-3.0, 0, 3])), [0, 0.5, 1])
+    assert module.to_model(levels).dtype == np.float32 and module.to_model(levels)[[0, 255]].tolist() == [
+        -1,
+        1,
+    ]
+    equal(np.rint(module.to_image(module.to_model(levels)) * 255), levels)
+    equal(module.to_model([0, 0.25, 1]), [-1, -0.5, 1])
+    equal(module.to_image(torch.tensor([-3.0, 0, 3])), [0, 0.5, 1])
     for wrong in ([0.5, np.nan], [-0.5, 0.5], levels.astype(np.float32)):
-        for function in (to_model, to_unit):
+        for function in (module.to_model, module.to_unit):
             with pytest.raises(ValueError):
                 function(wrong)
 
@@ -122,7 +105,7 @@ def test_inputs_and_queries_are_disjoint_ordered_and_true(height, width, observe
     assert len(targets) == min(max(1, round(queries * pixels)), pixels - len(inputs))
     assert (np.diff(inputs) > 0).all() and (np.diff(targets) > 0).all()  # row-major, no repeats
     assert not set(inputs) & set(targets)
-    flat = to_model(images[1]).reshape(-1, 3)
+    flat = module.to_model(images[1]).reshape(-1, 3)
     equal(item["input_values"], flat[inputs])
     equal(item["query_values"], flat[targets])
     assert all(tensor.dtype == torch.float32 for tensor in item.values())
@@ -155,14 +138,14 @@ def test_draws_follow_the_epoch_or_the_seed():
 
 def test_observe_draws_what_sparse_fields_draw():
     images = random_images(3)
-    coords, values, mask = observe(images[2], 0.3, (7, 2))
+    coords, values, mask = module.observe(images[2], 0.3, (7, 2))
     item = SparseFields(images, 0.3, 0.1, seed=7)[2]
     assert torch.equal(coords, item["input_coords"]) and torch.equal(values, item["input_values"])
-    assert mask.sum() == round(0.3 * 64) and observe(images[2], 1.0)[2].all()
-    equal(to_model(images[2])[mask], values)
-    np.testing.assert_allclose(observe(images[2] / 255, 0.3, (7, 2))[1], values, atol=1e-6)
+    assert mask.sum() == round(0.3 * 64) and module.observe(images[2], 1.0)[2].all()
+    equal(module.to_model(images[2])[mask], values)
+    np.testing.assert_allclose(module.observe(images[2] / 255, 0.3, (7, 2))[1], values, atol=1e-6)
     with pytest.raises(ValueError):
-        observe(np.full((4, 4, 3), np.nan))
+        module.observe(np.full((4, 4, 3), np.nan))
 
 
 def test_of_all_pixels_observed_some_are_the_queries():
@@ -203,8 +186,8 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
         equal(load_images(source), train[:18])
         equal(load_images(source, "validation"), train[18:])
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
-    assert load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
-    assert [*load_labels(batches, "validation"), *load_labels(batches, "test")] == [6, 7, 5, 9]
+    assert module.load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
+    assert [*module.load_labels(batches, "validation"), *module.load_labels(batches, "test")] == [6, 7, 5, 9]
     halves = train[:5].reshape(5, 16, 2, 16, 2, 3).mean(axis=(2, 4))
     assert np.abs(load_images("cifar10", size=16, limit=5) - halves).max() <= 0.5
     file = batches / "data_batch_2.bin"

@@ -2,9 +2,6 @@
 
 Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top.
 
-Glossary: b batch, q query points, i observed (input) points, d model width (d_model), f Fourier frequencies,
-k directions of a scan, m cosines along x and along y (num_cosines), c channels of the latent (latent_dim).
-
 Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
@@ -36,14 +33,11 @@ from nfhelpers.models.layers import (
 )
 from nfhelpers.models.sparse_fields import (
     MultiDirectionalConfig,
-    MultiDirectionalMambaDiffusion,
-    MultiDirectionalMambaDiffusionConfig,
     SparseField,
     check_points,
     directional_blocks,
     joint_orders,
     residual_decoder,
-    split_tokens,
 )
 
 SMALLEST_STD = 1e-6  # that a latent channel is divided by: one that never changes normalises to 0
@@ -409,30 +403,6 @@ class MambaDiffusionAutoencoder(SparseField):
         if not bool(torch.isfinite(self.latent_std).all()):
             raise ValueError("call fit_latent_statistics(model, dataset) with the training set first")
         return self.latent_mean.to(device), self.latent_std.clamp_min(SMALLEST_STD).to(device)  # (C,) each
-
-
-@dataclass(frozen=True, kw_only=True)
-class MinimalLatentMambaConfig(MultiDirectionalMambaDiffusionConfig):
-    """Settings of `MinimalLatentMamba`: each token passes through `latent_dim` channels."""
-
-    latent_dim: int = 256
-    mlp_ratio: float = 2.0
-    model_type: ClassVar[str] = "minimal"
-
-
-class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
-    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token: does compression change anything?"""
-
-    def __init__(self, config: MinimalLatentMambaConfig):
-        super().__init__(config)
-        self.to_latent = nn.Linear(config.d_model, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, config.d_model)
-
-    def mix(self, tokens, c):
-        latent = self.to_latent(self.blocks(tokens, c.scans))  # (B, L, C)
-        tokens = self.from_latent(latent).to(tokens.dtype)  # (B, L, D)
-        inputs, queries = split_tokens(tokens, c.inputs.shape[1])
-        return queries + self.cross_attention(queries, c.query_coords, inputs, c.input_coords)  # (B, Q, D)
 
 
 class LatentBlock(nn.Module):

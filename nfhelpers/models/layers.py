@@ -1,11 +1,4 @@
-"""Embeddings and small parts that every model uses.
-
-Glossary
-    b  batch
-    l  tokens (points of a field)
-    f  random Fourier frequencies
-    d  model width (d_model)
-"""
+"""Embeddings and small parts that every model uses."""
 
 import math
 

@@ -6,19 +6,6 @@
 A stage is a stack of `ConditionedVSSBlock`: the tokens of its grid are scanned in several directions at once
 (`SS2D`), each scan an S6 of its own. What the network knows of time, class and caption reaches every block
 through a mapping network and `AdaRMSNorm`.
-
-Glossary
-    b  batch
-    c  channels of the grid; in attention, channels per head
-    h, w  height (frequency bins) and width (frames); of a stage, rows and columns of its tokens
-    l  tokens of a stage, row by row: h * w
-    d  width of a stage (dims)
-    e  inner width of its scans (ssm_ratio * d)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection
-    k  directions of the scan
-    m  width of the conditioning vector (mapping_width)
-    s  stages
 """
 
 import functools

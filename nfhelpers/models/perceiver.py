@@ -1,14 +1,4 @@
-"""Attention from query points to observed points, and among query points.
-
-Glossary
-    b  batch
-    q  query points
-    i  observed (input) points
-    w  windows of queries
-    h  attention heads
-    c  channels per head
-    d  model width (d_model = h * c)
-"""
+"""Attention from query points to observed points, and among query points."""
 
 import math
 from functools import partial

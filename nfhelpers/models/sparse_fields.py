@@ -1,16 +1,5 @@
-"""Velocity fields that reconstruct an image from sparse pixels.
+"""Velocity fields that reconstruct an image from sparse pixels."""
 
-Glossary
-    b  batch
-    q  query points, where the field is wanted
-    i  observed (input) points, where the field is known
-    l  tokens of the sequence, i then q
-    d  model width (d_model)
-    f  random Fourier frequencies
-    k  directions of a scan; in `LocalImplicitField`, the nearest observed points a query attends to
-"""
-
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,14 +8,13 @@ from torch import nn
 
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import FieldModel, Layers, ModelConfig
+from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import (
     FourierFeatures,
     PointEmbedding,
     TimeEmbedding,
     gather_tokens,
     mlp,
-    squared_distances,
     zero,
 )
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
@@ -35,9 +23,6 @@ from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectiona
 
 POSTERIOR_STD = 0.15
 """Standard deviation of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`."""
-
-MOST_SEQUENCES = 2**16 - 1
-"""The most that cuDNN's attention takes at once (pytorch/pytorch#181235)."""
 
 
 def check_points(t, *fields):
@@ -170,19 +155,6 @@ class MambaFieldConfig(MultiDirectionalConfig):
     spline_source: bool = True
     residual_std: float = 0.15
     model_type: ClassVar[str] = "field"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalImplicitFieldConfig(FieldConfig):
-    """Settings of `LocalImplicitField`: `neighbours` is how many observed pixels a query attends to."""
-
-    d_model: int = 256
-    neighbours: int = 16
-    num_layers: int = 2
-    num_heads: int = 8
-    num_fourier_features: int = 64
-    fourier_scale: float = 4.0
-    model_type: ClassVar[str] = "local"
 
 
 class Conditions(NamedTuple):
@@ -339,25 +311,16 @@ class MambaDiffusionV2(TokenField):
 
 
 class MambaField(TokenField):
-    """The flagship: scans of the plane in several orders, both ways, a perceiver, and a flow that starts from
-    the thin-plate spline of the observed pixels.
+    """The flagship: scans in several orders, both ways, a perceiver, and a flow that starts from a spline.
 
-    The source of the flow depends on the data (Albergo et al., "Stochastic Interpolants with Data-Dependent
-    Couplings", ICML 2024), and yet path, loss and samplers are those of `nfhelpers.flow`. With m the spline
-    at the queries, clamped to [-1, 1], let the data be m + d, d of mean zero and standard deviation s
-    (`config.residual_std`). Then r = x_t - t m = (1 - t) noise + t d has the variance
-    V = (1 - t)^2 + t^2 s^2, and the best linear prediction of the velocity m + d - noise is
+    With m the thin-plate spline of the observed pixels, let the data be m + d, d of standard deviation s
+    (`config.residual_std`), r = x_t - t m and V = (1 - t)^2 + t^2 s^2, the variance of r. Then
 
-        m + Cov(d - noise, r) / V * r = m + skip_weight(t, s) (x_t - t m)
+        velocity = m + skip_weight(t, s) r + s / sqrt(V) network(r / sqrt(V), m, ...)
 
-    What remains, ((1 - t) d - t s^2 noise) / V, has the standard deviation s / sqrt(V) at all t; the network
-    predicts it from r / sqrt(V) and m, all three of unit scale (the preconditioning of Karras et al. 2022):
-
-        velocity = m + skip_weight(t, s) (x_t - t m) + s / sqrt(V) network(r / sqrt(V), m, ...)
-
-    The network starts at zero: one step from t = 0, the posterior mean, is then the spline itself, and a
-    solver of many steps draws from N(m, s^2). The loss is weighed by V / s^2 (`flow.loss_weight`), which
-    makes it the squared error of the network.
+    where the first two terms are the best linear prediction and all that the network sees or predicts is of
+    unit scale (Karras et al. 2022; data-dependent source: Albergo et al., "Stochastic Interpolants", 2024).
+    It starts at zero: one step from t = 0 is then the spline. The loss is weighed by V / s^2.
     """
 
     def __init__(self, config: MambaFieldConfig):
@@ -392,50 +355,6 @@ class MambaField(TokenField):
         tokens = self.blocks(tokens, c.scans)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
-
-
-class LocalImplicitField(SparseField):
-    """The baseline without a state space: every query attends to its nearest observed pixels only.
-
-    A local implicit field in the manner of LIIF (Chen et al. 2021), with attention for its fixed neighbour
-    ensemble. Time and memory of the search are O(Nq * Ni). Queries do not see one another.
-    """
-
-    def __init__(self, config: LocalImplicitFieldConfig):
-        super().__init__()
-        self.config = config
-        d = config.d_model
-        self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.neighbour_embedding = PointEmbedding(2 * config.num_fourier_features, d)
-        self.query_proj = nn.Linear(3, d)
-        self.time = TimeEmbedding(d)
-        sizes = (d, config.num_heads, int(config.mlp_ratio * d), config.dropout)
-        options = dict(activation="gelu", batch_first=True, norm_first=True)
-        self.layers = Layers(nn.TransformerEncoderLayer(*sizes, **options) for _ in range(config.num_layers))
-        self.decoder = residual_decoder(d, config.dropout)
-
-    def prepare(self, query_coords, input_coords, input_values):
-        """What `forward` computes from these alone: tokens of each query's neighbours (B, Q, K, D)."""
-        k = min(self.config.neighbours, input_coords.shape[1])
-        # On a grid many points are equally near: which are the k nearest is well defined only in a canonical
-        # order, and by distances without the rounding of a matrix product.
-        order = point_order(input_coords, "row")  # (B, I)
-        input_coords, input_values = (gather_tokens(x, order) for x in (input_coords, input_values))
-        distance = squared_distances(query_coords, input_coords)  # (B, Q, I)
-        nearest = distance.topk(k, largest=False).indices.flatten(1)  # (B, Q*K)
-        values = gather_tokens(input_values, nearest)  # (B, Q*K, 3)
-        offsets = gather_tokens(input_coords, nearest) - query_coords.repeat_interleave(k, dim=1)
-        neighbours = self.neighbour_embedding(self.fourier(offsets), values)  # (B, Q*K, D)
-        return neighbours.unflatten(1, (-1, k))  # (B, Q, K, D)
-
-    def velocity(self, noisy_values, t, neighbours):
-        query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
-        tokens = torch.cat([query[:, :, None], neighbours], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
-        tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        parts = tokens.chunk(math.ceil(len(tokens) / MOST_SEQUENCES))
-        query = torch.cat([self.layers(part)[:, 0] for part in parts])  # (B*Q, D)
-        residual = self.decoder(query).unflatten(0, noisy_values.shape[:2])  # (B, Q, 3)
-        return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
 
 
 def initialise_from_v1(model: FieldModel, v1: MambaDiffusion) -> list[str]:

@@ -1,16 +1,4 @@
-"""Selective state-space mixers and the block around them.
-
-Glossary
-    b  batch
-    l  tokens, in the order they are scanned
-    d  model width (d_model)
-    e  inner width (expand * d_model)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection (dt_rank)
-    o  orders in which the tokens are scanned
-    k  directions: the orders, and where both ways are taken the same orders backwards after them
-    s  sets of weights: one for each direction, or one for all
-"""
+"""Selective state-space mixers and the block around them."""
 
 import math
 
