@@ -64,13 +64,13 @@ def parser():
     return made
 
 
-def check_paths(*models, source="photos", output=None):
+def check_paths(*models, source=None, output=None):
     """Find out without torch that a folder holds no model, data are nowhere, or nothing can be written."""
-    for folder in models:
+    for folder in filter(None, models):
         if not (folder / "config.json").is_file():
             inside = [str(path.parent) for path in folder.glob("*/config.json")]
             raise ValueError(f"{folder} is no saved model" + f"; it holds {', '.join(inside)}" * bool(inside))
-    if source not in SOURCES and not Path(source).expanduser().exists():
+    if source not in (None, *SOURCES) and not Path(source).expanduser().exists():
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -79,31 +79,21 @@ def check_paths(*models, source="photos", output=None):
         probe.unlink()
 
 
-def pick_device(name):
-    device = run.default_device()
-    if name == "cuda" and device.type != "cuda":
-        raise ValueError("--device cuda: torch finds no GPU here; pass --device cpu, or see `doctor`")
-    return type(device)("cpu") if name == "cpu" else device
-
-
 def train_model(options):
     """Train or go on; 130 if interrupted."""
     name, overrides = options.model, dict(map(parse_override, options.set))
     overrides |= {"data.source": options.data} if options.data else {}
     run.load_settings(name, "smoke", overrides)  # before torch; all presets have the same keys
-    init = [options.init] if options.init else []
-    check_paths(*init, source=options.data or "photos", output=options.output)
+    check_paths(options.init, source=options.data)
     preset = run.resolve_preset(options.preset)
-    output, settings = (
-        options.output or Path("runs", name, preset),
-        run.load_settings(name, preset, overrides),
-    )
+    output = options.output or Path("runs", name, preset)
     check_paths(output=output)
 
     from nfhelpers import checkpoint, kernels, models, train
 
-    seed, data, device = settings["seed"], settings["data"], pick_device(options.device)
-    precision = options.precision or run.default_precision(device)
+    settings, device = run.load_settings(name, preset, overrides), run.default_device(options.device)
+    seed, data, precision = settings["seed"], settings["data"], options.precision
+    precision = precision or run.default_precision(device)
     fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
     config = train.TrainConfig(output, **fixed, **settings["train"])
     datasets = load_datasets(name, data, seed)
@@ -116,7 +106,8 @@ def train_model(options):
     counts = f"{len(datasets[0]):,} items to train on, {len(datasets[1]):,} to validate"
     about = {"command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]), "preset": preset}
     about |= {"data": f"{data['source']}, {counts}", "parameters": sum(p.numel() for p in model.parameters())}
-    if main_process := os.environ.get("RANK", "0") == "0":
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
         print(f"{name}, {preset}: {about['parameters']:,} parameters; {about['data']}")
         print(f"on {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
     result = train.fit(model, datasets, config, about=about)
@@ -168,13 +159,10 @@ def build_model(name, preset, settings, init=None):
     source = models.load_model(init)
     if type(source) is model_class:
         copied = source.state_dict()
-        if {name: x.shape for name, x in copied.items()} != {
-            name: x.shape for name, x in model.state_dict().items()
-        }:
-            raise ValueError(
-                f"--init {init} does not fit: it is {source.config}, the settings make {model.config}"
-            )
-        model.load_state_dict(copied)
+        try:
+            model.load_state_dict(copied)
+        except RuntimeError as error:
+            raise ValueError(f"--init {init}: {' '.join(str(error).split())}") from error
     elif isinstance(source, models.MambaDiffusion):
         copied = models.initialise_from_v1(model, source)
     else:
@@ -194,7 +182,7 @@ def evaluate_models(options):
 
     from nfhelpers import classical, evaluate, images, models, plots
 
-    device, sizes = pick_device(options.device), options.sizes
+    device, sizes = run.default_device(options.device), options.sizes
     torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
     networks = {str(folder): models.load_model(folder).to(device) for folder in options.checkpoints}
     fields = tuple(model for model, _ in models.FIELD_MODELS.values())
@@ -210,13 +198,12 @@ def evaluate_models(options):
         rows, drawn = evaluate.compare(networks, truth[sizes[0]], sizes, **same, **ways)
         table = pandas.concat([table, rows.assign(kind=sampler)], ignore_index=True)
         made |= {(name, sampler, size): x for (name, _, size), x in drawn.items()}
-    same_kind = [table["size"], table.kind.replace("classical", "mean"), table.image]
-    table["difference"] = table.psnr - table.groupby(same_kind).psnr.transform("first")  # of the first model
+    table["difference"] = table.psnr - table.groupby(  # to the first model, a classical method to its mean
+        [table["size"], table.kind.replace("classical", "mean"), table.image]
+    ).psnr.transform("first")
     columns = ["psnr", "difference", "ssim", "speckle", "seconds"]
     groups = table.groupby(["size", "kind", "model"], sort=False)[columns].agg(["mean", "sem"])
-    print(
-        f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed; mean, standard error"
-    )
+    print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")
     print(groups.round(4).to_string())
     if options.out:
         table.to_csv(options.out / "scores.csv", index=False)
@@ -229,18 +216,16 @@ def evaluate_models(options):
 
 def diagnose(options):
     """Print versions, devices, scan backends against float64, and checks of a model; 1 if one is missed."""
-    check_paths(*([options.model] if options.model else []))
+    check_paths(options.model)
     import torch
 
     from nfhelpers import kernels
 
-    device, rows = pick_device(options.device), []
-    print("\n".join(f"{name:<10} {number or 'not installed'}" for name, number in run.versions().items()))
+    device, rows = run.default_device(options.device), []
+    print("\n".join(f"{name:<10} {number}" for name, number in run.versions().items()))
     for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         print(f"device     {run.describe_device(name)}")
-    print(
-        f"selective scan on {device.type}: {kernels.choose_backend(device)}; relative errors against float64:"
-    )
+    print(f"selective scan on {device.type}: {kernels.choose_backend(device)}; errors against float64:")
     for name, status in kernels.backend_status().items():
         if status == "ok":
             errors = kernels.self_check(name, "cpu" if name == "native" else device).values()
@@ -248,9 +233,9 @@ def diagnose(options):
             rows.append((name, met, "  ".join(f"{error:.1e}" for error in errors)))
         else:
             print(f"off    {name:<26} {status}")
-    for item, met, found in [*rows, *(check_model(options.model, device) if options.model else ())]:
+    rows += check_model(options.model, device) if options.model else []
+    for item, met, found in rows:
         print(f"{'ok' if met else 'missed':<6} {item:<26} {found}")
-        rows.append((item, met, found))
     return 0 if all(met for _, met, _ in rows) else 1
 
 
@@ -265,21 +250,17 @@ def check_model(folder, device):
     yield type(model).__name__, True, f"{sum(p.numel() for p in model.parameters()):,} parameters"
     yield "card", (folder / "README.md").is_file(), "README.md"
     if isinstance(model, models.LatentVelocityNetwork):
-        loss = (
-            model(torch.randn(2, model.config.latent_dim).to(device), torch.rand(2).to(device))
-            .square()
-            .mean()
-        )
-    elif isinstance(model, models.LocalMamba2D):
+        return
+    loss = flow.flow_matching_loss
+    if isinstance(model, models.LocalMamba2D):
         batch = {"spectrograms": torch.randn(2, model.config.channels, 32, 32), "labels": torch.arange(2)}
-        batch["captions"] = torch.randn(2, model.config.caption_dim)
-        loss = flow.grid_flow_loss(model, {name: x.to(device) for name, x in batch.items()})
+        batch["captions"], loss = torch.randn(2, model.config.caption_dim), flow.grid_flow_loss
     else:
         data = images.SparseFields(images.load_images("photos", "test", 32, 2), seed=0)
         batch = torch.utils.data.default_collate([data[0], data[1]])
-        loss = flow.flow_matching_loss(model, {name: x.to(device) for name, x in batch.items()})
-    loss.backward()
-    yield "finite loss", bool(loss.isfinite()), f"{float(loss):.4f}"
+    value = loss(model, {name: x.to(device) for name, x in batch.items()})
+    value.backward()
+    yield "finite loss", bool(value.isfinite()), f"{value.item():.4f}"
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     bad = [name for name, g in gradients.items() if g is None or not (g.isfinite().all() and g.any())]
     yield "gradients finite, not zero", not bad, ", ".join(bad) or f"all {len(gradients)}"

@@ -3,6 +3,7 @@
 torch is imported where it is used: the command line checks its arguments without it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -11,10 +12,9 @@ import random
 import tempfile
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 PRESETS = ("smoke", "demo", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
@@ -37,7 +37,7 @@ class Run:
     preset: str
     settings: dict  # the notebook's section of presets.toml, overrides applied
     seed: int
-    device: Any  # torch.device
+    device: object  # torch.device
     precision: str  # "bf16" or "fp32"
     backend: str  # of the selective scan
     figures: Path
@@ -53,17 +53,16 @@ def start(notebook, preset=None, overrides=None):
 
     preset, device, root = resolve_preset(preset), default_device(), repository_root()
     settings = load_settings(SECTIONS.get(notebook, notebook), preset, overrides)
-    seed_everything(settings["seed"])
-    runs = root / "runs" / notebook / preset
+    seed, runs = settings["seed"], root / "runs" / notebook / preset
+    seed_everything(seed)
     if preset == "smoke":
         runs.mkdir(parents=True, exist_ok=True)
         runs = Path(tempfile.mkdtemp(dir=runs))
     precision, backend = default_precision(device), kernels.choose_backend(device)
     print(f"preset    {preset}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
-    print(f"versions  {', '.join(f'{name} {number}' for name, number in versions().items() if number)}")
-    print(f"seed      {settings['seed']}")
+    print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
     figures = root / "build" / "figures"
-    return Run(notebook, preset, settings, settings["seed"], device, precision, backend, figures, runs)
+    return Run(notebook, preset, settings, seed, device, precision, backend, figures, runs)
 
 
 def resolve_preset(preset=None):
@@ -98,10 +97,7 @@ def _flat(table, prefix=""):
 
 
 def load_settings(section, preset, overrides=None):
-    """The settings of a section and preset of presets.toml as nested dicts, overrides {dotted key: value} applied.
-
-    Raises ValueError for an unknown name, and for a value of another type than the setting's.
-    """
+    """A section and preset of presets.toml as nested dicts, with overrides {dotted key: value} of the same types."""
     presets = _presets()
     if section not in sections():
         raise ValueError(f"{section!r} has no settings; pass one of {', '.join(sections())}")
@@ -109,20 +105,18 @@ def load_settings(section, preset, overrides=None):
     trains = any(key.startswith("data.") for key in own)
     flat = {key: value for key, value in defaults.items() if trains or "." not in key} | own
     for key, value in (overrides or {}).items():
-        if key not in flat:
-            raise ValueError(f"unknown setting {key!r}; pass one of {', '.join(flat)}")
-        kind = type(flat[key])
+        kind = type(flat.get(key))
         value = kind(value) if (type(value), kind) in ((int, float), (tuple, list)) else value
-        if type(value) is not kind:
-            raise ValueError(f"{key}={value!r} is no {kind.__name__}; pass one such as {flat[key]!r}")
+        if key not in flat or type(value) is not kind:
+            legal = (
+                f"pass a {kind.__name__} such as {flat[key]!r}" if key in flat else f"keys: {', '.join(flat)}"
+            )
+            raise ValueError(f"{key}={value!r} does not fit; {legal}")
         flat[key] = value
     settings = {}
     for key, value in flat.items():
         *path, last = key.split(".")
-        table = settings
-        for part in path:
-            table = table.setdefault(part, {})
-        table[last] = value
+        functools.reduce(lambda table, part: table.setdefault(part, {}), path, settings)[last] = value
     return settings
 
 
@@ -134,11 +128,14 @@ def repository_root():
     return Path.cwd()
 
 
-def default_device():
-    """The first GPU if there is one, else the CPU."""
+def default_device(name="auto"):
+    """The first GPU if there is one, else the CPU; or "cpu", or "cuda", which has to be there."""
     import torch
 
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device cuda: torch finds no GPU here; pass cpu, or see python -m nfhelpers doctor")
+    return torch.device("cuda", 0) if found and name != "cpu" else torch.device("cpu")
 
 
 def default_precision(device):
@@ -155,19 +152,15 @@ def describe_device(device):
 
     if torch.device(device).type != "cuda":
         return f"{device} ({torch.get_num_threads()} threads)"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
 
 
 def versions():
-    """Versions that decide results, by name; None for what is not installed."""
-    found = {"python": platform.python_version()}
-    for package in ("nfhelpers", "torch", "triton", "mamba-ssm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    """Versions that decide results, of what is installed."""
+    found = {package.name: package.version for package in distributions()}
+    names = [name for name in ("nfhelpers", "torch", "triton", "mamba_ssm") if name in found]
+    return {"python": platform.python_version()} | {name: found[name] for name in names}
 
 
 def seed_everything(seed):
@@ -181,20 +174,16 @@ def seed_everything(seed):
 
 
 def field_datasets(data, seed):
-    """(train, validation) `images.SparseFields` of the table `data` of a section's settings.
+    """(train, validation) `images.SparseFields` of the table `data` of settings; neither is of the test split.
 
-    Training sees other pixels in each epoch, validation always those of `seed`. Neither is of the test split.
+    Training sees other pixels in each epoch, validation always those of `seed`.
     """
     from nfhelpers.images import SparseFields, open_images
 
-    pictures = {
-        split: open_images(data["source"], split, data["size"], data[f"{split}_images"])
-        for split in ("train", "validation")
-    }
-    options = data["observed"], data["queries"]
-    return SparseFields(pictures["train"], *options), SparseFields(
-        pictures["validation"], *options, seed=seed
-    )
+    source, size, options = data["source"], data["size"], (data["observed"], data["queries"])
+    train = open_images(source, "train", size, data["train_images"])
+    validation = open_images(source, "validation", size, data["validation_images"])
+    return SparseFields(train, *options), SparseFields(validation, *options, seed=seed)
 
 
 def training_folder(run, name):

@@ -63,7 +63,7 @@ class TrainConfig:
     cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
     vary_queries: bool = True  # of fields: a quarter of the query points to all, as a full field has more
     evaluate_every: int = 2  # epochs; the last one is always evaluated
-    save_every_seconds: float = 30.0  # what a kill loses at most; the state is also saved at the end
+    save_interval: float = 30.0  # what a kill loses at most; the state is also saved at the end
     num_workers: int = 0  # processes that load data
     seed: int = 0
     cpu: bool = False  # train on the CPU even where a GPU is
@@ -183,7 +183,7 @@ class _Run:
                     self.finish_epoch(done // per_epoch, callback)
                 if (look or self.alone) and self.stopped():
                     break
-                if time.monotonic() - self.saved >= self.config.save_every_seconds:
+                if time.monotonic() - self.saved >= self.config.save_interval:
                     self.save()
             if start < total or not (self.folder / "latest").exists():
                 self.save()

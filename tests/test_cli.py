@@ -1,9 +1,9 @@
 """python -m nfhelpers train | evaluate | doctor: exit codes, one-line errors, what they leave."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pandas
 import pytest
@@ -99,31 +99,18 @@ for arguments, code in {calls!r}:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_help_comes_within_half_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.process_time(), time.perf_counter()
-        subprocess.run([sys.executable, "-m", "nfhelpers", "--help"], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - start[1])
-    assert min(seconds) < 0.5
+def test_help_takes_less_than_half_a_second():
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "nfhelpers", "--help"], check=True, capture_output=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
-def test_names_are_those_of_the_library():
+def test_names_and_overrides():
     assert set(cli.SAMPLERS) == set(samplers.SAMPLERS)
-
-
-@pytest.mark.parametrize(
-    ("pair", "parsed"),
-    [
-        ("a.b=3", ("a.b", 3)),
-        ("c=1e-3", ("c", 1e-3)),
-        ("e=[1, 2]", ("e", [1, 2])),
-        ("f=photos", ("f", "photos")),
-        ("h=../data=1", ("h", "../data=1")),
-    ],
-)
-def test_overrides_are_parsed_as_toml(pair, parsed):
-    assert cli.parse_override(pair) == parsed
+    pairs = ["a.b=3", "c=1e-3", "e=[1, 2]", "f=photos", "h=../data=1"]
+    parsed = [("a.b", 3), ("c", 1e-3), ("e", [1, 2]), ("f", "photos"), ("h", "../data=1")]
+    assert list(map(cli.parse_override, pairs)) == parsed
 
 
 # ---------------------------------------------------------------- train
@@ -179,22 +166,18 @@ def test_two_processes_of_the_command_equal_one(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one", 1e-5, 1e-4)
 
 
-def test_localmamba_is_trained_on_spectrograms(tmp_path):
-    assert cli.main(["train", "localmamba", *GRIDS, "--output", str(tmp_path)]) == 0
-    assert models.load_model(tmp_path / "best").config.num_classes == 4
-
-
 def test_localmamba_takes_its_classes_from_the_data(tmp_path, given):
     samples = torch.linspace(-0.5, 0.5, 2000)
     for name in ("left", "right"):
+        (tmp_path / "sounds" / name).mkdir(parents=True)
         for take in range(12):
-            path = tmp_path / "sounds" / name / f"{take}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            spectrograms.write_wav(path, samples.roll(take), 8000)
-    arguments = ["train", "localmamba", *GRIDS, "--data", str(tmp_path / "sounds"), "--output", str(tmp_path)]
-    for more, classes in (([], 2), (["--set", "model.num_classes=5"], 5)):
+            spectrograms.write_wav(tmp_path / "sounds" / name / f"{take}.wav", samples.roll(take), 8000)
+    arguments = ["train", "localmamba", *GRIDS, "--output", str(tmp_path / "run")]
+    sounds = ["--data", str(tmp_path / "sounds")]
+    for more, classes in (([], 4), (sounds, 2), ([*sounds, "--set", "model.num_classes=5"], 5)):
         assert cli.main([*arguments, *more]) == 0
         assert given["model"].config.num_classes == classes
+        assert given["data"][0][0]["spectrograms"].shape == (1, 16, 16)
 
 
 def test_init_copies_weights_or_what_is_shared_with_v1(checkpoint, tmp_path, capsys, given):

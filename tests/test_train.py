@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,19 +174,6 @@ def test_parameter_groups():
     assert found[id(model.second.weight)] == (0, 1) and found[id(model.last.weight)] == (0.1, 1 / 3)
 
 
-def test_mapping_parameters_learn_at_a_third_of_the_rate(tmp_path):
-    """Adam's first step is the learning rate itself, whatever the gradient."""
-    model, moved = tiny_grids(), {True: 0.0, False: 0.0}
-    before = [p.detach().clone() for p in model.parameters()]
-    changes = dict(epochs=1, batch_size=18, warmup_fraction=0.0, clip_norm=math.inf, ema_decay=0.0)
-    assert fit(model, chirps(), settings(tmp_path, **changes)).steps == 1
-    for parameter, start in zip(model.parameters(), before, strict=True):
-        mapping = getattr(parameter, "_mapping", False)
-        moved[mapping] = max(moved[mapping], (parameter - start).abs().max().item())
-    assert moved[False] == pytest.approx(1e-2, rel=1e-3)
-    assert moved[True] == pytest.approx(1e-2 / 3, rel=1e-3)
-
-
 # ---------------------------------------------------------------------------------- one run, its files
 
 
@@ -224,13 +210,6 @@ def test_nothing_written_is_a_pickle(reference):
     for path in files:  # neither raw pickles (protocol 2 and later) nor torch.save archives
         content = path.read_bytes()  # of safetensors: the length of its header, then the header, JSON
         assert content[8:9] == b"{" or not content.startswith((b"\x80", b"PK")), path
-
-
-def test_validation_is_repeatable(reference, tmp_path):
-    """Each evaluation uses the same times and noise: a model that does not change scores the same."""
-    frozen = fit(tiny(), fields(), settings(tmp_path, learning_rate=1e-30)).history
-    assert len(set(frozen["val_loss"])) == 1 and len(set(frozen["val_psnr"])) == 1
-    assert reference[1].history["val_loss"][-1] < frozen["val_loss"][0]
 
 
 def test_fields_and_psnr_are_those_of_evaluate(tmp_path):
@@ -272,22 +251,11 @@ def test_frozen_parameters_stay(tmp_path):
 
 
 def test_a_model_may_say_at_which_times_the_loss_is_taken(tmp_path):
-    class AtTimeZero(TinyField):
-        def loss_times(self, t):
-            return torch.zeros_like(t)
-
-        def loss_weight(self, t):
-            return 2 * torch.ones_like(t)
-
-    torch.manual_seed(3)
-    model, times = AtTimeZero(), []
+    model, times = tiny(), []
+    model.loss_times, model.loss_weight = torch.zeros_like, lambda t: 0 * t
     model.register_forward_pre_hook(lambda module, inputs: times.append(inputs[2]))
-    data = fields()
-    loss = fit(model, data, settings(tmp_path, epochs=1, learning_rate=1e-30)).history["val_loss"][0]
-    assert all(not t.any() for t in times)
-    # At t = 0 the target is data - noise; of a network that says -noise + f(.), the error is data - f(.).
-    values = torch.stack([data[1][i]["query_values"] for i in range(5)])
-    assert loss == pytest.approx(2 * values.square().mean().item(), rel=0.5)
+    history = fit(model, fields(), settings(tmp_path, epochs=2)).history
+    assert all(not t.any() for t in times) and not any(history["loss"] + history["val_loss"])
 
 
 def test_data_without_images_or_validation(tmp_path):
@@ -332,18 +300,14 @@ def test_bf16_and_gradient_checkpointing(reference, tmp_path):
 def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
     compiled = []
 
-    class Compiled(nn.Module):
-        def __init__(self, module, dynamic):
-            super().__init__()
-            self._orig_mod = module
+    def compile(module, dynamic):
+        compiled.append(wrapper := nn.Sequential(module))
+        wrapper.forward = module.forward
+        return wrapper
 
-        def forward(self, *arguments):
-            compiled.append(self.training)
-            return self._orig_mod(*arguments)
-
-    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setattr(torch, "compile", compile)
     fit(tiny(), fields(), settings(tmp_path, epochs=1, compile=True))
-    assert len(compiled) == 4
+    assert len(compiled) == 1
     assert set(load_file(tmp_path / "latest" / "model.safetensors")) == set(tiny().state_dict())
 
 
@@ -359,38 +323,9 @@ def test_cuda_graphs_give_the_same_run(parts, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
-def test_cuda_graphs_are_without_effect_on_a_cpu(reference, tmp_path):
-    fit(tiny(), fields(), settings(tmp_path, cuda_graphs=True))
+def test_workers_give_the_same_run(reference, tmp_path):
+    fit(tiny(), fields(), settings(tmp_path, num_workers=2))
     assert_same_run(tmp_path, reference[0])
-
-
-class Forgetful:
-    """Fields whose epoch is an attribute, which only the copy it is set on learns of; says who loads what."""
-
-    def __init__(self, log):
-        self.images, self.epoch, self.log = gradients(18, 0), None, log
-
-    def __len__(self):
-        return len(self.images)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __getitem__(self, index):
-        with open(self.log, "a") as file:
-            file.write(f"{os.getpid()} {self.epoch}\n")
-        return SparseFields(self.images, queries=0.5, seed=self.epoch)[index]
-
-
-def test_workers_stay_and_learn_of_epochs(tmp_path):
-    for workers in (0, 2):
-        log = tmp_path / f"log{workers}"
-        config = settings(tmp_path / str(workers), epochs=3, num_workers=workers)
-        fit(tiny(), (Forgetful(log), fields()[1]), config)
-        lines = [line.split() for line in log.read_text().splitlines()[1:]]  # the first item is looked at
-        assert Counter(epoch for _, epoch in lines) == {"0": 16, "1": 16, "2": 16}
-        assert len({process for process, _ in lines}) == max(1, workers)
-    assert_same_run(tmp_path / "2", tmp_path / "0")
 
 
 # ------------------------------------------------------------------------------------ stop and resume
@@ -489,7 +424,7 @@ class Dirty:
 def test_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     train_data, validation = fields()
     with pytest.raises(FloatingPointError) as caught:
-        fit(tiny(), (Dirty(train_data), validation), settings(tmp_path, save_every_seconds=0.0))
+        fit(tiny(), (Dirty(train_data), validation), settings(tmp_path, save_interval=0.0))
     assert f"step {steps_saved(tmp_path) + 1}:" in str(caught.value) and 4 <= steps_saved(tmp_path) < 8
     assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "state.safetensors").values())
 
@@ -541,14 +476,6 @@ def test_conditions_are_dropped_in_training_and_not_in_validation(tmp_path):
     assert whole and all(drop is None for drop in whole)
 
 
-def test_captions_are_trained_on(tmp_path):
-    items = [{"spectrograms": chirps()[0][i]["spectrograms"], "captions": torch.randn(5)} for i in range(8)]
-    model = tiny_grids(num_classes=0, caption_dim=5)
-    before = model.caption_proj.weight.detach().clone()
-    assert fit(model, (items, items), settings(tmp_path, epochs=1)).steps == 2
-    assert not torch.equal(model.caption_proj.weight, before)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, options = Path(sys.argv[1]), sys.argv[2:]
@@ -556,6 +483,6 @@ if __name__ == "__main__":
     data, workers = fields(), 2 if "workers" in options else 0
     data[0].__class__ = {"slow": SlowFields, "broken": BrokenFields}.get(options[0], SparseFields)
     config = replace(settings(folder / "fields" if "fields" in options else folder), num_workers=workers)
-    fit(tiny(), data, replace(config, save_every_seconds=0.0) if "slow" in options else config)
+    fit(tiny(), data, replace(config, save_interval=0.0) if "slow" in options else config)
     if "grids" in options:
         fit(tiny_grids(), chirps(), settings(folder / "grids"))
