@@ -166,13 +166,11 @@ def _call(name, function, *arguments):
         return getattr(_module(name), function)(*arguments)
 
 
-def _empty_y(u, delta):
-    return torch.empty_like(u) if u.shape[1] == delta.shape[1] else u.new_empty(delta.shape)
-
-
-def _fit(wanted, x):
-    """x in the dtype and memory order of `wanted`, which is empty."""
-    return x if x.stride() == wanted.stride() and x.dtype == wanted.dtype else wanted.copy_(x)
+def _fit(x, like):
+    """x in the dtype and memory order of `torch.empty_like(like)`."""
+    wanted = torch.empty_like(like, device="meta")
+    fits = x.stride() == wanted.stride() and x.dtype == wanted.dtype
+    return x if fits else torch.empty_like(like).copy_(x)
 
 
 def _register(name):
@@ -182,11 +180,11 @@ def _register(name):
         if order is not None:
             check_permutation(order)
         y, last, states = _call(name, "forward", u, delta, A, B, C, D, z, bias, order, *options[:4])
-        return _fit(_empty_y(u, delta), y), last.contiguous(), states
+        return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
 
     def run_backward(grad_y, grad_last, states, *given):
         pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
-        return tuple(states.new_empty(0) if x is None else _fit(torch.empty_like(x), y) for x, y in pairs)
+        return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
 
     operation = functools.partial(torch.library.custom_op, mutates_args=())
     op = operation(f"nfhelpers::scan_{name}", run, schema=_FORWARD)
@@ -199,7 +197,8 @@ def _register(name):
             _compile_ahead(name, "forward", *given, keep)
         kept = _module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
         last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
-        return _empty_y(u, delta), last, A.new_empty(kept)
+        y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
+        return y, last, A.new_empty(kept)
 
     @backward_op.register_fake
     def _(grad_y, grad_last, states, *given):

@@ -226,7 +226,7 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_
     kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
     problem.give(y=y, last=last, kept=kept if keep_states else None)
     _call("nf_forward", problem)
-    return y, last, kept
+    return y.to(u.dtype), last, kept
 
 
 def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
