@@ -1,4 +1,4 @@
-"""State space models for continuous neural fields. Rooms are imported on first use: this file needs nothing."""
+"""State space models for continuous neural fields. Rooms are imported on first use."""
 
 from importlib import import_module
 

@@ -86,10 +86,7 @@ def save_state(path, model, ema, optimizer, history, details):
 
 
 def load_state(path, model, ema, optimizer, history, identity):
-    """Restore what `save_state` wrote; returns the details, {} without a file.
-
-    Raises ValueError for a damaged file, and unless its details agree with `identity`, a dict.
-    """
+    """Restore what `save_state` wrote, if its details agree with `identity`; returns them, or {}."""
     if not path.exists():
         return {}
     try:

@@ -97,7 +97,7 @@ def _flat(table, prefix=""):
 
 
 def load_settings(section, preset, overrides=None):
-    """A section and preset of presets.toml as nested dicts, with overrides {dotted key: value} of the same types."""
+    """A section and preset of presets.toml as nested dicts, with overrides {dotted key: value}."""
     presets = _presets()
     if section not in sections():
         raise ValueError(f"{section!r} has no settings; pass one of {', '.join(sections())}")
@@ -174,7 +174,7 @@ def seed_everything(seed):
 
 
 def field_datasets(data, seed):
-    """(train, validation) `images.SparseFields` of the table `data` of settings; neither is of the test split.
+    """(train, validation) `images.SparseFields` of the table `data` of settings; none is of the test split.
 
     Training sees other pixels in each epoch, validation always those of `seed`.
     """
@@ -198,7 +198,7 @@ def title(run, text):
 
 
 def save_figure(run, figure, name):
-    """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell's last line to show."""
+    """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell to show."""
     folder = run.runs if run.preset == "smoke" else run.figures
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{run.notebook}_{name}.png", dpi=120, bbox_inches="tight")

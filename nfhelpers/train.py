@@ -1,10 +1,9 @@
 """The one training loop: flow matching of sparse fields or of grids, on Hugging Face Accelerate.
 
-Every draw is a function of seed, step and place in the batch: a resumed run follows the same curve, and neither
-processes nor accumulation change it beyond float error (dropout excepted). A run's folder holds the averaged
-models best/ (lowest validation loss) and latest/, each with a card, state.safetensors to resume from, log.csv,
-tb/ for TensorBoard and training.png. Sources: Loshchilov & Hutter, ICLR 2017 (cosine schedule); Karras et al.,
-CVPR 2024 (averaged weights).
+Every draw is a function of seed, step and place in the batch: a resumed run follows the same curve, with any
+number of processes and accumulation steps (up to float error; dropout excepted). A run's folder holds averaged
+models best/ (lowest validation loss) and latest/, the state to resume from, log.csv, tb/, a picture and a card.
+Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (averaged weights).
 """
 
 import copy
@@ -39,8 +38,8 @@ READ_EVERY = 10  # steps between looks at what a GPU has computed: the CPU waits
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION = range(5)  # streams of random numbers
 # A resumed run must agree in these; epochs, files and speed may change.
-_STEP_COLUMNS = "step epoch loss learning_rate gradient_norm".split()
-_EVALUATION_COLUMNS = "val_step val_loss val_psnr".split()
+_COLUMNS = "step epoch loss learning_rate gradient_norm".split()
+_SCORES = "val_step val_loss val_psnr".split()
 _IDENTITY = "batch_size learning_rate weight_decay clip_norm ema_decay precision vary_queries seed".split()
 
 
@@ -61,7 +60,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # less memory a layer, a third more time
     compile: bool = False
     cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
-    vary_queries: bool = True  # of fields: a quarter of the query points to all, as a full field has more
+    vary_queries: bool = True  # of fields: each step keeps a quarter of the query points, up to all of them
     evaluate_every: int = 2  # epochs; the last one is always evaluated
     save_interval: float = 30.0  # what a kill loses at most; the state is also saved at the end
     num_workers: int = 0  # processes that load data
@@ -103,9 +102,9 @@ def parameter_groups(model, weight_decay):
 def fit(model, data, config, callback=None, about=None):
     """Train a model by flow matching; go on where `config.output_dir` holds the state of an earlier run.
 
-    data: tuple (train, validation) of datasets, or one without validation. Items: as of `images.SparseFields`,
+    data: tuple (train, validation) of datasets, or one without validation. Items as of `images.SparseFields`,
     for a `LocalMamba2D` as of `spectrograms.Spectrograms`; functions of their index and of `set_epoch`.
-    callback(epoch, history, fields): after each epoch; it stops the run by KeyboardInterrupt. fields: None or
+    callback(epoch, history, fields): after each epoch; it stops the run by KeyboardInterrupt; fields: None or
     dict of sparse, reconstruction and target (k, H, W, 3). about: dict of lines for the card.
 
     Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits with 143. A loss that is not finite
@@ -130,8 +129,8 @@ class _Run:
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         precision = config.precision.replace("fp32", "no")
         self.accelerator = accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu)
-        self.main, self.alone = accelerator.is_main_process, accelerator.num_processes == 1
-        self.device, self.cuda = accelerator.device, accelerator.device.type == "cuda"
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.cuda, self.saved, self.shown = self.device.type == "cuda", time.monotonic(), None
         train_data, self.validation_data = data if isinstance(data, tuple) else (data, None)
         self.steps = _Steps(train_data, config, accelerator, model)
         self.ema = copy.deepcopy(model.to(self.device)).requires_grad_(False).eval()
@@ -139,7 +138,7 @@ class _Run:
         self.parameters, self.averages = zip(*((p, own) for p, own in both if p.requires_grad), strict=True)
         groups = parameter_groups(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.history = {name: [] for name in (*_STEP_COLUMNS, *_EVALUATION_COLUMNS)}
+        self.history = {name: [] for name in (*_COLUMNS, *_SCORES)}
         first = [round(float(x.double().sum()), 3) for x in self.steps.data[0].values()]
         self.identity = {"model": repr(getattr(model, "config", None)), "data": [len(train_data), *first]}
         self.identity |= {name: getattr(config, name) for name in _IDENTITY}
@@ -153,35 +152,35 @@ class _Run:
         self.objective, self.prepared = accelerator.prepare(_Objective(network), self.optimizer)
         if accelerator.scaler is not None and details:
             accelerator.scaler.load_state_dict(details["scaler"])
-        if config.cuda_graphs and self.cuda and self.alone and not config.gradient_checkpointing:
+        alone = self.cuda and accelerator.num_processes == 1
+        if config.cuda_graphs and alone and not config.gradient_checkpointing:
             accumulate = config.gradient_accumulation > 1
             self.add_gradient = graphs.recorded_gradient(model, self.add_gradient, accumulate)
         self.unread = []  # of the last steps: their numbers, and loss and gradient norm on the device
-        self.saved, self.shown, self.show = time.monotonic(), None, self.main and config.progress
 
     def go(self, callback):
         """Train until the epochs are done or a stop is asked for; leave the averaged weights in the model."""
-        start, epochs, per_epoch = self.progress["step"], self.config.epochs, self.steps.per_epoch
-        total = epochs * per_epoch
+        start, per_epoch = self.progress["step"], self.steps.per_epoch
+        total = self.config.epochs * per_epoch
         if self.main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.folder / "tb", purge_step=start + 1)
-            to_go = f"{epochs} epochs of {per_epoch} step{'s' * (per_epoch > 1)}, {start} steps done"
-            nothing = f"all {epochs} epochs are done, nothing to do; raise epochs to train longer"
-            print(f"{self.folder}: {to_go if start < total else nothing}")
-        self.bar = tqdm(total=total, initial=start, desc="train", disable=not self.show)
+            nothing = "; nothing to do, raise epochs to train longer" * (start >= total)
+            print(f"{self.folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
+        hidden = not (self.main and self.config.progress)
+        self.bar = tqdm(total=total, initial=start, desc="train", disable=hidden)
         self.model.train()
         batches = iter(self.steps.loader(range(start, total), self.cuda))
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
-                look = not self.cuda or done % READ_EVERY == 0 or done % per_epoch == 0
-                if look:
-                    self.read_back()
+                if self.cuda and done % READ_EVERY and done % per_epoch:
+                    continue
+                self.read_back()
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
-                if (look or self.alone) and self.stopped():
+                if self.stopped():
                     break
                 if time.monotonic() - self.saved >= self.config.save_interval:
                     self.save()
@@ -232,10 +231,9 @@ class _Run:
             # The loss scaler of fp16 finds its scale by overflowing now and then, and skips such a step.
             if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
                 raise FloatingPointError(
-                    f"step {step}: the loss is {loss}, its gradient norm {norm}; the saved state is untouched. "
-                    "Look for NaN in the data, or lower learning_rate"
+                    f"step {step}: loss {loss}, gradient norm {norm}; the saved state stays"
                 )
-            self.log(_STEP_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
+            self.log(_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
@@ -247,9 +245,9 @@ class _Run:
 
     def stopped(self):
         """Whether any process was asked to stop; all of them ask this after the same step."""
-        if self.signals and not self.alone:
+        if self.signals:
             self.accelerator.set_trigger()
-        if not self.alone and self.accelerator.check_trigger() and not self.signals:
+        if self.accelerator.check_trigger() and not self.signals:
             self.signals.append(signal.SIGINT)
         return bool(self.signals)
 
@@ -260,7 +258,7 @@ class _Run:
             fields = self.reconstruct() if getattr(data, "images", None) is not None else None
             score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
             loss = self.validate()
-            self.log(_EVALUATION_COLUMNS, self.progress["step"], loss, float(score))
+            self.log(_SCORES, self.progress["step"], loss, float(score))
             if loss < self.progress["best"]:
                 self.progress["best"] = loss
                 checkpoint.save_model(self.ema, self.folder / "best", self.card())
@@ -272,11 +270,12 @@ class _Run:
             self.signals.append(signal.SIGINT)
 
     def draw(self, fields, title):
+        """training.png, shown in a notebook in place of its predecessor."""
         from nfhelpers.plots import training_figure  # matplotlib
 
         pictures, path = fields and {name: x[:4] for name, x in fields.items()}, self.folder / "training.png"
         training_figure(self.history, pictures, title).savefig(path)
-        if self.show and "ipykernel" in sys.modules:  # in place of its predecessor
+        if self.config.progress and "ipykernel" in sys.modules:
             from IPython.display import Image, display
 
             self.shown = self.shown or display(display_id=True)
@@ -296,7 +295,7 @@ class _Run:
         return total
 
     def reconstruct(self):
-        """One-step posterior mean of the first validation images, in full: arrays (k, H, W, 3) in [0, 1]."""
+        """One-step posterior mean of the first validation images, in full: (k, H, W, 3) in [0, 1]."""
         data, images = self.validation_data, np.asarray(self.validation_data.images[:8])
         fraction = data.num_inputs / (images.shape[1] * images.shape[2])
         observed = evaluate.observe(images, fraction, data.seed or 0)
@@ -308,7 +307,7 @@ class _Run:
     def save(self):
         """`latest`, the log and, last of all, the state: after a kill between them, steps are repeated."""
         self.read_back()
-        now, folder, card = time.monotonic(), self.folder, self.card()
+        folder, card, now = self.folder, self.card(), time.monotonic()
         self.progress["seconds"], self.saved = self.progress["seconds"] + now - self.saved, now
         if not self.main:
             return
@@ -326,9 +325,11 @@ class _Run:
         seconds = self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
         lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
-        lines |= {name: f"{x[-1]:.4f}" for name, x in self.history.items() if x}  # the last ones
-        lines |= {"settings": self.config}
-        text = "\n".join(f"- {name}: {line}" for name, line in lines.items())
+        lines["training loss"] = (
+            f"{np.mean(self.history['loss'][-self.steps.per_epoch :]):.4f}, mean of an epoch"
+        )
+        lines |= {name: f"{self.history[name][-1]:.4f}" for name in _SCORES[1:] if self.history[name]}
+        text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
         return f"# {type(self.model).__name__}\n\n{text}\n"
 
 
@@ -340,14 +341,11 @@ class _Steps(Dataset):
         self.per_epoch = len(data) // config.batch_size
         self.dropped = model.config.cfg_dropout if isinstance(model, LocalMamba2D) else None
         self.key = "query_values" if self.dropped is None else "spectrograms"
-        parts = config.gradient_accumulation, accelerator.num_processes
-        if config.batch_size % math.prod(parts) or self.per_epoch == 0:
-            raise ValueError(
-                f"batch_size={config.batch_size} must divide by {math.prod(parts)} (accumulation x processes), "
-                f"and be at most {len(data)}, the items to train on"
-            )
-        places = torch.arange(config.batch_size).reshape(*parts, -1)
-        self.places = places[:, accelerator.process_index].tolist()  # of each slice of this process
+        parts, size = (config.gradient_accumulation, accelerator.num_processes), config.batch_size
+        if size % math.prod(parts) or size > len(data):
+            raise ValueError(f"batch_size={size}: pass a multiple of {math.prod(parts)}, at most {len(data)}")
+        places = torch.arange(size).reshape(*parts, -1)[:, accelerator.process_index]
+        self.places = places.tolist()  # of each slice of this process
         self.start_epoch(0)
 
     def start_epoch(self, epoch):

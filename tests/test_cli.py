@@ -120,7 +120,7 @@ def test_train_writes_a_model_with_a_card_goes_on_and_says_when_it_is_done(tmp_p
     arguments = ["train", "v1", *TINY, "--output", str(tmp_path)]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "2 epochs of 1 step," in out  # 8 images in batches of 8: said, as it is few
+    assert "0 of 2 steps done, 1 an epoch" in out  # 8 images in batches of 8: said, as it is few
     assert models.load_model(tmp_path / "latest").config.d_model == 16
     card = (tmp_path / "best" / "README.md").read_text()
     assert "photos, 8 items" in card and "python -m nfhelpers" in card
