@@ -67,12 +67,9 @@ def reconstruct(
     query = grid_coords(*shape).expand(*asked.shape, 2)[asked].reshape(len(asked), -1, 2)  # (N, Nq, 2)
     device = next(method.parameters(), query).device
     batch = [part.to(device) for part in (query, observed.input_coords, observed.input_values)]
-    options = {
-        "steps": steps or (1 if kind == "mean" else 50),
-        "generator": torch.Generator().manual_seed(seed),
-        "max_batch": max(1, TOKENS_PER_FORWARD // (query.shape[1] + observed.input_coords.shape[1])),
-        "progress": progress,
-    }
+    steps = steps or (1 if kind == "mean" else 50)
+    options = dict(steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)
+    options["max_batch"] = max(1, TOKENS_PER_FORWARD // (query.shape[1] + observed.input_coords.shape[1]))
 
     def complete(values):  # (N, Nq, 3) -> (N, h, w, 3)
         fields = torch.empty(*asked.shape, 3)

@@ -35,8 +35,8 @@ def split_of(name):
 
 
 def split_files(folder, suffixes):
-    """Files with these suffixes as {split: [(name, path), ...]}, in the order of the hashes of their names;
-    {None: [...]} where no folder is named after a split. Hidden files are skipped, linked folders followed."""
+    """Files with these suffixes as {split: [(name, path), ...]}, in the order of their hashed names;
+    {None: [...]} where no folder is named after a split. Hidden files are skipped, links followed."""
     found, others = {}, []
     for base, folders, names in os.walk(folder, followlinks=True):
         circle = os.path.realpath(base) in map(os.path.realpath, Path(base).parents)

@@ -49,7 +49,14 @@ def open_images(source, split="train", size=32, limit=None, held_out=False) -> "
         planes = take_split(_records(path), split, path, held_out)[:limit, 1:].reshape(-1, 3, 32, 32)
         return area_resize(planes.transpose(0, 2, 3, 1), size)
     if path.is_file():
-        return area_resize(take_split(_arrays(path), split, path, held_out)[:limit], size)
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {key.lower().removeprefix("x_"): arrays[key] for key in arrays}
+        found = {key: x for key, x in found.items() if x.dtype == np.uint8 and x.shape[3:] == (3,)}
+        if len(found) == 1 and not split_of(*found):  # such a file is often sorted by class
+            found = {"": np.random.default_rng(SEED).permutation(*found.values())}
+        return area_resize(
+            take_split({split_of(k): x for k, x in found.items()}, split, path, held_out)[:limit], size
+        )
     from PIL import Image
 
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -89,15 +96,6 @@ def load_labels(source="cifar10", split="train", limit=None) -> np.ndarray:
     return take_split(_records(path), split, path)[:limit, 0].astype(np.int64)
 
 
-def _arrays(path):
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {key.lower().removeprefix("x_"): arrays[key] for key in arrays}
-    found = {key: x for key, x in found.items() if x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3}
-    if len(found) == 1 and not split_of(*found):  # such a file is often sorted by class
-        return {None: np.random.default_rng(SEED).permutation(*found.values())}
-    return {split_of(key): images for key, images in found.items() if split_of(key)}
-
-
 def _records(folder):
     """CIFAR-10's bytes (N, RECORD) of a folder of batches, of each split."""
     import pooch
@@ -123,8 +121,8 @@ def _photos(split, size, limit):
     images = []
     windows = _train_windows(limit or 4096) if split == "train" else _upright_windows(UPRIGHT[split])[:limit]
     for name, top, left, side, symmetry, channels in windows:
-        table = _photo(name)[1][top : top + side + 1, left : left + side + 1]
-        window = _area_mean(table, size, "a photograph's window")[..., channels]
+        sums = _photo(name)[1][top : top + side + 1, left : left + side + 1]
+        window = _area_mean(sums, size, name)[..., channels]
         images.append(np.rot90(window.swapaxes(0, 1) if symmetry & 4 else window, symmetry & 3))
     return np.stack(images)
 
@@ -161,10 +159,9 @@ def _upright_windows(names):
 
 @functools.cache
 def _photo(name):
-    """A photograph and its summed-area table."""
     package, path = next(path for path in PHOTOS if Path(path).stem == name).split("/", 1)
     image = _decode(Path(importlib.util.find_spec(package).origin).parent / path)  # found, not imported
-    return image, _summed_area(image)
+    return image, _summed(image)
 
 
 def load_image(source, size=32, crop=0.5) -> np.ndarray:
@@ -201,23 +198,22 @@ def area_resize(images, size, crop=0.5, name="the image") -> np.ndarray:
         return np.ascontiguousarray(images)
     if images.ndim > 3:  # float64 of all of them would be eight times their memory
         return np.stack([area_resize(image, size) for image in images])
-    return _area_mean(_summed_area(images), size, name)
+    return _area_mean(_summed(images), size, name)
 
 
-def _summed_area(image):
+def _summed(image):
     """Sums over all rows above and columns left, float64 (H+1, W+1, 3): a cell's is of four (Crow, 1984)."""
-    return np.pad(image, ((1, 0), (1, 0), (0, 0))).astype(np.float64).cumsum(axis=0).cumsum(axis=1)
+    return np.pad(image, ((1, 0), (1, 0), (0, 0))).cumsum(0, dtype=np.float64).cumsum(1)
 
 
-def _area_mean(table, size, name):
-    """Means over size x size equal cells of a square table (S+1, S+1, 3), as uint8."""
-    side = len(table) - 1
+def _area_mean(sums, size, name):
+    side = len(sums) - 1
     if size > side:
         raise ValueError(f"size={size} is above the {side} px of {name}, and enlarged it is no ground truth")
     edges = np.arange(size + 1) * (side / size)
     low = np.minimum(edges.astype(int), side - 1)
-    share = (edges - low)[:, None]  # inside a pixel the table is bilinear, so that interpolating it is exact
-    rows = table[low] * (1 - share[..., None]) + table[low + 1] * share[..., None]
+    share = (edges - low)[:, None]  # inside a pixel the sums are bilinear, so that interpolating is exact
+    rows = sums[low] * (1 - share[..., None]) + sums[low + 1] * share[..., None]
     corners = rows[:, low] * (1 - share) + rows[:, low + 1] * share  # (size+1, size+1, 3)
     return np.rint(np.diff(np.diff(corners, axis=0), axis=1) * (size / side) ** 2).astype(np.uint8)
 

@@ -116,15 +116,20 @@ def to_magnitude(values, reference, dynamic_range) -> torch.Tensor:
 def griffin_lim(magnitude, n_fft, hop, *, iterations=64, momentum=0.99, generator=None) -> torch.Tensor:
     """A sound whose STFT has about these magnitudes: (N, n_fft/2 + 1, W) -> (N, (W - 1) hop).
     momentum 0: Griffin and Lim, 1984; else Perraudin et al., "A Fast Griffin-Lim Algorithm", 2013."""
+
+    def sound(frames):
+        window = torch.hann_window(n_fft, dtype=magnitude.dtype, device=magnitude.device)
+        return torch.istft(frames, n_fft, hop, window=window, length=(frames.shape[2] - 1) * hop)
+
     device = magnitude.device if generator is None else generator.device
     phase = torch.rand(magnitude.shape, generator=generator, device=device, dtype=magnitude.dtype)
     guess = torch.polar(magnitude, 2 * torch.pi * phase.to(magnitude.device))  # (N, H, W) complex
     previous = torch.zeros_like(guess)
     for _ in range(iterations):
-        possible = stft(_istft(guess, n_fft, hop), n_fft, hop)  # (N, H, W), of a sound
+        possible = stft(sound(guess), n_fft, hop)  # (N, H, W)
         guess = torch.polar(magnitude, (possible + momentum * (possible - previous)).angle())
         previous = possible
-    return _istft(guess, n_fft, hop)
+    return sound(guess)
 
 
 def to_audio(spectrograms, meta, *, reference=None, iterations=64, generator=None) -> torch.Tensor:
@@ -140,11 +145,6 @@ def spectral_convergence(magnitude, samples, hop) -> torch.Tensor:
     """How far a sound (N, S) is from magnitudes (N, H, W): | magnitude - |STFT| | / | magnitude |, (N,)."""
     found = stft(samples, 2 * (magnitude.shape[1] - 1), hop).abs()
     return (magnitude - found).flatten(1).norm(dim=1) / magnitude.flatten(1).norm(dim=1)
-
-
-def _istft(frames, n_fft, hop):
-    window = torch.hann_window(n_fft, dtype=frames.real.dtype, device=frames.device)
-    return torch.istft(frames, n_fft, hop, window=window, length=(frames.shape[2] - 1) * hop)
 
 
 def read_wav(file) -> tuple[np.ndarray, int]:
@@ -189,23 +189,20 @@ def _chirps(split, limit, size):
     """The same at every size but for the sampling of time; clip i has class i % 4."""
     from scipy.signal import chirp
 
-    low, high, rate = 300.0, 3400.0, 8000  # Hz
+    rate, clips = 8000, []
     samples = (np.broadcast_to(size, 2)[1] - 1) * frames_of(size, rate)[1]
-    time, clips = (np.arange(samples) + 0.5) / samples, []
+    time, seconds = (np.arange(samples) + 0.5) / rate, samples / rate
     for index in range(min(limit or 2048, 2048 if split == "train" else 256)):
         rng = np.random.default_rng((20240403, ("train", "test", "validation").index(split), index))
-        first = rng.uniform(low, 0.45 * high)
-        last = rng.uniform(first + 0.3 * (high - low), high)
+        first = rng.uniform(300, 1530)  # Hz
+        last = rng.uniform(first + 930, 3400)
         centre, spread, power = rng.uniform((0.4, 0.25, 2), (0.6, 0.4, 4))
         loudness, noise = 10 ** (rng.uniform((-20, -50), (-3, -25)) / 20)
         phases = rng.uniform(-90, 270, 2)  # degrees
         one = first if rng.random() < 0.5 else last
         ends = [[(first, last)], [(last, first)], [(one, one)], [(first, first), (last, last)]][index % 4]
-        tones = [
-            chirp(time * samples / rate, start, samples / rate, end, phi=phase)
-            for (start, end), phase in zip(ends, phases, strict=False)
-        ]
-        envelope = np.exp(-(np.abs((time - centre) / spread) ** power))
+        tones = [chirp(time, f, seconds, g, phi=p) for (f, g), p in zip(ends, phases, strict=False)]
+        envelope = np.exp(-(np.abs((time / seconds - centre) / spread) ** power))
         clips.append(loudness * (envelope * np.mean(tones, axis=0) + noise * rng.standard_normal(samples)))
     return _spectrograms(clips, rate, size, np.arange(len(clips)) % 4, CHIRP_CLASSES)
 
