@@ -6,7 +6,6 @@ from scipy import fft, interpolate, linalg
 from nfhelpers.images import grid_coords, to_image, to_unit
 
 METHODS = ("linear", "cubic", "thin plate", "biharmonic")
-"""Delaunay triangles; Clough-Tocher on them; spline through all points; inpainting of the observed grid."""
 RIDGE = 1e-4  # added to the variances of the observed pixels, as a part of the mean variance of a pixel
 
 
@@ -78,12 +77,11 @@ class Wiener:
     def _fill(self, image, mask):
         row, column = mask.nonzero()  # (Ni,) each
         lags = [np.abs(index[:, None] - index) for index in (row, column)]  # (Ni, Ni) each
-        among = self.covariance[tuple(lags)]  # (Ni, Ni, 3, 3)
-        among = among.transpose(0, 2, 1, 3).reshape(3 * len(row), -1)  # (3 Ni, 3 Ni)
+        among = self.covariance[tuple(lags)].transpose(0, 2, 1, 3).reshape(3 * len(row), -1)  # (3 Ni, 3 Ni)
         among[np.diag_indices_from(among)] += RIDGE * np.trace(self.covariance[0, 0]) / 3 + 1e-12
+        solved = linalg.solve(among, (image[mask] - self.mean).ravel(), assume_a="pos")
         # Zero-padded to twice the size, the circular convolution is the sum over the observed pixels.
         weights = np.zeros((2 * self.height, 2 * self.width, 3))
-        solved = linalg.solve(among, (image[mask] - self.mean).ravel(), assume_a="pos")
         weights[row, column] = solved.reshape(-1, 3)
         spread = np.einsum("yxij,yxj->yxi", self.kernel, np.fft.rfft2(weights, axes=(0, 1)))
         spread = np.fft.irfft2(spread, s=weights.shape[:2], axes=(0, 1))[: self.height, : self.width]

@@ -1,8 +1,6 @@
 """Evaluation is one idea: observe a part of the pixels, reconstruct the field, score it, one row an image.
 
-    observed = observe(images, fraction=0.2)
-    table = score(reconstruct(model, observed), observed.images, model="v1")
-    table.groupby("model").psnr.agg(["mean", "sem"])
+    score(reconstruct(model, seen), seen.images, model="v1").groupby("model").psnr.agg(["mean", "sem"])
 
 Observed pixels are returned unchanged at their own size: a model is asked for the others. A posterior sample
 has about twice the squared error of the posterior mean, so every row says its `kind`.
@@ -99,11 +97,10 @@ def compare(
     methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler="heun",
     seed=0, progress=False,
 ):  # fmt: skip
-    """Reconstruct the same observed pixels, with the same noise, by several methods at several sizes.
+    """Reconstruct the same observed pixels of images (N, S, S, 3), with the same noise, by a dict of methods.
 
-    methods: dict of name -> method of `reconstruct`. images: (N, S, S, 3). sizes: sides, S alone if None.
-    truth: dict of size -> (N, size, size, 3) for scores at other sizes. kinds: of the models; other methods
-    have the kind "classical". steps, sampler: of the kind "sample"; a mean takes one step.
+    sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for scores at other sizes. kinds:
+    of the models; other methods have the kind "classical". steps, sampler: of the kind "sample".
     Returns (`score` with columns model, kind, size, seconds of one image; {(model, kind, size): fields}).
     """
     from pandas import concat

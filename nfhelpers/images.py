@@ -52,11 +52,10 @@ def open_images(source, split="train", size=32, limit=None, held_out=False) -> "
         with np.load(path, allow_pickle=False) as arrays:
             found = {key.lower().removeprefix("x_"): arrays[key] for key in arrays}
         found = {key: x for key, x in found.items() if x.dtype == np.uint8 and x.shape[3:] == (3,)}
-        if len(found) == 1 and not split_of(*found):  # such a file is often sorted by class
-            found = {"": np.random.default_rng(SEED).permutation(*found.values())}
-        return area_resize(
-            take_split({split_of(k): x for k, x in found.items()}, split, path, held_out)[:limit], size
-        )
+        parts = {split_of(key): x for key, x in found.items() if split_of(key)}
+        if not parts and len(found) == 1:  # such a file is often sorted by class
+            parts = {None: np.random.default_rng(SEED).permutation(*found.values())}
+        return area_resize(take_split(parts, split, path, held_out)[:limit], size)
     from PIL import Image
 
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -101,15 +100,14 @@ def _records(folder):
     import pooch
     from filelock import FileLock
 
-    if folder == "cifar10" and not (folder := data_folder() / "cifar-10-batches-bin").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name("cifar-10.lock")):  # one process downloads, the others wait
+    root = data_folder()
+    if folder == "cifar10" and not (folder := root / "cifar-10-batches-bin").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "cifar-10.lock"):  # one process downloads, the others wait
             if not folder.exists():  # it is whole once it has its name
                 unpack = pooch.Untar(extract_dir="cifar-10-unpacked")
-                pooch.retrieve(
-                    CIFAR10_URL, CIFAR10_HASH, path=folder.parent, processor=unpack, progressbar=True
-                )
-                folder.with_name("cifar-10-unpacked").joinpath(folder.name).rename(folder)
+                pooch.retrieve(CIFAR10_URL, CIFAR10_HASH, path=root, processor=unpack, progressbar=True)
+                (root / "cifar-10-unpacked" / folder.name).rename(folder)
     found = {}
     for file in sorted(folder.glob("*_batch*.bin")):
         records = np.fromfile(file, np.uint8).reshape(-1, RECORD)
@@ -118,8 +116,8 @@ def _records(folder):
 
 
 def _photos(split, size, limit):
-    images = []
     windows = _train_windows(limit or 4096) if split == "train" else _upright_windows(UPRIGHT[split])[:limit]
+    images = []
     for name, top, left, side, symmetry, channels in windows:
         sums = _photo(name)[1][top : top + side + 1, left : left + side + 1]
         window = _area_mean(sums, size, name)[..., channels]
@@ -141,16 +139,15 @@ def _train_windows(count):
 
 def _upright_windows(names):
     """Up to 64 windows, as photographed, of each photograph in turn; those of one side do not overlap."""
-
-    def starts(length, side):  # of as many intervals as fit side by side, evenly spread
-        count, spare = length // side, length - side
-        return np.arange(count) * spare // (count - 1) if count > 1 else [spare // 2]
-
     rng, queues = np.random.default_rng(SEED), []
     for name in names:
         photo, tiles = _photo(name)[0], []
         for side in (128, 160, 192, 224, 256):
-            for top, left in itertools.product(*(starts(length, side) for length in photo.shape[:2])):
+            spares = [
+                (length // side, length - side) for length in photo.shape[:2]
+            ]  # windows that fit, pixels
+            rows, columns = ([i * s // (n - 1) for i in range(n)] if n > 1 else [s // 2] for n, s in spares)
+            for top, left in itertools.product(rows, columns):
                 if photo[top : top + side, left : left + side].std(axis=(0, 1)).max() > 10:  # no empty sky
                     tiles.append((name, top, left, side, 0, (0, 1, 2)))
         queues.append([tiles[i] for i in rng.permutation(len(tiles))])
@@ -266,8 +263,7 @@ class SparseFields(Dataset):
         self.num_inputs, self.num_queries = (max(1, round(x * len(self.coords))) for x in (observed, queries))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the draws of a dataset without a seed; persistent workers do not hear of it."""
-        self.epoch = epoch
+        self.epoch = epoch  # persistent workers do not hear of it
 
     def __len__(self) -> int:
         return len(self.images)

@@ -57,8 +57,8 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
     """The first `limit` clips of a source as labelled spectrograms of a size: (H, W), or a number for both.
 
     - "chirps": synthetic tones in noise of four classes at 8 kHz, 2,048 to train on and 256 of other splits.
-    - "fsdd": the Free Spoken Digit Dataset in `data_folder()`; or a folder or zip archive of files
-      {digit}_{speaker}_{take}.wav, of which takes 0 to 4 are test, as its authors say.
+    - "fsdd": spoken digits in `data_folder()`; or a folder or zip archive of {digit}_{speaker}_{take}.wav.
+      Takes 0 to 4 are test, as the authors of the Free Spoken Digit Dataset say.
     - a folder of wav files of one sample rate, whose classes are its folders. held_out: `files.take_split`.
     """
     path = source_path(source, ("chirps", "fsdd"), split)
@@ -84,15 +84,16 @@ def load_clip(file, size=64) -> tuple[Spectrograms, torch.Tensor]:
 
 def generated_meta(size, sample_rate, class_names) -> SpectrogramMeta:
     """The meta of generated spectrograms; their reference is that of a full-scale sine."""
-    n_fft, hop = frames_of(size, sample_rate)
+    n_fft, hop, _ = frames_of(size, sample_rate)
     return SpectrogramMeta(sample_rate, n_fft, hop, torch.tensor([n_fft / 4]), tuple(class_names))
 
 
-def frames_of(size, sample_rate) -> tuple[int, int]:
-    """(n_fft, hop) of H x W: frames of 2 (H - 1) samples lie `SECONDS` / W apart, but at most half a frame.
-    At 8 kHz 64 x 64 shows 0.49 s, 32 x 32 0.12 s."""
+def frames_of(size, sample_rate) -> tuple[int, int, int]:
+    """(n_fft, hop, samples in all) of H x W: frames of 2 (H - 1) samples lie `SECONDS` / W apart, but at most
+    half a frame. At 8 kHz 64 x 64 shows 0.49 s, 32 x 32 0.12 s."""
     height, width = np.broadcast_to(size, 2).tolist()
-    return 2 * (height - 1), max(1, min(round(SECONDS * sample_rate / width), height - 1))
+    hop = max(1, min(round(SECONDS * sample_rate / width), height - 1))
+    return 2 * (height - 1), hop, (width - 1) * hop
 
 
 def stft(samples, n_fft, hop) -> torch.Tensor:
@@ -154,26 +155,24 @@ def read_wav(file) -> tuple[np.ndarray, int]:
     file = Path(file) if isinstance(file, str) else file
     try:
         data = file.read() if hasattr(file, "read") else file.read_bytes()
-        samples, rate = soundfile.read(io.BytesIO(_whole(data)), dtype="float32", always_2d=True)
+        chunks, at = b"", 12  # of a copy with true sizes, which streams do not know
+        while data[:4] == b"RIFF" and at + 8 <= len(data):
+            name, size = struct.unpack_from("<4sI", data, at)
+            at, there = at + 8, len(data) - at - 8
+            if name == b"data" and there < size < 1e9:  # streams write more, or 0
+                raise ValueError(f"it is cut, with {there} of {size} bytes of sound")
+            size = min(size, there) if size or name != b"data" else there
+            chunks += name + struct.pack("<I", size) + data[at : at + size] + bytes(size % 2)
+            at += size + (
+                size % 2 and data[at + size : at + size + 1] == b"\0"
+            )  # the pad byte may be missing
+        data = b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks if chunks else data
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         if not (len(samples) and np.isfinite(samples).all()):
             raise ValueError("it holds no samples, or some that are not finite")
     except (soundfile.LibsndfileError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{file} cannot be read as a wav file: {error}") from error
     return samples.mean(axis=1), rate
-
-
-def _whole(data):
-    """A RIFF file with true sizes in its header, which streams do not know; an error for one that is cut."""
-    chunks, at = b"", 12
-    while data[:4] == b"RIFF" and at + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, at)
-        at, there = at + 8, len(data) - at - 8
-        if name == b"data" and there < size < 1e9:  # streams write more, or 0
-            raise ValueError(f"it is cut, with {there} of {size} bytes of sound")
-        size = min(size, there) if size or name != b"data" else there
-        chunks += name + struct.pack("<I", size) + data[at : at + size] + bytes(size % 2)
-        at += size + (size % 2 and data[at + size : at + size + 1] == b"\0")  # the pad byte may be missing
-    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks if chunks else data
 
 
 def write_wav(file, samples, sample_rate: int, normalise: bool = False) -> None:
@@ -190,7 +189,7 @@ def _chirps(split, limit, size):
     from scipy.signal import chirp
 
     rate, clips = 8000, []
-    samples = (np.broadcast_to(size, 2)[1] - 1) * frames_of(size, rate)[1]
+    samples = frames_of(size, rate)[2]
     time, seconds = (np.arange(samples) + 0.5) / rate, samples / rate
     for index in range(min(limit or 2048, 2048 if split == "train" else 256)):
         rng = np.random.default_rng((20240403, ("train", "test", "validation").index(split), index))
@@ -236,7 +235,7 @@ def _files(path):
 def _clip(file, size):
     """What a spectrogram shows of a wav file, its loudest part or all amid silence, and its sample rate."""
     samples, rate = read_wav(file)
-    length = (np.broadcast_to(size, 2)[1] - 1) * frames_of(size, rate)[1]
+    length = frames_of(size, rate)[2]
     spare = max(0, length - len(samples))
     samples = np.pad(samples, (spare // 2, spare - spare // 2))
     energy = np.pad(np.cumsum(samples.astype(np.float64) ** 2), (1, 0))
@@ -245,7 +244,7 @@ def _clip(file, size):
 
 
 def _spectrograms(clips, rate, size, labels, classes, names=()):
-    n_fft, hop = frames_of(size, rate)
+    n_fft, hop, _ = frames_of(size, rate)
     magnitude = stft(torch.from_numpy(np.stack(clips).astype(np.float32)), n_fft, hop).abs()  # (N, H, W)
     reference = magnitude.flatten(1).amax(1)  # (N,)
     reference = torch.where(reference > 0, reference, 1.0)  # of silence
