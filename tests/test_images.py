@@ -22,15 +22,10 @@ def random_images(count=4, height=8, width=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def digest(images):
-    return hashlib.sha256(images.tobytes()).hexdigest()[:8]
-
-
 def test_photos_stay_what_reported_numbers_were_measured_on():
-    assert digest(load_images("photos", "train", 32, 64)) == "0fcc6b27"
-    assert digest(load_images("photos", "test")) == "15d18e13"
-    assert digest(load_images("photos", "test", 100, 8)) == "b76ad722"
-    assert digest(load_images("photos", "validation", 16)) == "32a3aa83"
+    some = ("train", 32, 64), ("test",), ("test", 100, 8), ("validation", 16)
+    digests = [hashlib.sha256(load_images("photos", *options).tobytes()).hexdigest()[:8] for options in some]
+    assert digests == ["0fcc6b27", "15d18e13", "b76ad722", "32a3aa83"]
     for split in SPLITS:  # a limit takes the first
         equal(load_images("photos", split, 16, 30)[:20], load_images("photos", split, 16, 20))
     with pytest.raises(ValueError):
@@ -84,15 +79,6 @@ def test_inputs_and_queries_are_disjoint_ordered_and_true(height, width, observe
     flat = module.to_model(images[1]).reshape(-1, 3)
     equal(item["input_values"], flat[inputs])
     equal(item["query_values"], flat[targets])
-    assert all(tensor.dtype == torch.float32 for tensor in item.values())
-
-
-def test_pixels_are_drawn_uniformly():
-    dataset, counts = SparseFields(random_images(400, 4, 4), 0.25, 0.25, seed=0), np.zeros((2, 16))
-    for item in dataset:
-        for row, name in enumerate(("input_coords", "query_coords")):
-            counts[row, indices(item[name], 4, 4)] += 1
-    assert np.abs(counts - 100).max() < 40  # Binomial(400, 1/4): standard deviation 8.7
 
 
 def test_draws_follow_the_epoch_or_the_seed():
@@ -109,23 +95,8 @@ def test_draws_follow_the_epoch_or_the_seed():
     assert pixels(fixed, 0) == pixels(fixed, 1) != pixels(SparseFields(images, seed=1), 0)
 
 
-def test_observe_draws_what_sparse_fields_draw():
-    images = random_images(3)
-    coords, values, mask = module.observe(images[2], 0.3, (7, 2))
-    item = SparseFields(images, 0.3, 0.1, seed=7)[2]
-    assert torch.equal(coords, item["input_coords"]) and torch.equal(values, item["input_values"])
-    assert mask.sum() == round(0.3 * 64) and module.observe(images[2], 1.0)[2].all()
-    equal(module.to_model(images[2])[mask], values)
-    np.testing.assert_allclose(module.observe(images[2] / 255, 0.3, (7, 2))[1], values, atol=1e-6)
-    with pytest.raises(ValueError):
-        module.observe(np.full((4, 4, 3), np.nan))
-
-
 def test_of_all_pixels_observed_some_are_the_queries():
     images = random_images(1, 4, 6)
-    whole = SparseFields(images, observed=1, queries=1, seed=0)[0]
-    assert torch.equal(whole["input_coords"], grid_coords(4, 6))
-    assert torch.equal(whole["query_values"], whole["input_values"])
     half = SparseFields(images, observed=1, queries=0.5, seed=0)[0]
     assert len(half["query_coords"].unique(dim=0)) == 12 and len(half["input_values"]) == 24
     for fractions in ((0.6, 0.5), (0, 0.2), (1.5, 0.2), (0.2, float("nan")), (1, 2)):
@@ -159,8 +130,6 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
     assert module.load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
     assert [*module.load_labels(batches, "validation"), *module.load_labels(batches, "test")] == [6, 7, 5, 9]
-    halves = train[:5].reshape(5, 16, 2, 16, 2, 3).mean(axis=(2, 4))
-    assert np.abs(load_images("cifar10", size=16, limit=5) - halves).max() <= 0.5
     file = batches / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError):
@@ -248,8 +217,6 @@ def test_what_no_folder_has_is_held_out_of_training_or_missed(tmp_path):
     fill(tmp_path, [99])
     with pytest.warns(UserWarning, match=r"99\.png"):
         assert sorted(colours(tmp_path, "test")) == list(range(20, 25))
-    with pytest.raises(ValueError, match="train"):
-        load_images(tmp_path / "train", "tests", 8)
 
 
 def test_linked_folders_are_followed_and_names_may_be_of_any_encoding(tmp_path):
@@ -294,9 +261,8 @@ def test_load_image_takes_a_file_its_bytes_or_an_array(tmp_path):
     for crop, left in ((0, 0), (0.5, 4), (1, 8)):
         for source in (tmp_path / "x.png", str(tmp_path / "x.png"), data, image):
             equal(load_image(source, 6, crop), area_resize(image[:, left : left + 12], 6))
-    for wrong in (b"no image", data[:200]):
-        with pytest.raises(ValueError):
-            load_image(wrong, 6)
+    with pytest.raises(ValueError):
+        load_image(data[:200], 6)
 
 
 def test_a_folder_is_read_item_by_item_and_damaged_files_are_said(tmp_path):
@@ -304,8 +270,7 @@ def test_a_folder_is_read_item_by_item_and_damaged_files_are_said(tmp_path):
     images, whole = open_images(tmp_path, "train", 8), load_images(tmp_path, "train", 8)
     assert len(images) == 27 and images.shape == whole.shape and images[3:5].shape == (2, 8, 8, 3)
     equal(images[-1], whole[-1])
-    for lazy, loaded in zip(SparseFields(images), SparseFields(whole), strict=True):
-        assert all(torch.equal(lazy[name], loaded[name]) for name in loaded)
+    assert torch.equal(SparseFields(images)[2]["query_values"], SparseFields(whole)[2]["query_values"])
     for damaged, content in ((5, images.files[5].read_bytes()[:45]), (26, b"")):
         images.files[damaged].write_bytes(content)
         with pytest.warns(UserWarning, match=images.files[damaged].name):
