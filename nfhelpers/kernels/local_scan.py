@@ -1,15 +1,12 @@
 """LocalMamba's windowed scan of a grid and its exact inverse, for any height, width and window.
 
-A windowed scan visits windows of `window` x `window` pixels one after the other and the pixels of a window
-row by row. Windows at the right and lower edge are cut short: every pixel is one token and nothing is padded.
-With K = window, pixel (r, q) of an (H, W) grid lies in window (i, j) = (r // K, q // K), which has
-h = min(K, H - i K) rows and w = min(K, W - j K) columns, and its step is
+The scan visits windows of K x K pixels one after the other and the pixels of a window row by row; windows at
+the right and lower edge are cut short. Pixel (r, q) lies in window (i, j) = (r // K, q // K) of h x w pixels;
+its step, which the Triton kernel computes and undoes (a CPU keeps an order for each grid), is
 
     l = i K W + j h K + (r - i K) w + (q - j K)          bands above, windows to the left, rows above, columns
 
-which integer divisions undo: in the Triton kernel; on a CPU an order is kept for each grid. A model needs no
-scanned copy, `nfhelpers.directional_scan` gathers inside its kernel; the functions here are for code that
-scans, runs a sequence model and scans back.
+Models need no scanned copy: `nfhelpers.directional_scan` gathers inside its kernel.
 """
 
 import functools
@@ -28,9 +25,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def local_scan(x, window, flip=False, column_first=False):
     """Pixels (B, C, H, W) window by window, (B, C, H W): x.flatten(2)[:, :, grid_order(H, W, f"w{window}")].
 
-    With column_first windows follow one another down the columns of windows, and pixels down the columns of a
-    window; flip walks backwards. Channels-last in memory if x is. Differentiable any number of times.
-    Source: Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024.
+    With column_first windows, and pixels in a window, follow one another down the columns; flip walks
+    backwards. Channels-last in memory if x is. Source: Huang et al., "LocalMamba", 2024.
     """
     return torch.ops.nfhelpers.local_scan(x.flatten(2), *x.shape[2:], window, False, flip, column_first)
 

@@ -1,8 +1,7 @@
 """Orders in which a scan visits points of the plane or pixels of a grid, and their inverses.
 
-An order is a permutation `order` of the L token positions: token `order[k]` is visited at step k. So
-`x.gather(1, order[..., None].expand_as(x))` sorts tokens (B, L, D), and gathering with `inverse_order(order)`
-puts them back.
+An order is a permutation of the L token positions: the scan visits token `order[k]` at step k. So
+`x.gather(1, order[..., None].expand_as(x))` sorts tokens (B, L, D); `inverse_order(order)` puts them back.
 """
 
 import re
@@ -123,21 +122,3 @@ def inverse_order(order):
     check_permutation(order)
     steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order, memory_format=torch.contiguous_format).scatter_(-1, order, steps)
-
-
-def neighbour_steps(coords, orders, neighbours=4, among=None):
-    """(B, K, L, M): how far back in each order a scan has met the M points that lie nearest, nearest first.
-
-    n for a neighbour that the scan meets n steps before the point, -n for one that it meets n steps after it,
-    of which a causal scan knows nothing there. coords (B, L, 2); orders (B, K, L); among (B, L) bool: points
-    that may be neighbours. Of points that are equally near, the first in coords counts. O(B L^2).
-    """
-    apart = (coords[:, :, None].float() - coords[:, None].float()).norm(dim=-1)  # (B, L, L)
-    excluded = torch.eye(coords.shape[1], dtype=torch.bool, device=coords.device)
-    excluded = excluded if among is None else excluded | ~among[:, None]
-    apart = apart.masked_fill(excluded, torch.inf)
-    level = _lines(apart.flatten(0, 1)).view_as(apart)  # pixels equally far in exact arithmetic share one
-    nearest = level.argsort(dim=-1, stable=True)[..., :neighbours]  # (B, L, M)
-    position = inverse_order(orders)  # (B, K, L), the step at which a point is visited
-    there = position.gather(2, nearest.flatten(1)[:, None].expand(-1, orders.shape[1], -1))  # (B, K, L*M)
-    return position[..., None] - there.unflatten(2, nearest.shape[1:])  # (B, K, L, M)
