@@ -1,7 +1,7 @@
 # make notebooks | make test | make lab. Everything lives in .venv, made on the first call.
 
 PYTHON ?= python3
-# auto (by the hardware), smoke, demo or full.
+# auto (by the hardware) or the name of a preset.
 NF_PRESET ?= auto
 
 VENV := .venv
@@ -11,20 +11,25 @@ STAMP := $(VENV)/.installed
 PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 # Jupyter refuses root unless told; a container's only user often is root.
 ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+# An image that is uploaded to a widget travels as one message.
+LAB := --ServerApp.tornado_settings='{"websocket_max_message_size": 200000000}'
+# JupyterLab asks nobody whether to show its news.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 # Jupyter's own files stay in the environment; a kernel of the same name elsewhere is not used.
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help install notebooks test lab doctor clean
+.PHONY: help install notebooks outputs test lab doctor clean
 
 help:
-	@echo "make notebooks   install, then run the notebooks; writes their outputs back when a run ends well"
+	@echo "make notebooks   install, then run the notebooks into build/notebooks (.ipynb and .html)"
 	@echo "make test        install, then lint, unit tests, kernels, notebooks (smoke) and the browser test"
 	@echo "make lab         install, then open JupyterLab"
 	@echo "make doctor      install, then print versions, devices and scan backends"
+	@echo "make outputs     copy the last run's notebooks and figures into notebooks/ and figures/ (maintainers)"
 	@echo "make clean       remove .venv and build/; runs/, what was trained, stays"
 	@echo
-	@echo "NF_PRESET=smoke|demo|full   size of the notebooks (default: full on a GPU of 8 GB or more, else demo)"
+	@echo "NF_PRESET=smoke|demo|full   size of the notebooks (default: by the hardware)"
 	@echo "PYTHON=python3.12           the interpreter that makes .venv (3.11 or newer)"
 
 install: $(STAMP)
@@ -36,9 +41,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[notebooks,dev]"
 	@touch $@
+	@echo "installed in $(VENV): run commands as $(BIN)/python -m nfhelpers train | evaluate | doctor,"
+	@echo "or as python -m nfhelpers after: source $(BIN)/activate"
 
 notebooks: $(STAMP)
 	NF_PRESET=$(NF_PRESET) $(BIN)/python notebooks/run_all.py
+
+outputs: $(STAMP)
+	$(BIN)/python notebooks/run_all.py --promote
 
 test: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,10 +59,12 @@ test: $(STAMP)
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
-	NF_PRESET=smoke $(BIN)/python -m pytest tests/test_browser.py
+	NF_PRESET=smoke $(PARALLEL) tests/test_browser.py
 
 lab: $(STAMP)
-	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
+	@mkdir -p $(LAB_SETTINGS)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_SETTINGS)/overrides.json
+	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab $(LAB) --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
 
 doctor: $(STAMP)
 	$(BIN)/python -m nfhelpers doctor

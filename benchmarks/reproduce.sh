@@ -7,9 +7,8 @@
 #     DRY=1 bash benchmarks/reproduce.sh                  print the commands
 #
 # Stages: train-v1, train-multidir, train-v2, train-field, train-diffae_phase1, train-diffae_phase2 (on phase 1),
-# train-localmamba; then means-*, samples-* (posterior means and samples of all models), scales-photos, compare
-# (v1 with v2), pca-* (the autoencoder), generated-* (LocalMamba); and scan, train-step, sampling. What is scored
-# are the models of the last epoch, not those that validation found best: it saw some of the images scored here.
+# train-localmamba; then means-*, samples-* (posterior means and samples of all models), scales-photos, pca-* (the
+# autoencoder), generated-* (LocalMamba); and scan, train-step, sampling.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
 # was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages take minutes and start again.
 #
@@ -52,15 +51,16 @@ else
 fi
 # The autoencoder is shown the images that its phases were trained on.
 pictures=${sources[-1]}
-stages=("${sections[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos compare
+stages=("${sections[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
     "pca-$pictures" "generated-${grids[0]}" scan train-step sampling)
 models=()
-for name in "${fields[@]}"; do models+=("$OUT/$name/latest"); done
+for name in "${fields[@]}"; do models+=("$OUT/$name/best"); done
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {
     local what=${1#*-} name
     local result=(--out "$OUT/results/$1.json")
+    local folder=(--out "$OUT/results/$1")
     case $1 in
     train-step | sampling)
         command=("$PYTHON" "benchmarks/${1/-/_}.py" "${quick[@]}" "${device[@]}" "${result[@]}") ;;
@@ -68,28 +68,25 @@ command_of() {
         command=("$PYTHON" benchmarks/scan.py "${quick[@]}" "${device[@]}" "${result[@]}" --figure "$OUT/scan.png") ;;
     train-*)
         command=("$PYTHON" -m nfhelpers train "$what" --preset "$PRESET" --output "$OUT/$what" "${device[@]}")
-        [ "$what" = diffae_phase2 ] && command+=(--init "$OUT/diffae_phase1/latest")
+        [ "$what" = diffae_phase2 ] && command+=(--init "$OUT/diffae_phase1/best")
         for name in ${COMPILE/#all/${sections[*]}}; do
             [ "$name" = "$what" ] && command+=(--set train.compile=true)
         done
         for name in "${set[@]}"; do command+=(--set "$name"); done ;;
     means-*)
-        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --scales 32 --sample-scales
-            --images "$mean_images" "${device[@]}" "${result[@]}") ;;
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "$mean_images" "${device[@]}"
+            "${folder[@]}") ;;
     samples-*)
-        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --scales 32 --steps "$steps"
-            --images "$images" "${device[@]}" "${result[@]}") ;;
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "$images" --samplers heun
+            --steps "$steps" "${device[@]}" "${folder[@]}") ;;
     scales-photos)
-        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --scales "${scales[@]}" --sample-scales
-            --images "$images" "${device[@]}" "${result[@]}" --figures "$OUT/figures") ;;
-    compare)
-        command=("$PYTHON" -m nfhelpers compare "$OUT/v1/latest" "$OUT/v2/latest" --data "$pictures"
-            --num-samples "$images" --steps "$steps" --output "$OUT/compare" "${device[@]}") ;;
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --sizes "${scales[@]}" --images "$images"
+            "${device[@]}" "${folder[@]}") ;;
     pca-*)
-        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae_phase1/latest" --data "$what" --images "$mean_images"
+        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae_phase1/best" --data "$what" --images "$mean_images"
             "${device[@]}" "${result[@]}") ;;
     generated-*)
-        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba/latest" --data "${grids[@]}"
+        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba/best" --data "${grids[@]}"
             --steps "$steps" --guidance 1 2.5 "${device[@]}" "${result[@]}") ;;
     esac
 }

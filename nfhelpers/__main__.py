@@ -1,19 +1,7 @@
-"""The command line: python -m nfhelpers doctor | train | evaluate | compare.
+"""The command line: python -m nfhelpers train | evaluate | doctor.
 
-    python -m nfhelpers doctor
-    python -m nfhelpers doctor --model localmamba
-    python -m nfhelpers train v1 --preset demo --data photos
-    accelerate launch --multi_gpu -m nfhelpers train v1 --preset full
-    python -m nfhelpers train localmamba --data fsdd
-    python -m nfhelpers train diffae_phase1 && python -m nfhelpers train diffae_phase2
-    python -m nfhelpers evaluate checkpoints/v1-photos --scales 32 64 96 128 --steps 50
-    python -m nfhelpers evaluate checkpoints/v1-photos --samplers heun sde ddim --temperature 0.5
-    python -m nfhelpers compare checkpoints/v1-photos checkpoints/v2-photos --num-samples 50
-    accelerate launch --multi_gpu -m nfhelpers evaluate checkpoints/v1-photos --images 256
-
-Exit codes: 0 all is well; 1 `doctor` found a scan backend that loads but computes wrongly, or an item of the
-model's checklist that fails, or training met a loss that is not finite; 2 an error of the user's; 130
-interrupted.
+Arguments are checked before torch is imported. Exit codes: 0 all is well; 1 a loss that is not finite, or
+something that `doctor` missed; 2 an error of the user's; 130 interrupted, 143 terminated.
 """
 
 import argparse
@@ -23,545 +11,264 @@ import sys
 import tomllib
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
+from nfhelpers import run
 
-from nfhelpers import evaluate, kernels, models, plots, run, samplers, spectrograms, train
-
-DEVICE_HELP = (
-    "default: cuda where there is one; NVIDIA_TF32_OVERRIDE=0 keeps it from rounding products to TF32"
-)
-SELF_CHECK_TOLERANCE = 1e-4
-"""Largest relative error, against the float64 reference, that `doctor` takes for rounding in float32."""
+SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde")
+SOURCES = ("photos", "cifar10", "chirps", "fsdd")
 
 
 def main(arguments=None):
     """Parse the command line and run it; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = build_parser().parse_args(arguments)
-    command = shlex.join(["python", "-m", "nfhelpers", *arguments])
+    options = parser().parse_args(arguments)
     try:
-        return options.function(options, command)
-    except (ValueError, OSError, MemoryError) as error:
+        return options.function(options)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
-def build_parser():
-    """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nfhelpers", description="State space models for continuous neural fields."
-    )
-    commands = parser.add_subparsers(required=True, metavar="doctor | train | evaluate | compare")
+def parser():
+    made = argparse.ArgumentParser(prog="python -m nfhelpers", description="Neural fields from state spaces.")
+    commands = made.add_subparsers(required=True, metavar="train | evaluate | doctor")
+    train = commands.add_parser("train", help="train a model, or go on with a run that was stopped")
+    train.set_defaults(function=train_model)
+    names = [name for name in run.sections() if name != "ssm_basics"]
+    train.add_argument("model", choices=names, metavar="NAME", help=", ".join(names))
+    train.add_argument("--preset", choices=(*run.PRESETS, "auto"), help="default: NF_PRESET, else auto")
+    train.add_argument("--data", help=f"instead of the preset's: {', '.join(SOURCES)}, a folder, an .npz")
+    train.add_argument("--output", type=Path, help="folder of the run (default: runs/NAME/PRESET)")
+    train.add_argument("--init", type=Path, metavar="FOLDER", help="start from a model's weights, or a v1's")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=3, ...")
+    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU")
 
-    doctor_parser = commands.add_parser(
-        "doctor",
-        help="versions, devices and scan backends, each checked against the reference",
-        description="Print versions, devices and scan backends; check each backend's outputs and gradients "
-        "against the float64 reference. With --model, go through that model's checklist too. Ends with 1 if "
-        "a backend that loads computes wrongly, or an item fails.",
-    )
-    doctor_parser.add_argument("--model", choices=("localmamba",), help="also check this model")
-    doctor_parser.add_argument(
-        "--preset", choices=run.PRESETS, default="smoke", help="its settings (default: %(default)s)"
-    )
-    doctor_parser.set_defaults(function=doctor)
+    evaluate = commands.add_parser("evaluate", help="scores of models, and of classical interpolation")
+    evaluate.set_defaults(function=evaluate_models)
+    evaluate.add_argument("checkpoints", type=Path, nargs="+", metavar="FOLDER", help="saved models")
+    evaluate.add_argument("--data", default="photos", help="source of test images (photos)")
+    evaluate.add_argument("--images", type=int, default=16, help="how many (16)")
+    evaluate.add_argument("--observed", type=float, default=0.2, help="fraction of the pixels (0.2)")
+    evaluate.add_argument("--sizes", type=int, nargs="+", default=[32], help="the first is observed (32)")
+    evaluate.add_argument("--samplers", choices=SAMPLERS, nargs="*", default=[], help="also draw samples")
+    evaluate.add_argument("--steps", type=int, default=50, help="of a sampler (50)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of pixels and noise (0)")
+    evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write scores.csv and fields.png there")
 
-    train_parser = commands.add_parser(
-        "train",
-        help="train a model, or go on with a run that was stopped",
-        description="Train a model on sparse pixels, or localmamba on spectrograms, by flow matching. A run "
-        "that was stopped is resumed from its output folder; Ctrl-C leaves a usable checkpoint. "
-        "On many GPUs: accelerate launch -m nfhelpers train ...",
-    )
-    train_parser.add_argument("model", choices=trainable(), help="which model")
-    train_parser.add_argument(
-        "--preset", help="smoke, demo, full or auto, by the hardware (default: NF_PRESET, else auto)"
-    )
-    train_parser.add_argument(
-        "--data",
-        help="photos, cifar10, a folder of images or an .npz file; of localmamba: chirps, fsdd or a folder "
-        "of wav files (default: the preset's)",
-    )
-    train_parser.add_argument("--output", type=Path, help="folder of the run (default: runs/MODEL/PRESET)")
-    train_parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a setting of presets.toml: train.epochs=3, model.d_model=256; may be repeated",
-    )
-    train_parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    train_parser.add_argument(
-        "--precision", choices=sorted(train.PRECISIONS), help="default: bf16 on a GPU, else fp32"
-    )
-    train_parser.add_argument("--seed", type=int, help="default: the preset's")
-    train_parser.add_argument(
-        "--init",
-        type=Path,
-        metavar="FOLDER",
-        help="of diffae_phase2: the model of phase 1 (default: runs/diffae_phase1/PRESET/best); of multidir, "
-        "v2 and field: a trained v1, whose shared components they start from",
-    )
-    train_parser.set_defaults(function=train_model)
-
-    evaluate_parser = commands.add_parser(
-        "evaluate",
-        help="PSNR, SSIM and speckle of a checkpoint at several sizes, beside classical interpolation",
-        description="Reconstruct test images at several sizes from the same observed pixels and print "
-        "a table: the model's posterior mean and sample, classical interpolators, the best linear estimate "
-        "(wiener, from training images of the same source), upsampled 32 px result. On many GPUs, which "
-        "share the images: accelerate launch --multi_gpu -m nfhelpers evaluate ...",
-    )
-    evaluate_parser.add_argument(
-        "checkpoint",
-        type=Path,
-        nargs="+",
-        help="folder of a saved model, such as checkpoints/v1-photos; several share one table, in which they "
-        "are compared with the first",
-    )
-    evaluate_parser.add_argument(
-        "--scales", type=int, nargs="+", default=[32, 64, 96, 128], metavar="SIDE", help="sides in pixels"
-    )
-    evaluate_parser.add_argument(
-        "--sample-scales",
-        type=int,
-        nargs="*",
-        metavar="SIDE",
-        help="sides at which posterior samples, many steps each, are drawn too (default: all; none if empty)",
-    )
-    evaluate_parser.add_argument(
-        "--steps", type=int, default=50, help="sampler steps of a sample (default: %(default)s)"
-    )
-    evaluate_parser.add_argument(
-        "--samplers",
-        choices=sorted(samplers.SAMPLERS),
-        nargs="+",
-        default=["heun"],
-        metavar="SAMPLER",
-        help=f"one or more of {', '.join(samplers.SAMPLERS)}, a row each (default: heun)",
-    )
-    evaluate_parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="of sde: how much noise its steps replace, 0 for none (default: %(default)s)",
-    )
-    evaluate_parser.add_argument(
-        "--data", default="photos", help="source of test images (default: %(default)s)"
-    )
-    evaluate_parser.add_argument("--images", type=int, default=16, help="how many (default: %(default)s)")
-    evaluate_parser.add_argument(
-        "--observed", type=float, default=0.2, help="fraction of pixels observed (default: %(default)s)"
-    )
-    evaluate_parser.add_argument(
-        "--out", type=Path, help="also write the table, with command and versions, as JSON"
-    )
-    evaluate_parser.add_argument(
-        "--figures", type=Path, metavar="DIR", help="also draw the first image at all sizes"
-    )
-    evaluate_parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
-    evaluate_parser.add_argument(
-        "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
-    )
-    evaluate_parser.set_defaults(function=evaluate_checkpoint)
-
-    compare_parser = commands.add_parser(
-        "compare",
-        help="two checkpoints on the same pixels of the same images, with paired tests and charts",
-        description="Reconstruct the same test images with two checkpoints; print and write "
-        "comparison_results.txt (PSNR, SSIM, speckle and seconds with standard errors, improvement, paired "
-        "t-test and Wilcoxon's test), v1_vs_v2_comparison.png and improvement_chart.png. On many GPUs, which "
-        "share the images: accelerate launch --multi_gpu -m nfhelpers compare ...",
-    )
-    for name, example in (("a", "checkpoints/v1-photos"), ("b", "checkpoints/v2-photos")):
-        compare_parser.add_argument(
-            f"checkpoint_{name}", type=Path, help=f"folder of a saved model, such as {example}"
-        )
-    compare_parser.add_argument(
-        "--num-samples", type=int, default=50, help="how many test images (default: %(default)s)"
-    )
-    compare_parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=[50],
-        metavar="STEPS",
-        help="Heun steps of a sample; two numbers for A and B (default: 50)",
-    )
-    compare_parser.add_argument(
-        "--data", default="photos", help="source of test images (default: %(default)s)"
-    )
-    compare_parser.add_argument(
-        "--observed", type=float, default=0.2, help="fraction of pixels observed (default: %(default)s)"
-    )
-    compare_parser.add_argument(
-        "--output", type=Path, help="folder of the results (default: runs/compare/A_vs_B)"
-    )
-    compare_parser.add_argument("--device", choices=("cpu", "cuda"), help=DEVICE_HELP)
-    compare_parser.add_argument(
-        "--seed", type=int, default=0, help="of pixels and noise (default: %(default)s)"
-    )
-    compare_parser.set_defaults(function=compare_checkpoints)
-    return parser
+    doctor = commands.add_parser("doctor", help="versions, devices, scan backends; checks of a saved model")
+    doctor.set_defaults(function=diagnose)
+    doctor.add_argument("--model", type=Path, metavar="FOLDER", help="also check this saved model")
+    for command in (train, evaluate, doctor):
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return made
 
 
-def trainable():
-    """Names of the models that have a section of settings in presets.toml."""
-    sections = run.sections()
-    return [*(name for name in models.FIELD_MODELS | models.OTHER_MODELS if name in sections), *PHASES]
+def check_paths(*models, source=None, output=None):
+    """Find out without torch that a folder holds no model, data are nowhere, or nothing can be written."""
+    for folder in filter(None, models):
+        if not (folder / "config.json").is_file():
+            inside = [str(path.parent) for path in folder.glob("*/config.json")]
+            raise ValueError(f"{folder} is no saved model" + f"; it holds {', '.join(inside)}" * bool(inside))
+    if source not in (None, *SOURCES) and not Path(source).expanduser().exists():
+        raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
 
 
-# ---------------------------------------------------------------- doctor
-
-
-def doctor(options, command):
-    """Print versions, devices, the state of every scan backend and a model's checklist; 1 if one is wrong."""
-    print("versions")
-    for name, number in run.versions().items():
-        print(f"  {name:<10} {number or 'not installed'}")
-    print("devices")
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    devices += ["mps"] if torch.backends.mps.is_available() else []
-    for device in devices:
-        print(f"  {run.describe_device(device)}")
-    default = run.default_device()
-    print(
-        f"selective scan (* used on {default.type}; float32's relative error against the float64 reference)"
-    )
-    try:
-        chosen, refused = kernels.choose_backend(default), None
-    except ValueError as error:  # NF_SCAN_BACKEND names one that cannot run here; the table says why
-        chosen, refused = None, error
-    wrong = []
-    for name, status in kernels.backend_status().items():
-        mark = "*" if name == chosen else " "
-        if status != "ok":
-            print(f"{mark} {name:<10} off: {status}")
-            continue
-        error = kernels.self_check(name, "cpu" if name == "native" else default)
-        line = f"{mark} {name:<10} ok   forward {error['forward']:.1e}   backward {error['backward']:.1e}"
-        if not all(value < SELF_CHECK_TOLERANCE for value in error.values()):  # NaN is wrong too
-            wrong.append(name)
-            line += f"   WRONG: above {SELF_CHECK_TOLERANCE:.0e}"
-        print(line)
-    if wrong:
-        print(f"do not use {', '.join(wrong)}: choose another backend with NF_SCAN_BACKEND", file=sys.stderr)
-    if refused:
-        raise refused
-    failed = []
-    if options.model:
-        settings = run.load_settings(options.model, options.preset)["model"]
-        print(f"{options.model}, preset {options.preset}, on {default.type}")
-        kernel = {"item": "scan kernel", "ok": chosen not in wrong, "found": chosen}
-        rows = evaluate.local_mamba_checklist(models.LocalMamba2DConfig(**settings), device=default)
-        for row in (kernel, *rows):
-            print(f"  {'ok' if row['ok'] else 'FAILED':<6} {row['item']:<24}  {row['found']}")
-        failed = [row["item"] for row in rows if not row["ok"]]
-    return 1 if wrong or failed else 0
-
-
-# ---------------------------------------------------------------- train
-
-
-PHASES = ("diffae_phase1", "diffae_phase2")
-"""Sections of presets.toml that train the diffusion autoencoder, one after the other."""
-
-
-LINEAR_CODE_IMAGES = 20_000
-"""Most training images that the linear code of diffae_phase1 is fitted on."""
-
-
-def build_model(name, preset, settings, init):
-    """The model to train, of these settings. Phase 2 of the autoencoder is built on the model of phase 1;
-    multidir, v2 and field start from the components they share with a v1 in the folder `init`, if given.
-
-    Raises ValueError for an `init` without use, and where phase 2 finds no phase 1.
-    """
-    if name == "diffae_phase2":
-        first = init or Path("runs") / "diffae_phase1" / preset / "best"
-        return models.second_phase(first, **settings)
-    known = models.FIELD_MODELS | models.OTHER_MODELS
-    model_class, config_class = known["diffae" if name == "diffae_phase1" else name]
-    model = model_class(config_class(**settings))
-    if init is None:
-        return model
-    if name not in ("multidir", "v2", "field"):
-        raise ValueError(
-            f"--init {init} is of diffae_phase2, multidir, v2 and field only; leave it out for {name}"
-        )
-    first = models.load_model(init)
-    if not isinstance(first, models.MambaDiffusion):
-        raise ValueError(
-            f"--init {init} is a {type(first).__name__}; pass a v1 such as checkpoints/v1-photos"
-        )
-    models.initialise_from_v1(model, first)
-    return model
-
-
-def load_datasets(name, data, seed):
-    """The datasets (train, validation) of these settings: sparse fields, or spectrograms for localmamba."""
-    if name == "localmamba":
-        parts = (("train", data["train_images"]), ("test", data["validation_images"]))
-        return [
-            spectrograms.load_spectrograms(data["source"], split, data["size"], limit)
-            for split, limit in parts
-        ]
-    return run.field_datasets(data, seed)
-
-
-def keep_latent_statistics(result, dataset, device):
-    """Write mean and standard deviation of the latents of the training set into what phase 1 saved."""
-    for folder in {result.best, result.latest} - {None}:
-        model = models.load_model(folder).to(device)
-        models.fit_latent_statistics(model, dataset)
-        train.save_model(model, folder)
-
-
-def train_model(options, command):
-    """Train or resume; 130 if interrupted."""
+def train_model(options):
+    """Train or go on; 130 if interrupted."""
+    name, overrides = options.model, dict(map(parse_override, options.set))
+    overrides |= {"data.source": options.data} if options.data else {}
+    run.load_settings(name, "smoke", overrides)  # before torch; all presets have the same keys
+    check_paths(options.init, source=options.data)
     preset = run.resolve_preset(options.preset)
-    overrides = parse_overrides(options.set)
-    for key, value in (("data.source", options.data), ("seed", options.seed)):
-        if value is not None:
-            overrides[key] = value
-    settings = run.load_settings(options.model, preset, overrides)
-    device = pick_device(options.device)
-    precision = options.precision or run.default_precision(device)
-    output = options.output or Path("runs") / options.model / preset
-    seed, data = settings["seed"], settings["data"]
-    config = train.TrainConfig(
-        output_dir=output, seed=seed, precision=precision, cpu=device.type == "cpu", **settings["train"]
-    )
+    output = options.output or Path("runs", name, preset)
+    check_paths(output=output)
 
-    datasets = load_datasets(options.model, data, seed)
-    if options.model == "localmamba" and options.data and "model.num_classes" not in overrides:
-        # Another source than the preset's has classes of its own.
+    from nfhelpers import checkpoint, kernels, models, train
+
+    settings, device = run.load_settings(name, preset, overrides), run.default_device(options.device)
+    seed, data, precision = settings["seed"], settings["data"], options.precision
+    precision = precision or run.default_precision(device)
+    fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
+    config = train.TrainConfig(output, **fixed, **settings["train"])
+    datasets = load_datasets(name, data, seed)
+    if name == "localmamba" and options.data and "model.num_classes" not in overrides:
         settings["model"]["num_classes"] = len(datasets[0].meta.class_names)
     run.seed_everything(seed)
-    model = build_model(options.model, preset, settings["model"], options.init)
-    if options.model == "diffae_phase1":
-        models.fit_linear_code(model, datasets[0].images[:LINEAR_CODE_IMAGES])
-    main_process = is_main_process()
+    model = build_model(name, preset, settings["model"], options.init)
+    if name == "diffae_phase1":
+        models.fit_linear_code(model, datasets[0].images[:20_000])
+    counts = f"{len(datasets[0]):,} items to train on, {len(datasets[1]):,} to validate"
+    about = {"command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]), "preset": preset}
+    about |= {"data": f"{data['source']}, {counts}", "parameters": sum(p.numel() for p in model.parameters())}
+    main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
-        parameters = sum(p.numel() for p in model.parameters())
-        train_data, validation_data = datasets
-        print(f"model     {options.model}, {parameters:,} parameters, preset {preset}")
-        kind = "spectrograms" if options.model == "localmamba" else "images"
-        print(f"data      {data['source']}, {len(train_data):,} {kind}, {len(validation_data):,} to validate")
-        print(f"device    {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
-        print(f"output    {output}", flush=True)
-
-    result = train.fit(model, datasets, config)
+        print(f"{name}, {preset}: {about['parameters']:,} parameters; {about['data']}")
+        print(f"on {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
+    result = train.fit(model, datasets, config, about=about)
+    if main_process and name == "diffae_phase1":  # phase 2 needs the statistics of the latents
+        for folder in {result.best, result.latest} - {None}:
+            trained = models.load_model(folder).to(device)
+            models.fit_latent_statistics(trained, datasets[0])
+            checkpoint.save_model(trained, folder, (folder / "README.md").read_text(encoding="utf-8"))
     if main_process:
-        if options.model == "diffae_phase1":
-            keep_latent_statistics(result, datasets[0], device)
-        losses, score = result.history["val_loss"], ""
-        if losses:
-            score = f", validation loss {losses[-1]:.4f}"
-            if options.model != "localmamba":
-                score += f", PSNR {result.history['val_psnr'][-1]:.2f} dB"
-        print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}{score}")
-        print(f"best {result.best}, latest {result.latest}")
+        print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}, {result.latest}")
     return 130 if result.interrupted else 0
 
 
-def is_main_process():
-    """Whether this is the only process, or the first of those that `accelerate launch` started."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+def parse_override(pair):
+    """ "train.epochs=3" -> ("train.epochs", 3): values in TOML's syntax, anything else is text."""
+    key, equals, text = pair.partition("=")
+    if not equals:
+        raise ValueError(f"--set {pair!r} has no '='; write --set train.epochs=3")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
 
 
-def join_processes(device):
-    """(device of this process, number of processes), once all that `accelerate launch` started are here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return device, 1
-    state = PartialState(cpu=device.type == "cpu")
-    return state.device, state.num_processes
+def load_datasets(name, data, seed):
+    """(train, validation): sparse fields, or spectrograms for localmamba."""
+    if name != "localmamba":
+        return run.field_datasets(data, seed)
+    from nfhelpers.spectrograms import load_spectrograms
+
+    splits = ("train", "validation")
+    return tuple(load_spectrograms(data["source"], s, data["size"], data[f"{s}_images"]) for s in splits)
 
 
-def parse_overrides(pairs):
-    """["train.epochs=3"] -> {"train.epochs": 3}: values in TOML's syntax, anything else is text.
+def build_model(name, preset, settings, init=None):
+    """The model to train: new, with the weights in `init`, or with what it shares with a v1 there.
 
-    Raises ValueError for a pair without "=".
+    Phase 2 of the autoencoder is built on that of phase 1, in `init` or runs/diffae_phase1/PRESET/best.
     """
-    overrides = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r} has no '='; write --set train.epochs=3")
+    from nfhelpers import models
+
+    if name == "diffae_phase2":
+        first = models.load_model(init or Path("runs/diffae_phase1", preset, "best"))
+        return models.second_phase(first, **settings) if first.config.phase == 1 else first
+    model_class, config = (models.FIELD_MODELS | models.OTHER_MODELS)[name.removesuffix("_phase1")]
+    model = model_class(config(**settings))
+    if init is None:
+        return model
+    source = models.load_model(init)
+    if type(source) is model_class:
+        copied = source.state_dict()
         try:
-            overrides[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            overrides[key.strip()] = text
-    return overrides
-
-
-def pick_device(name):
-    """The named device, or the default; raises ValueError for cuda without a GPU."""
-    if name is None:
-        return run.default_device()
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; pass --device cpu, or see `doctor`")
-    return torch.device(name)
-
-
-# ---------------------------------------------------------------- evaluate
-
-
-def load_field_model(path):
-    """A saved model of sparse fields; raises ValueError for one that makes something else."""
-    model = models.load_model(path)
-    if not isinstance(model, tuple(known for known, _ in models.FIELD_MODELS.values())):
-        hint = "; benchmarks/localmamba.py scores its spectrograms" * isinstance(model, models.LocalMamba2D)
-        raise ValueError(
-            f"{path} is a {type(model).__name__}, not a model of sparse fields such as checkpoints/v1-photos"
-            + hint
-        )
+            model.load_state_dict(copied)
+        except RuntimeError as error:
+            raise ValueError(f"--init {init}: {' '.join(str(error).split())}") from error
+    elif isinstance(source, models.MambaDiffusion):
+        copied = models.initialise_from_v1(model, source)
+    else:
+        raise ValueError(f"--init {init} is a {type(source).__name__}; pass a {model_class.__name__} or a v1")
+    parts = ", ".join(dict.fromkeys(key.split(".")[0] for key in copied))
+    print(f"from {init}: {len(copied)} of {len(model.state_dict())} tensors: {parts}")
     return model
 
 
-def evaluate_checkpoint(options, command):
-    """Print the table of `evaluate.multiscale`, or `side_by_side`; write JSON and figures where asked for."""
-    run.allow_tf32()
-    device, processes = join_processes(pick_device(options.device))
-    names = checkpoint_names(*options.checkpoint)
-    loaded = {
-        name: load_field_model(path).to(device) for name, path in zip(names, options.checkpoint, strict=True)
-    }
-    settings = {
-        "scales": tuple(options.scales),
-        "sample_scales": options.sample_scales,
-        "steps": options.steps,
-        "method": options.samplers,
-        "temperature": options.temperature,
-        "images": options.images,
-        "observed": options.observed,
-        "seed": options.seed,
-        "device": device,
-        "progress": sys.stderr.isatty() and is_main_process(),
-        "sharded": True,
-    }
-    pictures = {}  # scale -> method or model -> the first image's field
-    if len(loaded) == 1:
+def evaluate_models(options):
+    """Print means, standard errors and paired differences to the first model; write scores and pictures."""
+    check_paths(*options.checkpoints, source=options.data, output=options.out)
+    if not 0 < options.observed <= 1:
+        raise ValueError(f"--observed {options.observed} is no fraction; pass one such as 0.2")
+    import pandas
+    import torch
 
-        def keep_first(scale, method, fields, target):
-            pictures.setdefault(scale, {})[method] = fields[0]
-            if target is not None:
-                pictures[scale]["target"] = target[0]
+    from nfhelpers import classical, evaluate, images, models, plots
 
-        keep = keep_first if options.figures else None
-        rows = evaluate.multiscale(*loaded.values(), options.data, callback=keep, **settings)
-    else:
-        rows, fields = evaluate.side_by_side(loaded, options.data, **settings)
-        for (scale, name), made in fields.items():
-            if made is not None:
-                pictures.setdefault(scale, {})[name] = made[0]
-    if not is_main_process():
-        return 0
-    print(evaluate.format_table(rows))
+    device, sizes = run.default_device(options.device), options.sizes
+    torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    networks = {str(folder): models.load_model(folder).to(device) for folder in options.checkpoints}
+    fields = tuple(model for model, _ in models.FIELD_MODELS.values())
+    if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
+        raise ValueError(f"no models of sparse fields: {', '.join(others)}")
+    truth = {size: images.load_images(options.data, "test", size, options.images) for size in sizes}
+    wiener = classical.Wiener(images.load_images(options.data, "train", sizes[0], 4096))
+    methods = networks | {"linear": "linear", "biharmonic": "biharmonic", "wiener": wiener}
+    same = {"truth": truth, "observed": options.observed, "seed": options.seed, "progress": True}
+    table, made = evaluate.compare(methods, truth[sizes[0]], sizes, **same)
+    for sampler in options.samplers:
+        ways = {"kinds": ("sample",), "sampler": sampler, "steps": options.steps}
+        rows, drawn = evaluate.compare(networks, truth[sizes[0]], sizes, **same, **ways)
+        table = pandas.concat([table, rows.assign(kind=sampler)], ignore_index=True)
+        made |= {(name, sampler, size): x for (name, _, size), x in drawn.items()}
+    table["difference"] = table.psnr - table.groupby(  # to the first model, a classical method to its mean
+        [table["size"], table.kind.replace("classical", "mean"), table.image]
+    ).psnr.transform("first")
+    columns = ["psnr", "difference", "ssim", "speckle", "seconds"]
+    groups = table.groupby(["size", "kind", "model"], sort=False)[columns].agg(["mean", "sem"])
+    print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")
+    print(groups.round(4).to_string())
     if options.out:
-        config = {
-            name: value for name, value in vars(options).items() if name not in ("function", "out", "figures")
-        }
-        config["checkpoint"] = [str(path) for path in options.checkpoint]
-        if processes > 1:
-            config["processes"] = processes
-        print(f"wrote {evaluate.write_results(rows, options.out, command=command, config=config)}")
-    if options.figures:
-        options.figures.mkdir(parents=True, exist_ok=True)
-        path = options.figures / f"{'_'.join(names)}_multiscale.png"
-        heading = f"{options.data}, {options.observed:.0%} of pixels observed"
-        plots.multiscale_grid(pictures, title=heading).savefig(path, bbox_inches="tight")
-        print(f"wrote {path}")
+        table.to_csv(options.out / "scores.csv", index=False)
+        rows = {"target": [truth[size][0] for size in sizes]}
+        for (name, kind, _), x in made.items():
+            rows.setdefault(f"{Path(name).name}, {kind}", []).append(x[0])
+        plots.image_grid(rows, [f"{size} px" for size in sizes]).savefig(options.out / "fields.png")
     return 0
 
 
-# ---------------------------------------------------------------- compare
+def diagnose(options):
+    """Print versions, devices, scan backends against float64, and checks of a model; 1 if one is missed."""
+    check_paths(options.model)
+    import torch
+
+    from nfhelpers import kernels
+
+    device, rows = run.default_device(options.device), []
+    print("\n".join(f"{name:<10} {number}" for name, number in run.versions().items()))
+    for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        print(f"device     {run.describe_device(name)}")
+    print(f"selective scan on {device.type}: {kernels.choose_backend(device)}; errors against float64:")
+    for name, status in kernels.backend_status().items():
+        if status == "ok":
+            errors = kernels.self_check(name, "cpu" if name == "native" else device).values()
+            met = all(error < 1e-4 for error in errors)  # NaN is missed, too
+            rows.append((name, met, "  ".join(f"{error:.1e}" for error in errors)))
+        else:
+            print(f"off    {name:<26} {status}")
+    rows += check_model(options.model, device) if options.model else []
+    for item, met, found in rows:
+        print(f"{'ok' if met else 'missed':<6} {item:<26} {found}")
+    return 0 if all(met for _, met, _ in rows) else 1
 
 
-PICTURES = 4
-"""Images shown in v1_vs_v2_comparison.png."""
+def check_model(folder, device):
+    """(item, whether it is met, what was found) of a saved model: its card, loss and gradients."""
+    import torch
 
+    from nfhelpers import flow, images, models
 
-def compare_checkpoints(options, command):
-    """Print the tables of `evaluate.compare`; write them, example pictures and the chart to a folder."""
-    run.allow_tf32()
-    device, processes = join_processes(pick_device(options.device))
-    paths = (options.checkpoint_a, options.checkpoint_b)
-    loaded = [load_field_model(path).to(device) for path in paths]
-    names = checkpoint_names(*paths)
-    pictures = {}  # column -> (k, H, W, 3)
-
-    def keep_first(kind, fields_a, fields_b, target, mask):
-        first = slice(PICTURES)
-        pictures.setdefault("observed", plots.observed_pixels(target[first], mask[first]))
-        for name, fields in zip(names, (fields_a, fields_b), strict=True):
-            pictures[f"{name}\nposterior {kind}"] = fields[first]
-        pictures["target"] = target[first]
-
-    rows = evaluate.compare(
-        *loaded,
-        options.data,
-        images=options.num_samples,
-        observed=options.observed,
-        steps=options.steps if len(options.steps) > 1 else options.steps[0],
-        seed=options.seed,
-        device=device,
-        progress=sys.stderr.isatty() and is_main_process(),
-        callback=keep_first,
-        sharded=True,
-    )
-    if not is_main_process():
-        return 0
-    output = options.output or Path("runs") / "compare" / "_vs_".join(names)
-    output.mkdir(parents=True, exist_ok=True)
-    about = [
-        f"{name}: {path}, {sum(p.numel() for p in model.parameters()):,} parameters"
-        for name, path, model in zip(names, paths, loaded, strict=True)
-    ]
-    heading = f"{options.data}, {options.observed:.0%} of pixels observed"
-    text = "\n".join(
-        [
-            *about,
-            f"{heading}, {run.describe_device(device)}{f', {processes} processes' * (processes > 1)}",
-            f"mean ± standard error; improvement of {names[1]} over {names[0]}, positive where it is better;",
-            "two-sided p-values of paired tests over the images; seconds are those of one image",
-            "",
-            evaluate.format_comparison(rows, names),
-        ]
-    )
-    print(text)
-    results = output / "comparison_results.txt"
-    results.write_text(f"{command}\n{text}\n", encoding="utf-8")
-    target = pictures.pop("target")
-    for file, figure in (
-        ("v1_vs_v2_comparison.png", plots.comparison_grid(pictures, target, title=heading)),
-        ("improvement_chart.png", plots.improvement_chart(rows, names, title=heading)),
-    ):
-        figure.savefig(output / file, bbox_inches="tight")
-    print(f"wrote comparison_results.txt, v1_vs_v2_comparison.png and improvement_chart.png to {output}")
-    return 0
-
-
-def checkpoint_names(*paths):
-    """Short and different names of checkpoints: v1/best and v2/best are "v1-best" and "v2-best"."""
-    parts = [path.resolve().parts for path in paths]
-    if len(set(parts)) < len(parts):
-        return tuple(f"{part[-1]}-{chr(ord('A') + i)}" for i, part in enumerate(parts))
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return tuple("-".join(part[-depth:]) for part in parts)
+    torch.manual_seed(0)
+    model = models.load_model(folder).to(device)
+    yield type(model).__name__, True, f"{sum(p.numel() for p in model.parameters()):,} parameters"
+    yield "card", (folder / "README.md").is_file(), "README.md"
+    if isinstance(model, models.LatentVelocityNetwork):
+        return
+    loss = flow.flow_matching_loss
+    if isinstance(model, models.LocalMamba2D):
+        batch = {"spectrograms": torch.randn(2, model.config.channels, 32, 32), "labels": torch.arange(2)}
+        batch["captions"], loss = torch.randn(2, model.config.caption_dim), flow.grid_flow_loss
+    else:
+        data = images.SparseFields(images.load_images("photos", "test", 32, 2), seed=0)
+        batch = torch.utils.data.default_collate([data[0], data[1]])
+    value = loss(model, {name: x.to(device) for name, x in batch.items()})
+    value.backward()
+    yield "finite loss", bool(value.isfinite()), f"{value.item():.4f}"
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    bad = [name for name, g in gradients.items() if g is None or not (g.isfinite().all() and g.any())]
+    yield "gradients finite, not zero", not bad, ", ".join(bad) or f"all {len(gradients)}"
 
 
 if __name__ == "__main__":
     code = main()
-    if code == 0 and torch.distributed.is_initialized():  # its threads would abort a process that just ends
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()  # its threads would abort a process that just ends
     sys.exit(code)

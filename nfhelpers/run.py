@@ -1,9 +1,9 @@
 """A notebook's first call: preset, seed, device, precision and paths, resolved and printed in one place.
 
-Presets: "smoke" (CI, seconds), "demo" (CPU, minutes), "full" (GPU, the seeds' settings). Their numbers
-are in presets.toml, one section a notebook; `SECTIONS` says which.
+torch is imported where it is used: the command line checks its arguments without it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,17 +12,12 @@ import random
 import tempfile
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from nfhelpers import __version__, images, kernels, models
-
 PRESETS = ("smoke", "demo", "full")
-SECTIONS = {
+SECTIONS = {  # notebook -> its section of presets.toml
     "01_ssm_basics": "ssm_basics",
     "02_flow_matching_v1": "v1",
     "03_multidirectional_scan": "multidir",
@@ -31,91 +26,56 @@ SECTIONS = {
     "06_diffae_phase2": "diffae_phase2",
     "07_local_mamba": "localmamba",
 }
-"""Notebook (its file name without .ipynb) -> its section of presets.toml."""
-
-FULL_PRESET_MEMORY = 8e9
-"""Bytes of GPU memory from which `auto` picks "full"."""
+FULL_PRESET_MEMORY = 8e9  # bytes of GPU memory from which `auto` picks "full"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a notebook runs with.
-
-    `settings` is the notebook's section of presets.toml for the preset, as nested dicts, overrides applied.
-    `figures` and `runs` are folders (pathlib), made when something is first written to them. Under "smoke"
-    `runs` is a new folder each time, so that no finished run is found there and every test trains; under
-    "demo" and "full" it is the same each time, and a stopped run is resumed.
-    """
+    """What a notebook runs with; the folders are made when something is first written to them."""
 
     notebook: str
     preset: str
-    settings: dict
+    settings: dict  # the notebook's section of presets.toml, overrides applied
     seed: int
-    device: torch.device
+    device: object  # torch.device
     precision: str  # "bf16" or "fp32"
     backend: str  # of the selective scan
     figures: Path
-    runs: Path
+    runs: Path  # under "smoke" a new folder each time, so that every test trains
 
 
 def start(notebook, preset=None, overrides=None):
-    """Resolve the preset and settings of a notebook, seed every generator, print what is used; returns `Run`.
+    """Resolve preset and settings of a notebook (its file name without .ipynb), seed, print what is used.
 
-    Args:
-        notebook: file name without ".ipynb", a key of `SECTIONS`.
-        preset: "smoke", "demo", "full" or "auto"; None takes the environment variable NF_PRESET, else "auto".
-        overrides: {dotted key: value} replacing single settings, such as {"train.epochs": 2}.
-
-    Raises ValueError for an unknown notebook, preset or key, or a value of another type than the setting's.
+    preset: see `resolve_preset`; overrides: {dotted key: value}, such as {"train.epochs": 2}.
     """
-    if notebook not in SECTIONS:
-        raise ValueError(f"notebook={notebook!r} has no presets; legal names are {', '.join(SECTIONS)}")
-    preset = resolve_preset(preset)
-    settings = load_settings(SECTIONS[notebook], preset, overrides)
-    device = default_device()
-    root = repository_root()
-    runs = root / "runs" / notebook / preset
+    from nfhelpers import kernels
+
+    preset, device, root = resolve_preset(preset), default_device(), repository_root()
+    settings = load_settings(SECTIONS.get(notebook, notebook), preset, overrides)
+    seed, runs = settings["seed"], root / "runs" / notebook / preset
+    seed_everything(seed)
     if preset == "smoke":
         runs.mkdir(parents=True, exist_ok=True)
         runs = Path(tempfile.mkdtemp(dir=runs))
-    run = Run(
-        notebook=notebook,
-        preset=preset,
-        settings=settings,
-        seed=settings["seed"],
-        device=device,
-        precision=default_precision(device),
-        backend=kernels.choose_backend(device),
-        figures=root / "figures",
-        runs=runs,
-    )
-    seed_everything(run.seed)
-    off = "; ".join(
-        f"{name}: {status}" for name, status in kernels.backend_status().items() if status != "ok"
-    )
-    print(f"preset    {run.preset}")
-    print(f"device    {describe_device(run.device)}, {run.precision}")
-    print(f"backend   {run.backend}" + (f" (off: {off})" if off else ""))
-    print(f"versions  {', '.join(f'{name} {number}' for name, number in versions().items() if number)}")
-    print(f"seed      {run.seed}")
-    return run
+    precision, backend = default_precision(device), kernels.choose_backend(device)
+    print(f"preset    {preset}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
+    print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
+    figures = root / "build" / "figures"
+    return Run(notebook, preset, settings, seed, device, precision, backend, figures, runs)
 
 
 def resolve_preset(preset=None):
-    """The preset to run: the argument, else NF_PRESET, else "auto".
-
-    "auto" is "full" on a GPU of 8 GB or more, else "demo".
-
-    Raises ValueError for an unknown name.
-    """
+    """The argument, else NF_PRESET, else "auto": "full" on a GPU of 8 GB or more, else "demo"."""
     name = preset or os.environ.get("NF_PRESET") or "auto"
-    if name not in (*PRESETS, "auto"):
-        raise ValueError(f"preset={name!r} is unknown; legal presets are {', '.join(PRESETS)} and auto")
     if name != "auto":
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; pass one of {', '.join(PRESETS)} or auto")
         return name
-    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= FULL_PRESET_MEMORY:
-        return "full"
-    return "demo"
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return "full" if memory >= FULL_PRESET_MEMORY else "demo"
 
 
 def _presets():
@@ -123,147 +83,107 @@ def _presets():
 
 
 def sections():
-    """The sections of presets.toml: one a notebook (`SECTIONS`), and one a model that can be trained."""
-    return tuple(_presets())
+    """The sections of presets.toml: of notebooks, and of models that can be trained."""
+    return [name for name in _presets() if name != "defaults"]
+
+
+def _flat(table, prefix=""):
+    """{dotted key: value} of a nested dict, presets left out."""
+    flat = {}
+    for name, value in table.items():
+        if name not in PRESETS:
+            flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def load_settings(section, preset, overrides=None):
-    """The settings of one section and preset of presets.toml as nested dicts.
-
-    `overrides` is {dotted key: value}. Raises ValueError for an unknown section, preset or key, or a value of
-    another type than the setting's (an int is a legal float).
-    """
+    """A section and preset of presets.toml as nested dicts, with overrides {dotted key: value}."""
     presets = _presets()
-    if section not in presets:
-        raise ValueError(
-            f"section={section!r} is not in presets.toml; legal sections are {', '.join(presets)}"
-        )
-    if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown; legal presets are {', '.join(PRESETS)}")
-    settings = presets[section][preset]
+    if section not in sections():
+        raise ValueError(f"{section!r} has no settings; pass one of {', '.join(sections())}")
+    own, defaults = (_flat(presets[name]) | _flat(presets[name][preset]) for name in (section, "defaults"))
+    trains = any(key.startswith("data.") for key in own)
+    flat = {key: value for key, value in defaults.items() if trains or "." not in key} | own
     for key, value in (overrides or {}).items():
-        legal = _dotted(settings)
-        if key not in legal:
-            raise ValueError(f"unknown setting {key!r}; legal keys are {', '.join(legal)}")
+        kind = type(flat.get(key))
+        value = kind(value) if (type(value), kind) in ((int, float), (tuple, list)) else value
+        if key not in flat or type(value) is not kind:
+            legal = (
+                f"pass a {kind.__name__} such as {flat[key]!r}" if key in flat else f"keys: {', '.join(flat)}"
+            )
+            raise ValueError(f"{key}={value!r} does not fit; {legal}")
+        flat[key] = value
+    settings = {}
+    for key, value in flat.items():
         *path, last = key.split(".")
-        table = settings
-        for part in path:
-            table = table[part]
-        table[last] = _of_same_type(key, value, table[last])
+        functools.reduce(lambda table, part: table.setdefault(part, {}), path, settings)[last] = value
     return settings
 
 
-def _dotted(table, prefix=""):
-    """The dotted keys of a nested dict, leaves only."""
-    keys = []
-    for name, value in table.items():
-        keys += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]
-    return keys
-
-
-def _of_same_type(key, value, current):
-    """`value` if it may replace `current`; a float where a float is wanted."""
-    if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(current, list) and isinstance(value, tuple):
-        value = list(value)
-    if type(value) is not type(current):
-        raise ValueError(
-            f"{key}={value!r} is of type {type(value).__name__}; "
-            f"pass a {type(current).__name__} such as {current!r}"
-        )
-    return value
-
-
 def repository_root():
-    """This repository's folder: the one the working directory is in, else the one this library was installed
-    from (as papermill finds it from anywhere), else the working directory.
-
-    It is the nearest folder upwards with a pyproject.toml and the folders notebooks/ and nfhelpers/ beside
-    it: any other project may have a pyproject.toml.
-    """
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        beside = (folder / "notebooks").is_dir() and (folder / "nfhelpers").is_dir()
-        if beside and (folder / "pyproject.toml").is_file():
+    """The checkout around the working directory, else that of this library, else the working directory."""
+    for folder in (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]):
+        if all((folder / name).exists() for name in ("pyproject.toml", "notebooks", "nfhelpers")):
             return folder
-    return here
+    return Path.cwd()
 
 
-def default_device():
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def default_device(name="auto"):
+    """The first GPU if there is one, else the CPU; or "cpu", or "cuda", which has to be there."""
+    import torch
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device cuda: torch finds no GPU here; pass cpu, or see python -m nfhelpers doctor")
+    return torch.device("cuda", 0) if found and name != "cpu" else torch.device("cpu")
 
 
 def default_precision(device):
-    """ "bf16" on a CUDA device that computes in bfloat16, else "fp32"."""
-    return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    """bf16 on a GPU that computes in it, else fp32."""
+    import torch
 
-
-def allow_tf32():
-    """Let this process's GPU multiply float32 matrices on its matrix units, inputs rounded to 11 bits (TF32).
-
-    Sampling is float32; benchmarks/README.md has its time and PSNR with and without. The commands evaluate
-    and compare do this, the notebooks do not: they check results to more digits. NVIDIA_TF32_OVERRIDE=0 in
-    the environment forbids it.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
-
-
-def gpu_name(device=None):
-    """Name of a GPU (the current one if None), and how it multiplies float32 matrices, if as TF32."""
-    return torch.cuda.get_device_name(device) + ", float32 as TF32" * torch.backends.cuda.matmul.allow_tf32
+    cuda = torch.device(device).type == "cuda"
+    return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def describe_device(device):
     """One line on a device: its name and memory, or the CPU's threads."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return f"{device} ({gpu_name(device)}, {properties.total_memory / 2**30:.0f} GiB)"
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu ({threads} thread{'' if threads == 1 else 's'})"
-    return str(device)
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return f"{device} ({torch.get_num_threads()} threads)"
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
 
 
 def versions():
-    """Versions that decide results, by name; None for what is not installed."""
-    found = {"nfhelpers": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        found["CUDA"] = torch.version.cuda
-    for name, package in (("triton", "triton"), ("mamba_ssm", "mamba-ssm")):
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Versions that decide results, of what is installed."""
+    found = {package.name: package.version for package in distributions()}
+    names = [name for name in ("nfhelpers", "torch", "triton", "mamba_ssm") if name in found]
+    return {"python": platform.python_version()} | {name: found[name] for name in names}
 
 
 def seed_everything(seed):
     """Seed random, NumPy's global generator and torch on every device."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def field_datasets(data, seed):
-    """Training and validation dataset (`images.SparseFields`) of the table `data` of a section's settings.
+    """(train, validation) `images.SparseFields` of the table `data` of settings; none is of the test split.
 
-    data: source, size, observed, queries, train_images and validation_images of presets.toml. Training sees
-    other pixels in each epoch, validation (images of the test split) always those of `seed`. Shards and large
-    folders are read item by item (`images.open_images`).
+    Training sees other pixels in each epoch, validation always those of `seed`.
     """
-    splits = (("train", data["train_images"], None), ("test", data["validation_images"], seed))
-    return tuple(
-        images.SparseFields(
-            images.open_images(data["source"], split, data["size"], limit),
-            data["observed"],
-            data["queries"],
-            seed=split_seed,
-        )
-        for split, limit, split_seed in splits
-    )
+    from nfhelpers.images import SparseFields, open_images
+
+    source, size, options = data["source"], data["size"], (data["observed"], data["queries"])
+    train = open_images(source, "train", size, data["train_images"])
+    validation = open_images(source, "validation", size, data["validation_images"])
+    return SparseFields(train, *options), SparseFields(validation, *options, seed=seed)
 
 
 def training_folder(run, name):
@@ -278,10 +198,7 @@ def title(run, text):
 
 
 def save_figure(run, figure, name):
-    """Write a matplotlib figure as <notebook>_<name>.png and return it, for the last line of a cell to show.
-
-    It goes to figures/, which is committed; under "smoke" to the run's own folder: CI overwrites nothing.
-    """
+    """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell to show."""
     folder = run.runs if run.preset == "smoke" else run.figures
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{run.notebook}_{name}.png", dpi=120, bbox_inches="tight")
@@ -289,15 +206,9 @@ def save_figure(run, figure, name):
 
 
 def checkpoint_or_train(folder, train):
-    """The model saved in `folder` if there is one, else what `train()` returns; both print which it was.
+    """The model saved in `folder` if there is one, else what `train()` returns; both print which it was."""
+    from nfhelpers import models
 
-    `train` may train or hand over what was trained before.
-
-    Raises ValueError (of `models.load_model`) when the folder is there but holds no readable model.
-    """
-    folder = Path(folder)
-    if folder.exists():
-        print(f"loaded {folder.name} from {folder.parent.name}/")
-        return models.load_model(folder)
-    print(f"no {folder.parent.name}/{folder.name}: the model is one trained here instead")
-    return train()
+    found, name = Path(folder).exists(), f"{Path(folder).parent.name}/{Path(folder).name}"
+    print(f"loaded {name}" if found else f"no {name}: the model is one trained here instead")
+    return models.load_model(folder) if found else train()

@@ -1,9 +1,8 @@
-"""Run the notebooks on copies and write their outputs back when a run ends well: `make notebooks`.
+"""Run the notebooks into build/notebooks, as .ipynb and .html: `make notebooks`. The checkout stays as it is.
 
-Each notebook runs from its first cell to its last in the kernel of this interpreter. Outputs replace those of
-the notebook file only if every cell ended well and the result passes `problems`; otherwise the file stays as
-it was and the failing copy lies in build/notebooks. Under NF_PRESET=smoke nothing is written back: committed
-outputs come from demo or full.
+Each notebook runs from its first cell to its last in the kernel of this interpreter; its figures go to
+build/figures. `--promote` (`make outputs`) then copies notebooks and figures of a good run into notebooks/
+and figures/, which is how committed outputs are made.
 
 What an earlier run left in runs/<notebook>/<preset> is removed first, so that the outputs are of a run that
 trained. Not so under full, where training takes hours: a run that was stopped goes on where it was.
@@ -11,6 +10,7 @@ trained. Not so under full, where training takes hours: a run that was stopped g
     python notebooks/run_all.py                       # all of them
     python notebooks/run_all.py 01_ssm_basics.ipynb --timeout 1200
     python notebooks/run_all.py 01_solutions.ipynb    # solutions run only when they are named
+    python notebooks/run_all.py --promote
 """
 
 import argparse
@@ -27,58 +27,43 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
 
 from nfhelpers.run import resolve_preset
 
 FOLDER = Path(__file__).resolve().parent
-BUILD = FOLDER.parent / "build" / "notebooks"
 LARGEST = 1_000_000
 """Bytes a notebook may have, outputs included."""
 
 CELL_TIMEOUT = 900
-"""Seconds a cell may take in smoke and demo; a cell of the full preset may train for as long as it needs."""
+"""Seconds a cell may take in smoke and demo; elsewhere a cell may train for as long as it needs."""
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|mnt)/[^\s\"'<>]*")
+EMPTY_TABLE = re.compile(r"<tbody>\s*</tbody>|Empty DataFrame|(?:^|\n)[ -]*---[ -]*\s*$")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="file names; all if none is given")
     parser.add_argument(
-        "notebooks", nargs="*", metavar="NOTEBOOK", help="file names; all notebooks if none is given"
+        "--timeout", type=int, help=f"seconds a cell may take (default: {CELL_TIMEOUT} in smoke and demo)"
     )
     parser.add_argument(
-        "--timeout", type=int, help=f"seconds a cell may take (default: {CELL_TIMEOUT}, none in full)"
+        "--promote", action="store_true", help="copy the last run's outputs into the checkout"
     )
     options = parser.parse_args(arguments)
 
-    preset = resolve_preset()
-    timeout = options.timeout or (None if preset == "full" else CELL_TIMEOUT)
     paths = [locate(name) for name in options.notebooks] or sorted(FOLDER.glob("*.ipynb"))
     missing = [path.name for path in paths if not path.is_file()]
     if missing or not paths:
-        print(
-            f"error: no such notebook in {FOLDER.name}/: {', '.join(missing) or '*.ipynb'}", file=sys.stderr
-        )
+        print(f"error: no such notebook in notebooks/: {', '.join(missing) or '*.ipynb'}", file=sys.stderr)
         return 2
-    BUILD.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for path in paths:
-        print(f"{path.name} ({preset}) ...", flush=True)
-        if preset != "full":
-            forget(path.stem, preset)
-        start = time.monotonic()
-        notebook, complaints = execute(path, preset, timeout)
-        seconds = time.monotonic() - start
-        if complaints:
-            failed.append(path.name)
-            write(notebook, BUILD / path.name)
-            print(f"{path.name} FAILED after {seconds:.0f} s; its copy is build/notebooks/{path.name}")
-            print(textwrap.indent("\n".join(complaints), "  "), flush=True)
-        else:
-            target = BUILD / path.name if preset == "smoke" else path
-            write(notebook, target)
-            print(f"{path.name} ok in {seconds:.0f} s -> {target.relative_to(FOLDER.parent)}", flush=True)
+    if options.promote:
+        return promote(paths)
+    preset = resolve_preset()
+    timeout = options.timeout or (CELL_TIMEOUT if preset in ("smoke", "demo") else None)
+    failed = [path.name for path in paths if not run(path, preset, timeout)]
     print(f"{len(paths) - len(failed)} of {len(paths)} notebooks ended well")
     return 1 if failed else 0
 
@@ -89,11 +74,24 @@ def locate(name):
     return FOLDER / "solutions" / name if name.endswith("_solutions.ipynb") else FOLDER / name
 
 
-def forget(notebook, preset):
-    """Remove what an earlier run of a notebook left; a finished training would be found and not repeated."""
-    folder = FOLDER.parent / "runs" / notebook / preset
-    if folder.is_dir():
-        shutil.rmtree(folder)
+def run(path, preset, timeout):
+    """Run one notebook into build/notebooks and say how it went; True if it ended well."""
+    build = FOLDER.parent / "build" / "notebooks"
+    build.mkdir(parents=True, exist_ok=True)
+    print(f"{path.name} ({preset}) ...", flush=True)
+    if preset != "full":  # a finished training would be found and not repeated
+        shutil.rmtree(FOLDER.parent / "runs" / path.stem / preset, ignore_errors=True)
+    for figure in (FOLDER.parent / "build" / "figures").glob(f"{path.stem}_*.png"):
+        figure.unlink()
+    start = time.monotonic()
+    notebook, complaints = execute(path, preset, timeout)
+    nbformat.write(notebook, build / path.name)
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    (build / f"{path.stem}.html").write_text(page, encoding="utf-8")
+    ended = "FAILED after" if complaints else "ok in"
+    print(f"{path.name} {ended} {time.monotonic() - start:.0f} s -> build/notebooks/{path.name}")
+    print(textwrap.indent("".join(f"{line}\n" for line in complaints), "  "), end="", flush=True)
+    return not complaints
 
 
 def execute(path, preset, timeout):
@@ -104,6 +102,7 @@ def execute(path, preset, timeout):
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # of the kernel: no warning that it listens on this machine
         record_timing=False,
         store_widget_state=False,
         resources={"metadata": {"path": str(path.parent)}},
@@ -173,22 +172,38 @@ def problems(notebook):
         for output in cell.outputs:
             if output.output_type == "error":
                 found.append(f"code cell {number} holds an error: {output.ename}: {output.evalue}")
-            # A path may stand in any text, but base64 pictures are not text.
-            texts = [
-                output.get("text", ""),
-                *(v for k, v in output.get("data", {}).items() if k != "image/png"),
-            ]
-            shown = MACHINE_PATH.search(json.dumps(texts))
-            if shown:
-                found.append(f"code cell {number} shows a path of this machine: {shown.group()}")
+            data = {kind: text for kind, text in output.get("data", {}).items() if kind != "image/png"}
+            for text in map(str, (output.get("text", ""), *data.values())):
+                if shown := MACHINE_PATH.search(text):
+                    found.append(f"code cell {number} shows a path of this machine: {shown.group()}")
+                if EMPTY_TABLE.search(text):
+                    found.append(f"code cell {number} shows a table without rows")
     return found
 
 
-def write(notebook, path):
-    """Write a notebook so that a reader sees the old file or the new one, never a part."""
-    partial = path.with_suffix(".ipynb.part")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+def promote(paths):
+    """Copy notebooks of build/notebooks that ended well, and their figures, over those of the checkout."""
+    built, committed = FOLDER.parent / "build", FOLDER.parent / "figures"
+    for path in paths:
+        source = built / "notebooks" / path.name
+        if not source.is_file():
+            print(f"error: {path.name} has not run: `make notebooks`", file=sys.stderr)
+            return 1
+        notebook = nbformat.read(source, as_version=4)
+        complaints = problems(notebook)
+        if re.search(r"preset +smoke", nbformat.writes(notebook)):
+            complaints.append("its outputs are of the preset smoke")
+        if complaints:
+            print(f"error: {path.name}: {'; '.join(complaints)}", file=sys.stderr)
+            return 1
+        shutil.copyfile(source, path)
+        for old in committed.glob(f"{path.stem}_*.png"):
+            old.unlink()
+        figures = sorted((built / "figures").glob(f"{path.stem}_*.png"))
+        for figure in figures:
+            shutil.copyfile(figure, committed / figure.name)
+        print(f"{path.name}, {len(figures)} figures")
+    return 0
 
 
 if __name__ == "__main__":

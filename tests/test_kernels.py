@@ -556,7 +556,7 @@ def test_compiles_without_a_graph_break(directional):
         dict(A=torch.randn(6, 4, dtype=torch.complex64)),
         dict(discretization="euler"),
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_what_a_kernel_would_misread_is_refused(backend, change):
     with pytest.raises(ValueError):

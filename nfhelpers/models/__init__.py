@@ -1,25 +1,28 @@
-"""Models: velocity fields over sparse pixels, and of latents. `load_model(folder)` opens any saved one."""
+"""Models: velocity fields over sparse pixels, of grids and of latents. `load_model` opens any saved one.
+
+Letters of shapes: B batch; I observed points, Q query points, L tokens in the order they are scanned (I, then
+Q); D width of the model, E inner width of a scan, N states a channel, R rank of its step size; K directions
+of a scan; H heads and C channels a head; F Fourier frequencies; W windows. In `diffae`: M cosines a side, C
+channels of the latent. In `local_mamba`: H, W rows and columns, C channels of the grid, M of the condition.
+"""
+# ruff: noqa: F401
 
 import json
 from pathlib import Path
 
-from nfhelpers.models.base import FieldModel, ModelConfig
+from nfhelpers.models.base import FieldModel, ModelConfig, evaluation_mode
 from nfhelpers.models.diffae import (
     LatentVelocityNetwork,
     LatentVelocityNetworkConfig,
     MambaDiffusionAutoencoder,
     MambaDiffusionAutoencoderConfig,
-    MinimalLatentMamba,
-    MinimalLatentMambaConfig,
-    encode_dataset,
+    first_phase,
     fit_latent_statistics,
     fit_linear_code,
     second_phase,
 )
 from nfhelpers.models.local_mamba import LocalMamba2D, LocalMamba2DConfig
 from nfhelpers.models.sparse_fields import (
-    LocalImplicitField,
-    LocalImplicitFieldConfig,
     MambaDiffusion,
     MambaDiffusionConfig,
     MambaDiffusionV2,
@@ -31,77 +34,28 @@ from nfhelpers.models.sparse_fields import (
     initialise_from_v1,
 )
 
-__all__ = [
-    "FIELD_MODELS",
-    "FieldModel",
-    "OTHER_MODELS",
-    "LatentVelocityNetwork",
-    "LatentVelocityNetworkConfig",
-    "LocalImplicitField",
-    "LocalImplicitFieldConfig",
-    "LocalMamba2D",
-    "LocalMamba2DConfig",
-    "MambaDiffusion",
-    "MambaDiffusionAutoencoder",
-    "MambaDiffusionAutoencoderConfig",
-    "MambaDiffusionConfig",
-    "MambaDiffusionV2",
-    "MambaDiffusionV2Config",
-    "MambaField",
-    "MambaFieldConfig",
-    "MinimalLatentMamba",
-    "MinimalLatentMambaConfig",
-    "ModelConfig",
-    "MultiDirectionalMambaDiffusion",
-    "MultiDirectionalMambaDiffusionConfig",
-    "encode_dataset",
-    "fit_latent_statistics",
-    "fit_linear_code",
-    "initialise_from_v1",
-    "load_model",
-    "second_phase",
-]
-
 FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
-    config.model_type: (model, config)
-    for model, config in (
-        (MambaDiffusion, MambaDiffusionConfig),
-        (MultiDirectionalMambaDiffusion, MultiDirectionalMambaDiffusionConfig),
-        (MambaDiffusionV2, MambaDiffusionV2Config),
-        (MambaField, MambaFieldConfig),
-        (LocalImplicitField, LocalImplicitFieldConfig),
-        (MambaDiffusionAutoencoder, MambaDiffusionAutoencoderConfig),
-        (MinimalLatentMamba, MinimalLatentMambaConfig),
-    )
-}
-"""Models with the signature of sparse fields, by their type."""
+    "v1": (MambaDiffusion, MambaDiffusionConfig),
+    "multidir": (MultiDirectionalMambaDiffusion, MultiDirectionalMambaDiffusionConfig),
+    "v2": (MambaDiffusionV2, MambaDiffusionV2Config),
+    "field": (MambaField, MambaFieldConfig),
+    "diffae": (MambaDiffusionAutoencoder, MambaDiffusionAutoencoderConfig),
+}  # models of sparse fields, by their type
 
 OTHER_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
-    LatentVelocityNetworkConfig.model_type: (LatentVelocityNetwork, LatentVelocityNetworkConfig),
-    LocalMamba2DConfig.model_type: (LocalMamba2D, LocalMamba2DConfig),
-}
-"""Models with signatures of their own, by their type."""
+    "latent_flow": (LatentVelocityNetwork, LatentVelocityNetworkConfig),
+    "localmamba": (LocalMamba2D, LocalMamba2DConfig),
+}  # models of latents and of grids, by their type
 
 
 def load_model(folder: str | Path) -> FieldModel:
-    """Open a folder written by `save_pretrained`, whichever model it holds: in eval mode, on the CPU.
-
-    Raises ValueError when the folder holds no config.json, naming the models in its subfolders if there are
-    any (a training run has best/ and latest/), or an unknown model_type.
-    """
-    path = Path(folder) / "config.json"
+    """Open a folder written by `save_pretrained`, whichever model it holds: in eval mode, on the CPU."""
+    path, known = Path(folder) / "config.json", FIELD_MODELS | OTHER_MODELS
     if not path.is_file():
         inside = sorted(str(found.parent) for found in Path(folder).glob("*/config.json"))
-        if inside:
-            raise ValueError(
-                f"{str(folder)!r} is not itself a saved model, but holds {inside}; pass one of them"
-            )
-        raise ValueError(
-            f"{str(folder)!r} holds no config.json; pass a saved model such as 'checkpoints/v1-photos'"
-        )
-    model_type = json.loads(path.read_text()).get("model_type")
-    known = FIELD_MODELS | OTHER_MODELS
-    if model_type not in known:
-        raise ValueError(f"{path} has model_type={model_type!r}; legal types are {sorted(known)}")
-    model, _ = known[model_type]
+        raise ValueError(f"{str(folder)!r} is not a saved model" + (f"; it holds {inside}" if inside else ""))
+    try:
+        model, _ = known[json.loads(path.read_text())["model_type"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} names no model_type of {sorted(known)}: {error!r}") from error
     return model.from_pretrained(folder)

@@ -1,22 +1,11 @@
 """A diffusion autoencoder of sparse fields: a field as one latent vector, and back at any coordinates.
 
-Glossary
-    b  batch
-    q  query points, where the field is wanted
-    i  observed (input) points, where the field is known
-    l  tokens of the sequence
-    d  model width (d_model)
-    f  random Fourier frequencies
-    k  directions of a scan
-    m  cosines along x, and along y (num_cosines)
-    c  channels of the latent vector (latent_dim)
+Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top.
 
-Sources: seed 004; Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable
-Representation", CVPR 2022.
+Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -31,91 +20,42 @@ from tqdm.auto import tqdm
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.images import grid_coords, to_model
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import FieldModel, ModelConfig, run_layers
+from nfhelpers.models.base import FieldModel, Layers, ModelConfig, evaluation_mode
 from nfhelpers.models.layers import (
     FourierFeatures,
     PointEmbedding,
     TimeEmbedding,
     gather_tokens,
     mlp,
+    solve_positive,
     squared_distances,
+    zero,
 )
 from nfhelpers.models.sparse_fields import (
-    MultiDirectionalMambaDiffusion,
-    check_common,
-    check_orders,
-    check_shapes,
+    MultiDirectionalConfig,
+    SparseField,
+    check_points,
     directional_blocks,
     joint_orders,
     residual_decoder,
 )
-from nfhelpers.samplers import evaluation_mode
 
-SMALLEST_STD = 1e-6
-"""Least standard deviation that a latent channel is divided by: one that never changes normalises to 0."""
+SMALLEST_STD = 1e-6  # that a latent channel is divided by: one that never changes normalises to 0
+AREA_CELLS = 24  # side of the grid by which `point_areas` measures
+SAME_LINE = 1e-5  # coordinates that differ by no more are of one column, or row, of a grid
 
-AREA_CELLS = 24
-"""Side of the grid by which `point_areas` measures."""
-
-SAME_LINE = 1e-5
-"""Coordinates that differ by no more are of one column, or row, of a grid."""
-
-SPECTRUM_DECAY = 1.3
-"""Images have the power (1 + f^2)^-1.3 at f half-cycles a side (measured on CIFAR-10), as nature's do about
-(Field 1987)."""
-
-SPECTRUM_NOISE = 1e-3
-"""Power of noise at each point, beside that of the mean colour."""
-
-SPECTRUM_TAIL = 0.1
-"""Power of what 24 cosines a side cannot say of images, at each point, beside that of the mean colour: the
-sum of `spectrum_power` beyond them is 0.06 up to 32 cosines, 0.17 up to 64."""
-
-SPECTRUM_VARIANCE = 0.2
-"""Power of the mean colour, of values in [-1, 1] (measured on CIFAR-10)."""
-
+# Power of images in the terms of `cosines`, measured on CIFAR-10. Others than VARIANCE: beside the mean's.
+SPECTRUM_DECAY = 1.3  # (1 + f^2)^-1.3 at f half-cycles a side (as in nature: Field 1987)
+SPECTRUM_NOISE = 1e-3  # noise at each point
+SPECTRUM_TAIL = 0.1  # what 24 cosines a side leave out at each point: 0.06 up to 32 cosines, 0.17 up to 64
+SPECTRUM_VARIANCE = 0.2  # the mean colour, of values in [-1, 1]
+OPPONENT_POWER = (1.0, 0.06, 0.015)  # lightness and two differences of colour, the rows of OPPONENT
 OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
-"""Rows: lightness and two differences of colour, orthonormal; close to the principal axes of colours."""
-
-OPPONENT_POWER = (1.0, 0.06, 0.015)
-"""Power of these three beside each other (measured on CIFAR-10)."""
-
-# ---------------------------------------------------------------------------------------------------- helpers
 
 
-def check_latent(latent: torch.Tensor, latent_dim: int, batch: int | None = None) -> None:
-    """Raise ValueError unless `latent` is (B, latent_dim), floating point, and of this batch where given."""
-    if not isinstance(latent, torch.Tensor) or not latent.is_floating_point():
-        kind = latent.dtype if isinstance(latent, torch.Tensor) else type(latent).__name__
-        raise ValueError(
-            f"latent is a {kind}; pass a floating-point tensor (B, {latent_dim}), as encode() returns"
-        )
-    if latent.ndim != 2 or latent.shape[1] != latent_dim or len(latent) == 0:
-        raise ValueError(
-            f"latent has shape {tuple(latent.shape)}; pass (B, {latent_dim}): this model has "
-            f"latent_dim={latent_dim}"
-        )
-    if batch is not None and len(latent) != batch:
-        raise ValueError(f"latent has a batch of {len(latent)} and coords of {batch}; pass one of each")
-
-
-def check_points(name: str, coords: torch.Tensor) -> None:
-    """Raise ValueError unless `coords` is (B, L, 2), floating point and, on the CPU, in [0, 1]."""
-    if coords.ndim != 3 or coords.shape[-1] != 2 or 0 in coords.shape or not coords.is_floating_point():
-        raise ValueError(
-            f"{name} has shape {tuple(coords.shape)} and dtype {coords.dtype}; pass (B, L, 2), torch.float32"
-        )
-    check_unit_range(name, coords, "pixel centres (x, y)")
-
-
-def point_areas(coords: torch.Tensor) -> torch.Tensor:
-    """The share of the image that each of the points (B, I, 2) stands for -> (B, I), which sums to 1.
-
-    Every cell of a grid of `AREA_CELLS` a side goes to the points near it, the nearest most. A mean over
-    randomly placed points, weighted by this, is the integral over the image with less of the error of where
-    the points happen to lie; and it is the same integral for few points as for many.
-    """
+def point_areas(coords):
+    """The share of the image that each of the points (B, I, 2) stands for -> (B, I), which sums to 1."""
     centres = (torch.arange(AREA_CELLS, device=coords.device, dtype=coords.dtype) + 0.5) / AREA_CELLS
     grid = torch.cartesian_prod(centres, centres).expand(len(coords), -1, -1)  # (B, G, 2)
     sharpness = min(4 * coords.shape[1], 2 * AREA_CELLS**2)  # near 1 / area of a point, or of a cell
@@ -123,79 +63,61 @@ def point_areas(coords: torch.Tensor) -> torch.Tensor:
     return share.mean(1)  # (B, I)
 
 
-def cosines(coords: torch.Tensor, count: int) -> torch.Tensor:
-    """Cosines of points (B, L, 2) -> (B, L, count^2): the basis of the discrete cosine transform.
+def cosines(coords, count):
+    """Products of sqrt(2) cos(pi f x), sqrt(2) cos(pi g y) at points (B, L, 2) -> (B, L, count^2), g slower.
 
-    The products of sqrt(2) cos(pi f x) and sqrt(2) cos(pi g y), f and g below `count`, g the slower (1 in
-    place of sqrt(2) cos 0). Over the pixel centres of a grid they are orthonormal.
+    f and g are below `count`, with 1 in place of sqrt(2) cos 0: orthonormal over the pixel centres of a grid.
     """
     frequencies = math.pi * torch.arange(count, device=coords.device, dtype=coords.dtype)  # (M,)
-    waves = (coords[..., None] * frequencies).cos()  # (B, L, 2, M)
-    waves = waves * torch.where(frequencies == 0, 1, 2**0.5)
+    waves = (coords[..., None] * frequencies).cos() * torch.where(frequencies == 0, 1, 2**0.5)  # (B, L, 2, M)
     along_x, along_y = waves.unbind(dim=-2)  # (B, L, M) each
     return (along_y[..., :, None] * along_x[..., None, :]).flatten(-2)  # (B, L, M^2)
 
 
-def spectrum_power(count: int) -> torch.Tensor:
+def spectrum_power(count, device=None):
     """Power of each of the `cosines` in images, beside that of the mean -> (count^2,)."""
-    f = torch.arange(count, dtype=torch.float32)
+    f = torch.arange(count, dtype=torch.float32, device=device)
     return (1 + f[:, None] ** 2 + f**2).pow(-SPECTRUM_DECAY).flatten()  # (M^2,)
 
 
-def filled_share(coords: torch.Tensor) -> torch.Tensor:
-    """How much of the grid of their columns and rows the points (B, I, 2) fill -> (B,), in (0, 1].
+def spectrum_scale(count, like):
+    """Standard deviation of amplitudes in images -> (count^2, 1), of the device and dtype of `like`."""
+    return (SPECTRUM_VARIANCE * spectrum_power(count, like.device)).sqrt()[:, None].to(like)
 
-    1 for all pixels of an image, about a fifth for a fifth of them, 1/I for points that share no coordinate.
-    """
+
+def filled_share(coords):
+    """How much of the grid of their columns and rows points (B, I, 2) fill -> (B,): 1 for all pixels."""
     steps = coords.sort(dim=1).values.diff(dim=1)  # (B, I-1, 2)
     lines = 1 + (steps > SAME_LINE).sum(1)  # (B, 2), columns and rows
     return (coords.shape[1] / lines.prod(-1).to(coords)).clamp(max=1)  # (B,)
 
 
-def fit_spectrum(coords: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
-    """Amplitudes of the `cosines` of a field known at points (B, I, 2), values (B, I, 3) -> (B, count^2, 3).
+def fit_spectrum(coords, values, count):
+    """Amplitudes a of the `cosines` C of a field at points (B, I, 2), values v (B, I, 3) -> (B, count^2, 3).
 
-    Ridge regression, which is the posterior mean of a Gaussian field with the spectrum of images:
-
-        a = argmin |values - cosines a|^2 / noise + sum of a_j^2 / power_j
-
-    Of all pixels of a grid it is close to the discrete cosine transform, of few points to a smooth field near
-    them. What higher frequencies put on the values acts as noise where points are missing, and cancels over a
-    whole grid, as errors of sampling without replacement do (Cochran 1977, section 2.6):
-    noise = SPECTRUM_NOISE + (1 - `filled_share`) SPECTRUM_TAIL. Without the second term the fit follows it
-    and is worst where there are as many points as cosines. The system, solved in float64, has the smaller of
-    I and count^2 unknowns. Source: Wahba, "Spline Models for Observational Data", 1990.
+    The posterior mean of a Gaussian field: argmin |v - C a|^2 / noise + sum of a_j^2 / power_j (Wahba 1990).
+    Where points are missing, frequencies beyond the last cosine act as noise; over a whole grid they cancel.
     """
     coords, values = coords.double(), values.double()
-    root = spectrum_power(count).to(coords).sqrt()  # (M^2,)
+    root = spectrum_power(count, coords.device).double().sqrt()  # (M^2,)
     weighted = cosines(coords, count) * root  # (B, I, M^2)
-    primal = weighted.shape[1] > weighted.shape[2]
+    primal = weighted.shape[1] > weighted.shape[2]  # the system has the smaller of I and M^2 unknowns
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
     noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
     gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
-    factor = torch.linalg.cholesky(gram)
     if primal:
-        amplitudes = torch.cholesky_solve(weighted.mT @ values, factor)  # (B, M^2, 3)
-    else:
-        amplitudes = weighted.mT @ torch.cholesky_solve(values, factor)  # (B, M^2, 3)
-    return root[:, None] * amplitudes
-
-
-# ----------------------------------------------------------------------------------------------------- layers
+        return root[:, None] * solve_positive(gram, weighted.mT @ values)  # (B, M^2, 3)
+    return root[:, None] * (weighted.mT @ solve_positive(gram, values))  # (B, M^2, 3)
 
 
 class LinearCode(nn.Module):
     """A linear code of spectra, and its inverse on what the code keeps; not trained.
 
-        code = components (spectrum - mean) / scale          spectrum = mean + (scale code) components
-
-    The components are orthonormal. To begin with they are single cosines of single opponent colours, those
-    with the most power in images, which are close to the principal components (Ahmed et al. 1974);
-    `fit_linear_code` puts the principal components of a training set in their place. Codes are of about unit
-    variance.
+    The orthonormal components start as the cosines of opponent colours that have the most power in images
+    (Ahmed et al. 1974); `fit_linear_code` puts principal components in their place.
     """
 
-    def __init__(self, count: int, channels: int):
+    def __init__(self, count, channels):
         super().__init__()
         power = spectrum_power(count)[:, None] * torch.tensor(OPPONENT_POWER)  # (M^2, 3)
         first = power.flatten().argsort(descending=True, stable=True)[:channels]  # (C,)
@@ -207,338 +129,171 @@ class LinearCode(nn.Module):
         scale[: len(first)] = (SPECTRUM_VARIANCE * power.flatten()[first]).sqrt()
         self.register_buffer("scale", scale)  # (C,)
 
-    def encode(self, spectrum: torch.Tensor) -> torch.Tensor:
+    def encode(self, spectrum):
         """Spectrum (B, M^2, 3) -> code (B, C)."""
         return (spectrum.flatten(1) - self.mean) @ self.components.T / self.scale
 
-    def decode(self, code: torch.Tensor) -> torch.Tensor:
+    def decode(self, code):
         """Code (B, C) -> spectrum (B, M^2, 3)."""
         return (self.mean + (self.scale * code) @ self.components).unflatten(1, (-1, 3))
 
 
 class GatedEmbedding(nn.Module):
-    """gate(features) * projection(values): products of where a point is and what is there.
+    """gate(features) * projection(values): its mean over the points is a linear functional of the field."""
 
-    Their mean over the points is a linear functional of the field, as a coefficient of PCA or of a Fourier
-    series is; the mean of a sum of two embeddings has no such part.
-    """
-
-    def __init__(self, num_features: int, num_values: int, dim: int):
+    def __init__(self, num_features, num_values, dim):
         super().__init__()
         self.gate = nn.Linear(num_features, dim)
         self.value_proj = nn.Linear(num_values, dim)
 
-    def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Features (B, L, num_features) and values (B, L, num_values) -> (B, L, dim)."""
+    def forward(self, features, values):
         return self.gate(features) * self.value_proj(values)  # (B, L, dim)
 
 
 class FiLM(nn.Module):
     """Scale and shift tokens by a linear function of a condition (Perez et al. 2018)."""
 
-    def __init__(self, num_conditions: int, d_model: int):
+    def __init__(self, num_conditions, d_model):
         super().__init__()
         self.proj = nn.Linear(num_conditions, 2 * d_model)
 
-    def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, L, D) and conditions (B, num_conditions) -> (B, L, D)."""
+    def forward(self, tokens, condition):
         scale, shift = self.proj(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         return tokens * (1 + scale) + shift  # (B, L, D)
 
 
-class FieldEncoder(nn.Module):
-    """What networks add to the linear code of observed points; zero to begin with (seed 004).
+@dataclass(frozen=True, kw_only=True)
+class MambaDiffusionAutoencoderConfig(MultiDirectionalConfig):
+    """Settings of `MambaDiffusionAutoencoder`.
 
-    An MLP sees the spectrum of the field. Scans in several directions see the values and what the linear code
-    misses of them; the seed's mean over the points is one of products with functions of the place
-    (`GatedEmbedding`), in which points count for the area around them (`point_areas`).
+    `phase` 1 has encoder and decoder, 2 these two frozen and a velocity network, with `num_decoder_layers`,
+    too. `spectrum_width`: of the MLPs between latent and spectrum, of `num_cosines` a side. `residual_std`:
+    standard deviation of the data around the decoding. `fourier_scale` is low: a mean over the image, as the
+    encoder takes it, has nothing of fast waves.
     """
 
-    def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
+    phase: int = 1
+    latent_dim: int = 512
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    num_cosines: int = 24
+    spectrum_width: int = 1024
+    fourier_scale: float = 3.0
+    dropout: float = 0.1
+    bidirectional: bool = True
+    shared_weights: bool = True
+    residual_std: float = 0.15
+    model_type: ClassVar[str] = "diffae"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.phase not in (1, 2):
+            raise ValueError(f"phase={self.phase}: pass 1 (autoencoder) or 2 (with flow matching)")
+
+
+class FieldEncoder(nn.Module):
+    """What networks add to the linear code of observed points; zero to begin with.
+
+    An MLP sees the spectrum; scans see the values and what the linear code misses of them.
+    """
+
+    def __init__(self, config: MambaDiffusionAutoencoderConfig):
         super().__init__()
-        d, features, amplitudes = config.d_model, 2 * config.num_fourier_features, 3 * config.num_cosines**2
-        self.orders, self.bidirectional = config.orders, config.bidirectional
-        self.register_buffer(
-            "spectrum_scale",
-            spectrum_power(config.num_cosines).mul(SPECTRUM_VARIANCE).sqrt(),
-            persistent=False,
-        )
-        self.spectrum_mlp = mlp(amplitudes, config.spectrum_width, config.latent_dim, config.dropout)
-        self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.embedding = PointEmbedding(features, d, num_values=6)
-        self.product = GatedEmbedding(features, 6, d)
-        self.blocks = directional_blocks(
-            config, bidirectional=config.bidirectional, num_layers=config.num_encoder_layers
-        )
-        self.token_norm = nn.RMSNorm(d)
-        self.pooled = GatedEmbedding(features, d, config.latent_dim)
-        self.pooled_norm = nn.RMSNorm(config.latent_dim)
-        self.latent_proj = nn.Linear(config.latent_dim, config.latent_dim)
-        for layer in (self.spectrum_mlp[-1], self.latent_proj):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        c = self.config = config
+        features, amplitudes = 2 * c.num_fourier_features, 3 * c.num_cosines**2
+        self.spectrum_mlp = mlp(amplitudes, c.spectrum_width, c.latent_dim, c.dropout)
+        self.fourier = FourierFeatures(c.num_fourier_features, c.fourier_scale)
+        self.embedding = PointEmbedding(features, c.d_model, num_values=6)
+        self.product = GatedEmbedding(features, 6, c.d_model)
+        self.blocks = directional_blocks(c, c.num_encoder_layers, c.bidirectional)
+        self.token_norm = nn.RMSNorm(c.d_model)
+        self.pooled = GatedEmbedding(features, c.d_model, c.latent_dim)
+        self.pooled_norm = nn.RMSNorm(c.latent_dim)
+        self.latent_proj = zero(nn.Linear(c.latent_dim, c.latent_dim))
+        zero(self.spectrum_mlp[-1])
 
-    def forward(
-        self,
-        coords: torch.Tensor,
-        values: torch.Tensor,
-        spectrum: torch.Tensor,
-        linear: torch.Tensor,
-        recompute: bool = False,
-    ) -> torch.Tensor:
-        """What is added to the code of points (B, I, 2), sorted by rows -> (B, C).
-
-        values (B, I, 3), spectrum (B, M^2, 3), linear (B, I, 3), the decoding of the linear code at the
-        points; `recompute`: as in `run_layers`.
-        """
+    def forward(self, coords, values, spectrum, linear):
+        """Points (B, I, 2), values (B, I, 3), spectrum (B, M^2, 3), linear decoding (B, I, 3) -> (B, C)."""
         dtype = self.latent_proj.weight.dtype
-        amplitudes = (spectrum / self.spectrum_scale[:, None]).flatten(1)  # (B, 3 M^2)
-        added = self.spectrum_mlp(amplitudes.to(dtype))  # (B, C)
+        scale = spectrum_scale(self.config.num_cosines, spectrum)  # (M^2, 1)
+        added = self.spectrum_mlp((spectrum / scale).flatten(1).to(dtype))  # (B, C)
         seen = torch.cat([values, values - linear], dim=-1)  # (B, I, 6)
         features = self.fourier(coords).to(dtype)  # (B, I, 2F)
         tokens = (self.embedding(features, seen) + self.product(features, seen)).to(dtype)  # (B, I, D)
-        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, I)
-        tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, I, D)
+        orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, I)
+        tokens = self.blocks(tokens, orders)  # (B, I, D)
         products = self.pooled(features, self.token_norm(tokens)).to(dtype)  # (B, I, C)
         pooled = (point_areas(coords).to(dtype)[..., None] * products).sum(1)  # (B, C)
         return added + self.latent_proj(self.pooled_norm(pooled))  # (B, C)
 
 
 class LatentDecoder(nn.Module):
-    """What networks add to the linear decoding of a latent at any points; zero to begin with (seed 004).
+    """The linear decoding of a latent at any points, and what networks add to it; zero to begin with.
 
-    An MLP adds to the spectrum. Then scans over the points add to the values: their tokens are functions of
-    the place and of the value decoded there, scaled and shifted by the latent.
+    An MLP adds to the spectrum, scans over the points to the values.
     """
 
-    def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
+    def __init__(self, config: MambaDiffusionAutoencoderConfig):
         super().__init__()
-        d, features, amplitudes = config.d_model, 2 * config.num_fourier_features, 3 * config.num_cosines**2
-        self.orders, self.bidirectional = config.orders, config.bidirectional
-        self.num_cosines = config.num_cosines
-        self.register_buffer(
-            "spectrum_scale",
-            spectrum_power(config.num_cosines).mul(SPECTRUM_VARIANCE).sqrt(),
-            persistent=False,
-        )
-        self.spectrum_mlp = mlp(config.latent_dim, config.spectrum_width, amplitudes, config.dropout)
-        self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.embedding = PointEmbedding(features, d)
-        self.film = FiLM(config.latent_dim, d)
-        self.blocks = directional_blocks(
-            config, bidirectional=config.bidirectional, num_layers=config.num_decoder_layers
-        )
-        self.head = residual_decoder(d, config.dropout)
-        nn.init.zeros_(self.spectrum_mlp[-1].weight)
-        nn.init.zeros_(self.spectrum_mlp[-1].bias)
+        c = self.config = config
+        features, amplitudes = 2 * c.num_fourier_features, 3 * c.num_cosines**2
+        self.spectrum_mlp = mlp(c.latent_dim, c.spectrum_width, amplitudes, c.dropout)
+        self.fourier = FourierFeatures(c.num_fourier_features, c.fourier_scale)
+        self.embedding = PointEmbedding(features, c.d_model)
+        self.film = FiLM(c.latent_dim, c.d_model)
+        self.blocks = directional_blocks(c, c.num_decoder_layers, c.bidirectional)
+        self.head = residual_decoder(c.d_model, c.dropout)
+        zero(self.spectrum_mlp[-1])
 
-    def forward(
-        self, coords: torch.Tensor, latent: torch.Tensor, spectrum: torch.Tensor, recompute: bool = False
-    ) -> torch.Tensor:
-        """Points (B, Q, 2), latent (B, C) and its linear decoding (B, M^2, 3) -> values (B, Q, 3).
-
-        `recompute`: as in `run_layers`.
-        """
+    def forward(self, coords, latent, spectrum):
+        """Points (B, Q, 2), latent (B, C) and its linear decoding (B, M^2, 3) -> values (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords = gather_tokens(coords, order)
         dtype = self.film.proj.weight.dtype
         added = self.spectrum_mlp(latent).unflatten(-1, (-1, 3))  # (B, M^2, 3)
-        spectrum = spectrum + self.spectrum_scale[:, None] * added.to(dtype)  # (B, M^2, 3)
-        smooth = cosines(coords, self.num_cosines).to(dtype) @ spectrum  # (B, Q, 3)
-        features = self.fourier(coords).to(dtype)  # (B, Q, 2F)
-        tokens = self.film(self.embedding(features, smooth), latent).to(dtype)  # (B, Q, D)
-        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, Q)
-        tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, Q, D)
+        spectrum = spectrum + spectrum_scale(self.config.num_cosines, spectrum) * added.to(dtype)
+        smooth = cosines(coords, self.config.num_cosines).to(dtype) @ spectrum  # (B, Q, 3)
+        tokens = self.film(self.embedding(self.fourier(coords), smooth), latent).to(dtype)  # (B, Q, D)
+        orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, Q)
+        tokens = self.blocks(tokens, orders)  # (B, Q, D)
         values = smooth.to(dtype) + self.head(tokens).to(dtype)  # (B, Q, 3)
         return gather_tokens(values, inverse_order(order))  # (B, Q, 3)
 
 
 class VelocityRefiner(nn.Module):
-    """What phase 2 adds to the velocity of the deterministic decoding; zero to begin with.
+    """What phase 2 adds to the velocity of the deterministic decoding; zero to begin with."""
 
-    Tokens are scaled and shifted by the latent and the time, then scanned in several directions.
-    """
-
-    def __init__(self, config: "MambaDiffusionAutoencoderConfig"):
+    def __init__(self, config: MambaDiffusionAutoencoderConfig):
         super().__init__()
-        d, features = config.d_model, 2 * config.num_fourier_features
-        self.orders, self.bidirectional = config.orders, config.bidirectional
-        self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.embedding = PointEmbedding(features, d, num_values=6)
-        self.time = TimeEmbedding(d)
-        self.latent_proj = nn.Linear(config.latent_dim, d)
-        self.film = FiLM(d, d)
-        self.blocks = directional_blocks(
-            config, bidirectional=config.bidirectional, num_layers=config.num_decoder_layers
-        )
-        self.head = residual_decoder(d, config.dropout)
+        c = self.config = config
+        self.fourier = FourierFeatures(c.num_fourier_features, c.fourier_scale)
+        self.embedding = PointEmbedding(2 * c.num_fourier_features, c.d_model, num_values=6)
+        self.time = TimeEmbedding(c.d_model)
+        self.latent_proj = nn.Linear(c.latent_dim, c.d_model)
+        self.film = FiLM(c.d_model, c.d_model)
+        self.blocks = directional_blocks(c, c.num_decoder_layers, c.bidirectional)
+        self.head = residual_decoder(c.d_model, c.dropout)
 
-    def forward(
-        self,
-        seen: torch.Tensor,
-        coords: torch.Tensor,
-        t: torch.Tensor,
-        latent: torch.Tensor,
-        recompute: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, seen, coords, t, latent):
         """Noisy rest and decoding (B, Q, 6) at (B, Q, 2), t (B,), latent (B, C) -> (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords, seen = gather_tokens(coords, order), gather_tokens(seen, order)
         dtype = self.latent_proj.weight.dtype
-        tokens = self.embedding(self.fourier(coords).to(dtype), seen)  # (B, Q, D)
+        tokens = self.embedding(self.fourier(coords), seen)  # (B, Q, D)
         condition = self.latent_proj(latent) + self.time(t)  # (B, D)
         tokens = self.film(tokens, F.silu(condition)).to(dtype)  # (B, Q, D)
-        orders = joint_orders(coords, self.orders, self.bidirectional)  # (B, K, Q)
-        tokens = run_layers(self.blocks, tokens, orders, recompute=recompute)  # (B, Q, D)
+        orders = joint_orders(coords, self.config.orders, self.config.bidirectional)  # (B, K, Q)
+        tokens = self.blocks(tokens, orders)  # (B, Q, D)
         return gather_tokens(self.head(tokens), inverse_order(order))  # (B, Q, 3)
 
 
-class LatentBlock(nn.Module):
-    """Residual MLP on vectors, scaled and shifted by the time; zero to begin with."""
+class MambaDiffusionAutoencoder(SparseField):
+    """Semantic autoencoder of sparse fields, with a flow on top.
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.film = FiLM(width, width)
-        self.mlp = mlp(width, 2 * width, width)
-        nn.init.zeros_(self.mlp[-1].weight)
-        nn.init.zeros_(self.mlp[-1].bias)
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x (B, 1, W) and time (B, W) -> (B, 1, W)."""
-        return x + self.mlp(self.film(self.norm(x), time))  # (B, 1, W)
-
-
-# ----------------------------------------------------------------------------------------------------- config
-
-
-@dataclass(frozen=True)
-class MambaDiffusionAutoencoderConfig(ModelConfig):
-    """Settings of `MambaDiffusionAutoencoder`; the defaults are seed 004's.
-
-    But `fourier_scale`, 10 there: what the networks add to the latent is a mean over the image, and of
-    functions that turn ten times across it this has next to nothing but the mean colour.
-
-    `phase` is 1, encoder and deterministic decoder, or 2, these two frozen and a velocity network on top
-    (`second_phase` makes the one from the other). `latent_dim` is the length of the latent vector, 64 to 1024
-    being sensible. `residual_std` is the standard deviation of the data around the deterministic decoding, on
-    the scale of values in [-1, 1]. `num_cosines` a side are the spectrum of which the latent is a code,
-    `spectrum_width` the width of the MLPs between the two. `num_decoder_layers` are those of the decoder and
-    again of the velocity network. The others are as in `MultiDirectionalMambaDiffusionConfig`.
-    """
-
-    phase: int = 1
-    latent_dim: int = 512
-    d_model: int = 512
-    num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    d_state: int = 16
-    expand: int = 2
-    num_cosines: int = 24
-    spectrum_width: int = 1024
-    num_fourier_features: int = 256
-    fourier_scale: float = 3.0
-    mlp_ratio: float = 2.0
-    dropout: float = 0.1
-    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    bidirectional: bool = True
-    shared_weights: bool = True
-    tied_decay: bool = True
-    residual_std: float = 0.15
-    model_type: ClassVar[str] = "diffae"
-
-    def __post_init__(self):
-        self.lists_to_tuples("orders")
-        check_orders(self.orders)
-        if isinstance(self.phase, bool) or self.phase not in (1, 2):
-            raise ValueError(
-                f"phase={self.phase!r} is unknown; pass 1 (autoencoder) or 2 (with flow matching)"
-            )
-        for name in ("bidirectional", "shared_weights", "tied_decay"):
-            self.check_flag(name)
-        self.check_positive("latent_dim", "d_model", "num_encoder_layers", "num_decoder_layers", "d_state")
-        self.check_positive("expand", "num_cosines", "spectrum_width")
-        self.check_positive("num_fourier_features", "fourier_scale", "mlp_ratio", "residual_std")
-        self.check_dropout()
-        if self.d_model % 2:
-            raise ValueError(f"d_model={self.d_model} is odd; pass an even width such as 512")
-
-
-@dataclass(frozen=True)
-class MinimalLatentMambaConfig(ModelConfig):
-    """Settings of `MinimalLatentMamba`; the defaults are seed 004's.
-
-    `latent_dim` is the width of the bottleneck of each token, below `d_model`; the others are as in
-    `MultiDirectionalMambaDiffusionConfig`.
-    """
-
-    latent_dim: int = 256
-    d_model: int = 512
-    num_layers: int = 6
-    d_state: int = 16
-    expand: int = 2
-    num_fourier_features: int = 256
-    fourier_scale: float = 10.0
-    num_heads: int = 8
-    mlp_ratio: float = 2.0
-    dropout: float = 0.0
-    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    shared_weights: bool = False
-    tied_decay: bool = True
-    model_type: ClassVar[str] = "minimal"
-
-    def __post_init__(self):
-        self.lists_to_tuples("orders")
-        check_orders(self.orders)
-        self.check_flag("shared_weights")
-        check_common(self)
-        self.check_positive("latent_dim")
-        if self.latent_dim >= self.d_model:
-            raise ValueError(
-                f"latent_dim={self.latent_dim} is no bottleneck of d_model={self.d_model}; "
-                f"pass less, such as {max(1, self.d_model // 2)}"
-            )
-
-
-@dataclass(frozen=True)
-class LatentVelocityNetworkConfig(ModelConfig):
-    """Settings of `LatentVelocityNetwork`: length of the latent, width and number of residual blocks."""
-
-    latent_dim: int = 512
-    width: int = 1024
-    depth: int = 6
-    model_type: ClassVar[str] = "latent_flow"
-
-    def __post_init__(self):
-        self.check_positive("latent_dim", "width", "depth")
-        if self.width % 2:
-            raise ValueError(f"width={self.width} is odd; pass an even width such as 1024")
-
-
-# ------------------------------------------------------------------------------------------------------ model
-
-
-class MambaDiffusionAutoencoder(FieldModel):
-    """Semantic autoencoder of sparse fields with a flow on top (seed 004).
-
-    `encode` makes one latent vector of the observed points; `decode` makes of it the values at any query
-    points, in one of two ways:
-
-    - without noisy values, the deterministic decoding m: what phase 1 trains, by the mean squared error;
-    - with noisy values x_t, the velocity of a flow from noise to the field given the latent: what phase 2
-      trains, encoder and decoder being frozen, so that m stays what it was, bit by bit.
-
-    The velocity is preconditioned around m as that of `MambaField` is around its spline. With s =
-    `config.residual_std` and V = (1 - t)^2 + t^2 s^2,
-
-        velocity = m + skip_weight(t, s) r + s / sqrt(V) network(r / sqrt(V), m, t, latent),    r = x_t - t m
-
-    In phase 1 there is no network. At t = 0 the velocity is then m - x_0, and the target of flow matching
-    data - x_0: the loss at t = 0 is the mean squared error of m, and it is there, in phase 1, that training
-    takes it (`loss_times`).
-
-    Buffers `latent_mean`, `latent_std` (C,) are those of the latents of a training set
-    (`fit_latent_statistics`), NaN until then. They travel with the checkpoint.
+    `encode` makes one latent of the observed points. `decode` makes of it, anywhere, the decoding m, which
+    phase 1 trains, or the velocity of a flow given the latent, which phase 2 trains while m stays. As in
+    `MambaField`, with m for the spline; phase 1 has no network there, so its velocity at t = 0 is m - x_0,
+    and the loss at t = 0, where phase 1 takes it, is the squared error of m.
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -555,7 +310,7 @@ class MambaDiffusionAutoencoder(FieldModel):
             self.decoder.requires_grad_(False)
         self.train()
 
-    def train(self, mode: bool = True) -> "MambaDiffusionAutoencoder":
+    def train(self, mode=True):
         """As nn.Module's; what phase 2 has frozen stays in eval mode, without dropout."""
         super().train(mode)
         if self.config.phase == 2:
@@ -563,152 +318,96 @@ class MambaDiffusionAutoencoder(FieldModel):
             self.decoder.eval()
         return self
 
-    def encode(self, coords: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Latent (B, C) of observed points.
-
-        coords (B, Ni, 2) are (x, y) in [0, 1], values (B, Ni, 3) in [-1, 1]. The latent is not normalised
-        (`normalise`). Raises ValueError when shapes or dtypes do not fit and, on the CPU, for coordinates
-        outside [0, 1].
-        """
-        check_points("coords", coords)
-        if values.shape != (*coords.shape[:2], 3) or not values.is_floating_point():
-            raise ValueError(
-                f"values have shape {tuple(values.shape)} and dtype {values.dtype} for coords of "
-                f"{tuple(coords.shape)}; pass ({coords.shape[0]}, {coords.shape[1]}, 3), torch.float32"
-            )
+    def encode(self, coords, values):
+        """Latent (B, C), not normalised, of values (B, Ni, 3) observed at coords (B, Ni, 2)."""
+        check_points(None, (coords, values))
         order = point_order(coords, "row")  # (B, I): sums are then the same however the points are listed
         coords, values = gather_tokens(coords, order), gather_tokens(values, order)
         dtype = self.latent_mean.dtype
         spectrum = fit_spectrum(coords, values, self.config.num_cosines).to(dtype)  # (B, M^2, 3)
         code = self.linear_code.encode(spectrum)  # (B, C)
         linear = cosines(coords, self.config.num_cosines).to(dtype) @ self.linear_code.decode(code)
-        return code + self.encoder(coords, values, spectrum, linear, self.recompute).to(dtype)  # (B, C)
+        return code + self.encoder(coords, values, spectrum, linear).to(dtype)  # (B, C)
 
-    def decode(
-        self,
-        coords: torch.Tensor,
-        latent: torch.Tensor,
-        t: torch.Tensor | None = None,
-        noisy_values: torch.Tensor | None = None,
-        start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Values at query points, or with `noisy_values` their velocity.
+    def decode(self, coords, latent, t=None, noisy_values=None, start=None):
+        """Deterministic decoding (B, Nq, 3) of a latent (B, C), not normalised, at coords (B, Nq, 2).
 
-        coords (B, Nq, 2) are (x, y) in [0, 1]; latent (B, C) is as `encode` returns it, not normalised.
-        Without noisy_values the deterministic decoding, (B, Nq, 3) in about [-1, 1]; t is ignored. With
-        noisy_values (B, Nq, 3), the state x_t of the flow at t (B,) in [0, 1], its velocity (B, Nq, 3);
-        start (B, Nq, 3): the deterministic decoding of this latent at these points, if it is at hand. Raises
-        ValueError for a latent of another size, when shapes or dtypes do not fit, for a missing t and, on
-        the CPU, for t or coordinates outside [0, 1].
+        With noisy_values (B, Nq, 3), x_t at t (B,), the velocity instead; start: the decoding, if at hand.
         """
-        check_points("coords", coords)
-        check_latent(latent, self.config.latent_dim, len(coords))
+        check_points(t, (coords, noisy_values))
         if start is None:
-            spectrum = self.linear_code.decode(latent)  # (B, M^2, 3)
-            start = self.decoder(coords, latent, spectrum, self.recompute)  # (B, Q, 3), m
+            start = self.decoder(coords, latent, self.linear_code.decode(latent))  # (B, Q, 3), m
         if noisy_values is None:
             return start
-        if noisy_values.shape != start.shape or not noisy_values.is_floating_point():
-            raise ValueError(
-                f"noisy_values have shape {tuple(noisy_values.shape)} and dtype {noisy_values.dtype}; "
-                f"pass {tuple(start.shape)}, torch.float32"
-            )
-        if not isinstance(t, torch.Tensor) or t.shape != latent.shape[:1]:
-            came = tuple(t.shape) if isinstance(t, torch.Tensor) else repr(t)
-            raise ValueError(f"t is {came}; with noisy_values pass a tensor ({len(latent)},) in [0, 1]")
-        check_unit_range("t", t, "times from noise, 0, to data, 1,")
-        time, std = t[:, None, None], self.config.residual_std  # (B, 1, 1)
-        rest = noisy_values - time * start  # (B, Q, 3)
-        velocity = start + skip_weight(time, std) * rest  # (B, Q, 3)
+        s, time = self.config.residual_std, t[:, None, None]  # number, (B, 1, 1)
+        rest = noisy_values - time * start  # (B, Q, 3), r
+        velocity = start + skip_weight(time, s) * rest  # (B, Q, 3)
         if self.refiner is None:
             return velocity
-        scale = ((1 - time) ** 2 + (std * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
+        scale = ((1 - time) ** 2 + (s * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
-        return velocity + std / scale * self.refiner(seen, coords, t, latent, self.recompute)  # (B, Q, 3)
+        return velocity + s / scale * self.refiner(seen, coords, t, latent)  # (B, Q, 3)
 
-    def forward(
-        self,
-        noisy_values: torch.Tensor,
-        query_coords: torch.Tensor,
-        t: torch.Tensor,
-        input_coords: torch.Tensor,
-        input_values: torch.Tensor,
-        conditions: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """Velocity of the field at the query points, given the latent of the observed ones.
-
-        noisy_values (B, Nq, 3) is x_t, values in about [-1, 1]; query_coords (B, Nq, 2) and input_coords
-        (B, Ni, 2) are (x, y) in [0, 1]; t (B,) in [0, 1], 0 is noise; input_values (B, Ni, 3) in [-1, 1].
-        conditions: what `prepare` made of these points, if it is at hand. Returns (B, Nq, 3). In phase 1 one
-        step from t = 0 is the deterministic decoding. Raises ValueError when the shapes or dtypes do not fit
-        and, on the CPU, when t or coordinates are outside [0, 1].
-        """
-        check_shapes(noisy_values, query_coords, t, input_coords, input_values)
-        if conditions is None:
-            conditions = self.prepare(query_coords, input_coords, input_values)
-        latent, start = conditions
-        return self.decode(query_coords, latent, t, noisy_values, start)  # (B, Q, 3)
-
-    def prepare(
-        self, query_coords: torch.Tensor, input_coords: torch.Tensor, input_values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` computes of these arguments alone: latent (B, C) and its decoding (B, Q, 3)."""
+    def prepare(self, query_coords, input_coords, input_values):
+        """What `forward` computes from these alone: query points, latent (B, C), its decoding (B, Q, 3)."""
         latent = self.encode(input_coords, input_values)  # (B, C)
-        return latent, self.decode(query_coords, latent)
+        return query_coords, latent, self.decode(query_coords, latent)
 
-    def loss_times(self, t: torch.Tensor) -> torch.Tensor:
-        """Times at which training takes the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
+    def velocity(self, noisy_values, t, conditions):
+        query_coords, latent, start = conditions
+        return self.decode(query_coords, latent, t, noisy_values, start)
+
+    def loss_times(self, t):
+        """Times of the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
         return torch.zeros_like(t) if self.config.phase == 1 else t
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight of the loss at t (B,) -> (B,): in phase 2 V / s^2, as that of `MambaField`."""
+    def loss_weight(self, t):
         return torch.ones_like(t) if self.config.phase == 1 else loss_weight(t, self.config.residual_std)
 
-    def normalise(self, latent: torch.Tensor) -> torch.Tensor:
-        """Latent (B, C) of `encode` -> of mean 0 and standard deviation 1 over the training set, (B, C).
-
-        On any device. Raises ValueError for a latent of another size, and before `fit_latent_statistics`.
-        """
-        mean, std = self._statistics(latent)
+    def normalise(self, latent):
+        """Latent (B, C) of `encode` -> of mean 0 and standard deviation 1 over the training set, (B, C)."""
+        mean, std = self._statistics(latent.device)
         return (latent - mean) / std
 
-    def denormalise(self, latent: torch.Tensor) -> torch.Tensor:
+    def denormalise(self, latent):
         """The inverse of `normalise`: what `decode` takes."""
-        mean, std = self._statistics(latent)
+        mean, std = self._statistics(latent.device)
         return latent * std + mean
 
-    def _statistics(self, latent):
-        """Mean and standard deviation (C,), where the latent is."""
-        check_latent(latent, self.config.latent_dim)
+    def _statistics(self, device):
         if not bool(torch.isfinite(self.latent_std).all()):
-            raise ValueError(
-                "this model has no mean and standard deviation of latents yet; call "
-                "fit_latent_statistics(model, dataset) with its training set first"
-            )
-        return self.latent_mean.to(latent.device), self.latent_std.clamp_min(SMALLEST_STD).to(latent.device)
+            raise ValueError("call fit_latent_statistics(model, dataset) with the training set first")
+        return self.latent_mean.to(device), self.latent_std.clamp_min(SMALLEST_STD).to(device)  # (C,) each
 
 
-class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
-    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token after the scans (seed 004).
+class LatentBlock(nn.Module):
+    """Residual MLP on vectors, scaled and shifted by the time; zero to begin with."""
 
-    The seed's quick test: does compression alone change anything?
-    """
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.film = FiLM(width, width)
+        self.mlp = mlp(width, 2 * width, width)
+        zero(self.mlp[-1])
 
-    def __init__(self, config: MinimalLatentMambaConfig):
-        super().__init__(config)
-        self.to_latent = nn.Linear(config.d_model, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, config.d_model)
+    def forward(self, x, time):
+        return x + self.mlp(self.film(self.norm(x), time))  # (B, 1, W)
 
-    def scan(self, tokens: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
-        scanned = super().scan(tokens, orders)  # (B, L, D)
-        return self.from_latent(self.to_latent(scanned)).to(tokens.dtype)  # (B, L, D), through (B, L, C)
+
+@dataclass(frozen=True, kw_only=True)
+class LatentVelocityNetworkConfig(ModelConfig):
+    """Settings of `LatentVelocityNetwork`: length of the latent, width and number of residual blocks."""
+
+    latent_dim: int = 512
+    width: int = 1024
+    depth: int = 6
+    model_type: ClassVar[str] = "latent_flow"
 
 
 class LatentVelocityNetwork(FieldModel):
-    """Velocity of latents, z-normalised, from noise to data: unconditional sampling (seed 004).
+    """Velocity of latents, z-normalised, from noise to data: unconditional sampling.
 
-    A residual MLP, preconditioned as `MambaField` is, around the Gaussian of mean 0 and standard deviation 1:
-    untrained, it is the exact velocity between two of these.
+    A residual MLP, preconditioned as `MambaField`: untrained, it is the exact velocity between two Gaussians.
     """
 
     def __init__(self, config: LatentVelocityNetworkConfig):
@@ -716,126 +415,85 @@ class LatentVelocityNetwork(FieldModel):
         self.config = config
         self.in_proj = nn.Linear(config.latent_dim, config.width)
         self.time = TimeEmbedding(config.width)
-        self.blocks = nn.ModuleList(LatentBlock(config.width) for _ in range(config.depth))
-        self.out = nn.Sequential(nn.RMSNorm(config.width), nn.Linear(config.width, config.latent_dim))
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        self.blocks = Layers(LatentBlock(config.width) for _ in range(config.depth))
+        self.out = nn.Sequential(nn.RMSNorm(config.width), zero(nn.Linear(config.width, config.latent_dim)))
 
-    def forward(self, noisy_latent: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Velocity (B, C) at noisy latents (B, C), t (B,) in [0, 1], 0 is noise.
-
-        Latents are those of `MambaDiffusionAutoencoder.normalise`. Raises ValueError for a latent of another
-        size or a t of another shape and, on the CPU, for a t outside [0, 1].
-        """
-        check_latent(noisy_latent, self.config.latent_dim)
-        if t.shape != noisy_latent.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}; pass ({len(noisy_latent)},), one a latent")
-        check_unit_range("t", t, "times from noise, 0, to data, 1,")
+    def forward(self, noisy_latent, t):
+        """Velocity (B, C) at noisy latents (B, C) of `normalise`, t (B,) in [0, 1], 0 is noise."""
+        check_unit_range("t", t, "times")
         time = t[:, None]  # (B, 1)
         scale = ((1 - time) ** 2 + time**2).sqrt()  # (B, 1)
         x = self.in_proj(noisy_latent / scale)[:, None]  # (B, 1, W)
-        x = run_layers(self.blocks, x, F.silu(self.time(t)), recompute=self.recompute)  # (B, 1, W)
+        x = self.blocks(x, F.silu(self.time(t)))  # (B, 1, W)
         return skip_weight(time, 1.0) * noisy_latent + self.out(x[:, 0]) / scale  # (B, C)
 
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight of the loss at t (B,) -> (B,): what makes the error of the velocity that of the network."""
+    def loss_weight(self, t):
         return loss_weight(t, 1.0)
-
-
-# --------------------------------------------------------------------------------- from phase to phase
 
 
 @torch.no_grad()
 def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, batch_size: int = 256) -> None:
-    """Set the model's linear code to the principal components of the spectra of images, its training set.
+    """Set the model's linear code to the principal components of images (N, H, W, 3) uint8, its training set.
 
-    images: (N, H, W, 3) uint8, all of whose pixels are used. The untrained autoencoder given all pixels then
-    is PCA, up to what `num_cosines` cannot say. Raises ValueError for other images, and for fewer than
-    latent_dim + 1 of them or of amplitudes, and for
-    a side of fewer pixels than `num_cosines`, over which the cosines are not orthogonal.
+    The untrained autoencoder, given all pixels, then is PCA, up to what `num_cosines` a side cannot say.
     """
-    images = np.asarray(images)
     code, count, channels = model.linear_code, model.config.num_cosines, model.config.latent_dim
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images are {images.dtype} {images.shape}; pass uint8 (N, H, W, 3)")
-    if min(len(images), len(code.mean)) <= channels:
+    if min(len(images), len(code.mean)) <= channels or min(images.shape[1:3]) < count:
         raise ValueError(
-            f"{len(images)} images and {len(code.mean)} amplitudes do not span latent_dim={channels} "
-            "components; pass more images, or a smaller latent_dim or larger num_cosines"
+            f"images {images.shape} are too few, or too small, for latent_dim={channels}, num_cosines={count}"
         )
-    if min(images.shape[1:3]) < count:
-        raise ValueError(
-            f"images of {images.shape[1]} x {images.shape[2]} have fewer pixels a side than "
-            f"num_cosines={count}; pass num_cosines={min(images.shape[1:3])} or larger images"
-        )
-    device = code.mean.device
-    basis = cosines(grid_coords(*images.shape[1:3])[None].to(device), count)[0]  # (P, M^2)
-    total = torch.zeros(len(code.mean), dtype=torch.float64, device=device)  # (3 M^2,)
-    products = torch.zeros(len(total), len(total), dtype=torch.float64, device=device)
+    basis = cosines(grid_coords(*images.shape[1:3])[None].to(code.mean.device), count)[0]  # (P, M^2)
+    spectra = []
     for start in range(0, len(images), batch_size):
-        values = torch.from_numpy(to_model(images[start : start + batch_size])).to(device)  # (b, H, W, 3)
-        spectra = basis.T @ values.flatten(1, 2) / len(basis)  # (b, M^2, 3): the cosines are orthonormal
-        spectra = spectra.flatten(1).double()  # (b, 3 M^2)
-        total += spectra.sum(0)
-        products += spectra.T @ spectra
-    mean = total / len(images)
-    powers, axes = torch.linalg.eigh(products / len(images) - torch.outer(mean, mean))  # ascending
+        values = torch.from_numpy(to_model(images[start : start + batch_size])).to(basis)  # (b, H, W, 3)
+        spectra.append(basis.T @ values.flatten(1, 2) / len(basis))  # (b, M^2, 3): they are orthonormal
+    spectra = torch.cat(spectra).flatten(1).double()  # (N, 3 M^2)
+    mean = spectra.mean(0)
+    powers, axes = torch.linalg.eigh(
+        spectra.T @ spectra / len(spectra) - torch.outer(mean, mean)
+    )  # ascending
     code.mean.copy_(mean)
     code.components.copy_(axes[:, -channels:].flip(1).T)
     code.scale.copy_(powers[-channels:].flip(0).clamp_min(SMALLEST_STD**2).sqrt())
 
 
-def second_phase(
-    first: MambaDiffusionAutoencoder | str | Path, *, residual_std: float = 0.15
-) -> MambaDiffusionAutoencoder:
-    """A model of phase 2 on a trained one of phase 1: its weights and latent statistics, frozen.
-
-    first: the model, or the folder of `save_pretrained` it lies in; residual_std: as in the config. Returns a
-    model on the same device. Raises ValueError when the folder holds no model, or not one of phase 1.
-    """
-    if not isinstance(first, MambaDiffusionAutoencoder):
-        if not isinstance(first, str | os.PathLike) or not (Path(first) / "config.json").is_file():
-            raise ValueError(
-                f"phase 2 needs the model of phase 1, and {str(first)!r} is no folder that holds one; train "
-                "it first (python -m nfhelpers train diffae_phase1) and pass its folder, such as "
-                "'runs/diffae_phase1/demo/best'"
-            )
-        first = MambaDiffusionAutoencoder.from_pretrained(Path(first))
-    if first.config.phase != 1:
-        raise ValueError(f"this model is of phase {first.config.phase}; pass one of phase 1")
-    model = MambaDiffusionAutoencoder(replace(first.config, phase=2, residual_std=residual_std))
-    missing, _ = model.load_state_dict(first.state_dict(), strict=False)
-    assert all(name.startswith("refiner.") for name in missing)
-    return model.to(first.latent_mean)
-
-
 @torch.no_grad()
-def encode_dataset(
+def fit_latent_statistics(
     model: MambaDiffusionAutoencoder, dataset: Dataset, *, batch_size: int = 64, progress: bool = False
 ) -> torch.Tensor:
-    """Latents (N, C), on the CPU, of the observed points of every item of a dataset, in its order.
+    """Set the model's latent mean and standard deviation to those over its training set, a `SparseFields`.
 
-    dataset: items as of `images.SparseFields`; progress: show a bar. The latents are not normalised.
+    Returns the latents (N, C), not normalised, on the CPU.
     """
     device, latents = model.latent_mean.device, []
     with evaluation_mode(model):
         for batch in tqdm(DataLoader(dataset, batch_size), desc="encode", disable=not progress):
-            latent = model.encode(batch["input_coords"].to(device), batch["input_values"].to(device))
-            latents.append(latent.cpu())
-    return torch.cat(latents)  # (N, C)
-
-
-def fit_latent_statistics(
-    model: MambaDiffusionAutoencoder, dataset: Dataset, *, batch_size: int = 64, progress: bool = False
-) -> torch.Tensor:
-    """Set the model's latent mean and standard deviation to those over a dataset, its training set.
-
-    Arguments and result are those of `encode_dataset`. Raises ValueError for fewer than two items.
-    """
-    if len(dataset) < 2:
-        raise ValueError(f"the dataset has {len(dataset)} items; pass at least 2, the training set")
-    latents = encode_dataset(model, dataset, batch_size=batch_size, progress=progress)  # (N, C)
-    wide = latents.double()
-    model.latent_mean.copy_(wide.mean(0))
-    model.latent_std.copy_(wide.std(0, correction=0))
+            points = batch["input_coords"].to(device), batch["input_values"].to(device)
+            latents.append(model.encode(*points).cpu())
+    latents = torch.cat(latents)  # (N, C)
+    model.latent_mean.copy_(latents.double().mean(0))
+    model.latent_std.copy_(latents.double().std(0, correction=0))
     return latents
+
+
+def first_phase(model: MambaDiffusionAutoencoder) -> MambaDiffusionAutoencoder:
+    """The autoencoder without its flow, sharing its modules: one step of it is the deterministic decoding."""
+    if model.config.phase == 1:
+        return model
+    twin = MambaDiffusionAutoencoder(replace(model.config, phase=1))
+    for name in ("linear_code", "encoder", "decoder", "latent_mean", "latent_std"):
+        setattr(twin, name, getattr(model, name))
+    return twin.eval()
+
+
+def second_phase(
+    first: MambaDiffusionAutoencoder | str | Path, *, residual_std: float = 0.15
+) -> MambaDiffusionAutoencoder:
+    """A model of phase 2 on a trained one of phase 1, or its folder: its weights and statistics, frozen."""
+    if not isinstance(first, MambaDiffusionAutoencoder):
+        first = MambaDiffusionAutoencoder.from_pretrained(Path(first))
+    if first.config.phase != 1:
+        raise ValueError(f"this model is of phase {first.config.phase}; pass one of phase 1")
+    model = MambaDiffusionAutoencoder(replace(first.config, phase=2, residual_std=residual_std))
+    model.load_state_dict(first.state_dict(), strict=False)  # all but the refiner
+    return model.to(first.latent_mean)

@@ -1,11 +1,4 @@
-"""Embeddings shared by every model.
-
-Glossary
-    b  batch
-    l  tokens (points of a field)
-    f  random Fourier frequencies
-    d  model width (d_model)
-"""
+"""Embeddings and small parts that every model uses."""
 
 import math
 
@@ -14,18 +7,17 @@ from torch import nn
 
 
 class FourierFeatures(nn.Module):
-    """Random Fourier features of coordinates (Tancik et al. 2020; seed 002).
+    """Random Fourier features of coordinates (Tancik et al. 2020).
 
-    The frequencies are drawn once from N(0, scale^2), in cycles per image side, and saved with the weights.
-    The inner product of two feature vectors approaches ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how
-    far apart two points may be and still look alike to the network.
+    Frequencies are drawn from N(0, scale^2), in cycles per image side. The product of two feature vectors is
+    about ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how far apart two points still look alike.
     """
 
-    def __init__(self, num_features: int, scale: float):
+    def __init__(self, num_features, scale):
         super().__init__()
         self.register_buffer("frequencies", scale * torch.randn(2, num_features))  # (2, F)
 
-    def forward(self, coords: torch.Tensor) -> torch.Tensor:
+    def forward(self, coords):
         """Coordinates (B, L, 2) in [0, 1] -> features (B, L, 2F), cosines then sines."""
         x, y = (2 * math.pi * coords.float()).split(1, dim=-1)  # (B, L, 1) each
         along_x, along_y = self.frequencies.float()  # (F,) each
@@ -37,29 +29,25 @@ class FourierFeatures(nn.Module):
 class PointEmbedding(nn.Module):
     """Tokens of points: a projection of the Fourier features of where they are, plus one of their values.
 
-    One linear map of the concatenation, as in seed 002, but each part starts at the scale of its own fan-in:
-    otherwise three values drown among hundreds of features, and training idles until they surface.
+    Each part starts at the scale of its own fan-in: three values would drown among hundreds of features.
     """
 
-    def __init__(self, num_features: int, d_model: int, num_values: int = 3):
+    def __init__(self, num_features, d_model, num_values=3):
         super().__init__()
         self.coord_proj = nn.Linear(num_features, d_model)
         self.value_proj = nn.Linear(num_values, d_model)
 
-    def forward(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, features, values):
         """Fourier features (B, L, num_features) and values (B, L, num_values) -> tokens (B, L, D)."""
         return self.place(features) + self.value_proj(values)  # (B, L, D)
 
-    def place(self, features: torch.Tensor) -> torch.Tensor:
-        """The part of the tokens that says where they are, (B, L, D), of Fourier features."""
+    def place(self, features):
+        """The part of the tokens that says where they are."""
         return self.coord_proj(features.to(self.coord_proj.weight.dtype))  # (B, L, D)
 
 
-def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal embedding of the flow time (Vaswani et al. 2017), at ``1000 t`` so that [0, 1] is resolved.
-
-    t (B,) in [0, 1] -> (B, dim); `dim` is even. Periods run geometrically from 2 pi to 20,000 pi.
-    """
+def sinusoidal_embedding(t, dim):
+    """Sinusoids (B, dim) of ``1000 t``, t (B,) (Vaswani et al. 2017); periods from 2 pi to 20,000 pi."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (dim/2,)
     phase = 1000 * t.float()[:, None] * frequencies  # (B, dim/2)
@@ -69,27 +57,41 @@ def sinusoidal_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 class TimeEmbedding(nn.Module):
     """Flow time -> conditioning vector: sinusoids, then a two-layer MLP."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim):
         super().__init__()
         self.dim = dim
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t):
         """t (B,) in [0, 1] -> (B, D)."""
         return self.mlp(sinusoidal_embedding(t, self.dim).to(self.mlp[0].weight.dtype))  # (B, D)
 
 
-def gather_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def gather_tokens(x, order):
     """Pick tokens of (B, L, D) by index (B, M) -> (B, M, D)."""
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def squared_distances(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def squared_distances(p, q):
     """Of all pairs of points (B, P, 2) and (B, Q, 2) -> (B, P, Q), unrounded by a matrix product."""
     x, y = (p[:, :, None, i] - q[:, None, :, i] for i in (0, 1))  # a sum over two entries is slow
     return x * x + y * y  # (B, P, Q)
 
 
-def mlp(dim: int, hidden: int, out: int, dropout: float = 0.0) -> nn.Sequential:
+def solve_positive(A, b):
+    """A^-1 b for symmetric positive definite A (B, N, N), b (B, N, C), without a wait for the device."""
+    factor, _ = torch.linalg.cholesky_ex(A)
+    b = torch.linalg.solve_triangular(factor, b, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, b, upper=True)
+
+
+def mlp(dim, hidden, out, dropout=0.0):
     """Linear, GELU, dropout, linear: the token-wise network of every block."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
+
+
+def zero(layer):
+    """A layer that returns zero to begin with."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,17 +1,6 @@
-"""Attention from query points to observed points, and among query points.
-
-Glossary
-    b  batch
-    q  query points
-    i  observed (input) points
-    w  windows of queries
-    h  attention heads
-    c  channels per head
-    d  model width (d_model = h * c)
-"""
+"""Attention from query points to observed points, and among query points."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,25 +8,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import run_layers
+from nfhelpers.models.base import Layers
 from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
 
 
 class RotaryCoordinates(nn.Module):
     """Rotary embedding of points of the plane: attention sees where points lie from one another.
 
-    Pairs of channels of a token at p are turned by the angle 2 pi f . p, each pair by a frequency f of its
-    own. Then the product of a query at p and a key at q depends on their content and on q - p, and values
-    turned at q and turned back at p carry q - p along. The frequencies (cycles per image side) have random
-    directions and lengths between `LOWEST` and `HIGHEST`, log-uniform; they are saved with the weights.
-
-    Sources: Su et al., "RoFormer", 2021; of values too: Miyato et al., "GTA: A Geometry-Aware Attention
-    Mechanism for Multi-View Transformers", ICLR 2024.
+    Pairs of channels at p are turned by the angle 2 pi f . p, so that products of a query at p and a key at q
+    depend on q - p. The frequencies f, in cycles per image side, have random directions and log-uniform
+    lengths. Sources: Su et al., "RoFormer", 2021; of values, too: Miyato et al., "GTA", ICLR 2024.
     """
 
     LOWEST, HIGHEST = 0.25, 16.0
 
-    def __init__(self, num_heads: int, channels: int):
+    def __init__(self, num_heads, channels):
         super().__init__()
         pairs = channels // 2
         length = torch.empty(num_heads, pairs).uniform_(math.log(self.LOWEST), math.log(self.HIGHEST)).exp()
@@ -45,7 +30,7 @@ class RotaryCoordinates(nn.Module):
         frequencies = torch.stack([length * angle.cos(), length * angle.sin()])
         self.register_buffer("frequencies", frequencies)  # (2, H, C/2)
 
-    def forward(self, coords: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, coords):
         """Points (B, L, 2) -> cosines and sines of the angles, (B, H, L, C/2) each."""
         x, y = (2 * math.pi * coords.float())[:, None].split(1, dim=-1)  # (B, 1, L, 1) each
         along_x, along_y = self.frequencies.float()[:, :, None]  # (H, 1, C/2) each
@@ -53,24 +38,16 @@ class RotaryCoordinates(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x, cos, sin):
     """Turn the last pairs of channels of x (B, H, L, C), as many as there are cosines (B, H, L, P)."""
     still, a, b = x.split([x.shape[-1] - 2 * cos.shape[-1], cos.shape[-1], cos.shape[-1]], dim=-1)
     return torch.cat([still, (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)], dim=-1)
 
 
-def relative_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    at_query: tuple[torch.Tensor, torch.Tensor],
-    at_key: tuple[torch.Tensor, torch.Tensor],
-    attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
-) -> torch.Tensor:
-    """Attention of q (B, H, Q, C) to k, v (B, H, I, C) that sees where they lie -> (B, H, Q, C).
+def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_attention):
+    """Attention of q (B, H, Q, C) to k, v (B, H, I, C) at places of `RotaryCoordinates` -> (B, H, Q, C).
 
-    at_query, at_key: cosines and sines of their points (`RotaryCoordinates`); attend: of q, k, v. Half of the
-    values' channels are turned, the others are the same wherever they come from.
+    Half of the values' channels are turned, the others are the same wherever they come from.
     """
     pairs = v.shape[-1] // 4
     q, k = rotate(q, *at_query), rotate(k, *at_key)
@@ -83,16 +60,14 @@ def relative_attention(
 class CrossAttention(nn.Module):
     """Multi-head attention from queries to observed points that sees where they lie from one another.
 
-    Each head adds ``-|p - q|^2 / (2 sigma_h^2)`` to its logits. With flat keys a head is then a
-    Gaussian-kernel interpolation (Nadaraya-Watson) of the observations, which is what the field looks like at
-    zeroth order; the keys correct it. The widths sigma_h are learned, starting log-spaced between `NEAREST`
-    and `WIDEST`. Queries, keys and values are turned by their points (`RotaryCoordinates`).
+    Each head adds ``-|p - q|^2 / (2 sigma_h^2)`` to its logits: with flat keys it is a Gaussian-kernel
+    interpolation (Nadaraya-Watson) of the observations, which the keys correct. The widths are learned.
     """
 
     NEAREST, WIDEST = 0.015, 0.3  # in image sides: half a pixel to ten pixels of a 32 px field
     LOGITS_AT_ONCE = 2**22  # of a sample: what is added to all, (H, Q, I), is far beyond a cache at 96 px
 
-    def __init__(self, d_model: int, num_heads: int, dropout: float):
+    def __init__(self, d_model, num_heads, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
@@ -109,22 +84,12 @@ class CrossAttention(nn.Module):
         widths = torch.linspace(math.log(self.NEAREST), math.log(self.WIDEST), num_heads)
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
-    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> tuple:
-        """What depends on the points (B, Q, 2) and (B, I, 2) alone, for calls with the same: angles."""
+    def places(self, query_coords, input_coords):
+        """The angles at the points (B, Q, 2) and (B, I, 2): they serve all calls with these points."""
         return self.rotary(query_coords), self.rotary(input_coords)
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        places: tuple | None = None,
-    ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D).
-
-        `places`: of these points, if at hand.
-        """
+    def forward(self, queries, query_coords, inputs, input_coords, places=None):
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D)."""
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
         k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
         k, v = self._heads(k), self._heads(v)  # (B, H, I, C)
@@ -144,22 +109,20 @@ class CrossAttention(nn.Module):
         y = relative_attention(q, k, v, *at, attend)  # (B, H, Q, C)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+    def _heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, L, C)
 
 
 class QuerySelfAttention(nn.Module):
-    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows along a scan.
+    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows.
 
-    More than `FULL` queries are dealt out like cards, in `order`, to windows of about `WINDOW` of them, so
-    that time and memory per query stay flat. A window is then every n-th query of the scan: it covers the
-    plane as thinly as the queries did in training, where one of neighbours would show a corner, densely.
-    Layers with different orders deal differently.
+    Queries are dealt out like cards, in `order`: a window covers the plane as thinly as queries did in
+    training, where a window of neighbours would show one corner. Time and memory per query stay flat.
     """
 
     FULL, WINDOW = 4096, 1024
 
-    def __init__(self, d_model: int, num_heads: int, order: str, dropout: float):
+    def __init__(self, d_model, num_heads, order, dropout):
         super().__init__()
         self.num_heads = num_heads
         self.order = order
@@ -169,12 +132,8 @@ class QuerySelfAttention(nn.Module):
         self.to_out = nn.Linear(d_model, d_model, bias=False)
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
-    def places(self, coords: torch.Tensor) -> tuple:
-        """What depends on the points (B, Q, 2) alone, for calls with the same: windows, and angles there.
-
-        The order of the queries (B, Q), window after window, and its inverse, both None for a single window;
-        then, of the windows of each length, how many there are and their angles (`RotaryCoordinates`).
-        """
+    def places(self, coords):
+        """Order of the queries (B, Q) by windows, its inverse, (count, angles) of windows of each length."""
         length = coords.shape[1]
         if length <= self.FULL:
             return None, None, [(1, self.rotary(coords))]
@@ -191,13 +150,8 @@ class QuerySelfAttention(nn.Module):
         ]
         return order, inverse_order(order), groups
 
-    def forward(
-        self, queries: torch.Tensor, coords: torch.Tensor, places: tuple | None = None
-    ) -> torch.Tensor:
-        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D).
-
-        `places`: of these points, if at hand.
-        """
+    def forward(self, queries, coords, places=None):
+        """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
         order, back, groups = self.places(coords) if places is None else places
         x = self.norm(queries if order is None else gather_tokens(queries, order))
         parts = self.to_query_key_value(x).split([n * at[0].shape[2] for n, at in groups], dim=1)
@@ -205,8 +159,7 @@ class QuerySelfAttention(nn.Module):
         y = self.to_out(y)  # (B, Q, D)
         return y if back is None else gather_tokens(y, back)  # (B, Q, D)
 
-    def _attend(self, x: torch.Tensor, windows: int, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Queries, keys and values (B, L, 3D) in so many equal windows, with their angles -> (B, L, D)."""
+    def _attend(self, x, windows, at):
         heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
         q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
@@ -217,25 +170,19 @@ class QuerySelfAttention(nn.Module):
 class PerceiverLayer(nn.Module):
     """One iteration: gather from the observed points, exchange among queries, refine each by an MLP."""
 
-    def __init__(self, d_model: int, num_heads: int, order: str, mlp_ratio: float, dropout: float):
+    def __init__(self, d_model, num_heads, order, mlp_ratio, dropout):
         super().__init__()
         self.cross_attention = CrossAttention(d_model, num_heads, dropout)
         self.self_attention = QuerySelfAttention(d_model, num_heads, order, dropout)
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        places: tuple,
-    ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
+    def places(self, query_coords, input_coords):
+        across = self.cross_attention.places(query_coords, input_coords)
+        return across, self.self_attention.places(query_coords)
 
-        `places`: what the two attentions take of these points.
-        """
+    def forward(self, queries, query_coords, inputs, input_coords, places):
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
         across, among = places
         queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
         queries = queries + self.self_attention(queries, query_coords, among)
@@ -243,51 +190,28 @@ class PerceiverLayer(nn.Module):
 
 
 class LightweightPerceiver(nn.Module):
-    """Refine queries in a few iterations of cross-attention, self-attention and MLP (seed 003).
-
-    Each iteration has its own weights. Where there are too many queries for full self-attention, iterations
-    take the orders of `WINDOW_ORDERS` in turn.
+    """Refine queries in a few iterations, each with its own weights and, for windows, its own order.
 
     Source: Jaegle et al., "Perceiver: General Perception with Iterative Attention", 2021.
     """
 
     WINDOW_ORDERS = ("hilbert", "row")
 
-    def __init__(self, d_model: int, num_heads: int, iterations: int, mlp_ratio: float, dropout: float):
+    def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
-        self.layers = nn.ModuleList(
-            PerceiverLayer(
-                d_model, num_heads, self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)], mlp_ratio, dropout
-            )
-            for i in range(iterations)
+        orders = [self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)] for i in range(iterations)]
+        self.layers = Layers(
+            PerceiverLayer(d_model, num_heads, order, mlp_ratio, dropout) for order in orders
         )
 
-    def places(self, query_coords: torch.Tensor, input_coords: torch.Tensor) -> list[tuple]:
-        """What each layer takes of the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
-        return [
-            (
-                layer.cross_attention.places(query_coords, input_coords),
-                layer.self_attention.places(query_coords),
-            )
-            for layer in self.layers
-        ]
+    def places(self, query_coords, input_coords):
+        """What the layers compute from the points alone, for calls with the same."""
+        return [layer.places(query_coords, input_coords) for layer in self.layers]
 
-    def forward(
-        self,
-        queries: torch.Tensor,
-        query_coords: torch.Tensor,
-        inputs: torch.Tensor,
-        input_coords: torch.Tensor,
-        recompute: bool = False,
-        places: list[tuple] | None = None,
-    ) -> torch.Tensor:
-        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D).
-
-        `recompute`: as in `run_layers`; `places`: of these points, if at hand.
-        """
-        if places is None:
-            places = self.places(query_coords, input_coords)
+    def forward(self, queries, query_coords, inputs, input_coords, places=None):
+        """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
+        places = self.places(query_coords, input_coords) if places is None else places
         for layer, place in zip(self.layers, places, strict=True):
             context = (query_coords, inputs, input_coords, place)
-            queries = run_layers([layer], queries, *context, recompute=recompute)  # (B, Q, D)
+            queries = self.layers.apply_layer(layer, queries, *context)  # (B, Q, D)
         return queries

@@ -1,16 +1,4 @@
-"""Selective state-space mixers and the block around them.
-
-Glossary
-    b  batch
-    l  tokens, in the order they are scanned
-    d  model width (d_model)
-    e  inner width (expand * d_model)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection (dt_rank)
-    o  orders in which the tokens are scanned
-    k  directions: the orders, and where both ways are taken the same orders backwards after them
-    s  sets of weights: one for each direction, or one for all
-"""
+"""Selective state-space mixers and the block around them."""
 
 import math
 
@@ -19,17 +7,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from nfhelpers.kernels import directional_scan, selective_scan
-from nfhelpers.models.base import run_layers
-from nfhelpers.models.layers import mlp
+from nfhelpers.models.base import Layers
+from nfhelpers.models.layers import mlp, zero
 
 
-def initial_step_bias(*shape: int) -> torch.Tensor:
+def initial_step_bias(*shape):
     """Bias of the softplus that makes step sizes log-uniform in [0.001, 0.1] (Gu & Dao 2023)."""
     delta = torch.exp(torch.empty(*shape).uniform_(math.log(1e-3), math.log(1e-1)))
     return delta + torch.log(-torch.expm1(-delta))  # inverse of softplus
 
 
-def initial_log_rates(*shape: int, d_state: int, tied_decay: bool) -> torch.Tensor:
+def initial_log_rates(*shape, d_state, tied_decay):
     """Logarithms of the S4D-real decay rates 1 .. N, (*shape, N); tied, of a = 1, (*shape)."""
     if tied_decay:
         return torch.zeros(*shape)
@@ -37,16 +25,15 @@ def initial_log_rates(*shape: int, d_state: int, tied_decay: bool) -> torch.Tens
 
 
 class SelectiveSSM(nn.Module):
-    """Input-dependent state-space layer, S6 (Gu & Dao 2023, section 3; seed 002), without the convolution.
+    """Input-dependent state-space layer, S6 (Gu & Dao 2023, section 3), without the convolution.
 
     The tokens of a sparse field are not evenly spaced, so a fixed stencil over the sequence means nothing.
-    The parametrisation is stable by construction: ``A = -exp(A_log)`` and ``delta = softplus(.) > 0`` keep
-    every decay ``exp(delta A)`` in (0, 1), so the state needs no clamping. A starts as the S4D-real spectrum
-    -1 .. -N, delta log-uniform in [0.001, 0.1]. With `tied_decay` it keeps that shape, ``-(n + 1) a`` with
-    one a per channel: the scan then takes one exponential a step and channel in place of N.
+    ``A = -exp(A_log)`` and ``delta = softplus(.) > 0`` keep every decay ``exp(delta A)`` in (0, 1): the state
+    needs no clamping. A starts as the S4D-real spectrum -1 .. -N. With `tied_decay` it keeps that shape,
+    ``-(n + 1) a`` with one a per channel: the scan takes one exponential a step and channel in place of N.
     """
 
-    def __init__(self, d_model: int, d_state: int, expand: int, tied_decay: bool = False):
+    def __init__(self, d_model, d_state, expand, tied_decay=False):
         super().__init__()
         d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
@@ -65,7 +52,7 @@ class SelectiveSSM(nn.Module):
         self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens):
         """Mix tokens (B, L, D) along the sequence, first to last -> (B, L, D)."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
         x = F.silu(x)
@@ -86,28 +73,19 @@ class SelectiveSSM(nn.Module):
 
 
 class MultiDirectionalSSM(nn.Module):
-    """The tokens of a plane scanned in several orders at once, and fused (seed 001's MultiDirectionalSSM).
+    """The tokens of a plane scanned in several orders at once, and fused.
 
         u, z = W_in tokens        y_k = S6 of x in direction k
         x = silu(u)               result = W_out (norm(x + fusion(y_1 .. y_O)) * silu(z))
 
-    The parametrisation of S6 is `SelectiveSSM`'s. What depends on a token alone (x, delta, B, C) is computed
-    in the tokens' own order, x once for all directions; `directional_scan` follows the orders. With
-    `shared_weights` one S6 serves all directions, its delta, B and C are computed once, and the fusion is
-    one linear map; otherwise each direction has its own, and the fusion is an MLP. With `bidirectional` each
-    order is walked both ways and the two results are added, before the fusion.
+    What depends on a token alone (x, delta, B, C) is computed in the tokens' own order; `directional_scan`
+    follows the orders. With `shared_weights` one S6 serves all directions and the fusion is one linear map;
+    otherwise each direction has its own, and the fusion is an MLP. With `bidirectional` each order is walked
+    both ways and the two results are added, before the fusion.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_state: int,
-        expand: int,
-        num_orders: int,
-        shared_weights: bool,
-        bidirectional: bool,
-        tied_decay: bool,
-        dropout: float,
+        self, d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
     ):
         super().__init__()
         e = expand * d_model
@@ -134,7 +112,7 @@ class MultiDirectionalSSM(nn.Module):
         self.fusion_norm = nn.RMSNorm(e)
         self.out_proj = nn.Linear(e, d_model, bias=False)
 
-    def forward(self, tokens: torch.Tensor, orders: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens, orders):
         """Mix tokens (B, L, D) along orders (B, K, L) -> (B, L, D), in the tokens' own order."""
         k = len(self.reverse)
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
@@ -166,9 +144,9 @@ class MultiDirectionalSSM(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-norm residual block: a sequence mixer, then a token-wise MLP (seed 001's blocks)."""
+    """Pre-norm residual block: a sequence mixer, then a token-wise MLP."""
 
-    def __init__(self, mixer: nn.Module, d_model: int, mlp_ratio: float, dropout: float):
+    def __init__(self, mixer, d_model, mlp_ratio, dropout):
         super().__init__()
         self.mixer_norm = nn.RMSNorm(d_model)
         self.mixer = mixer
@@ -176,93 +154,57 @@ class ResidualBlock(nn.Module):
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: torch.Tensor, *orders: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens, *orders):
         """(B, L, D) -> (B, L, D); `orders`: what the mixer takes beside the tokens."""
         tokens = tokens + self.dropout(self.mixer(self.mixer_norm(tokens), *orders))
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
 
 
-def start_as_identity(blocks: nn.ModuleList) -> nn.ModuleList:
-    """Zero the last layer of both branches of residual blocks, so that they pass tokens on to begin with.
+def stack(blocks):
+    """Residual blocks one after the other, that pass their tokens on unchanged to begin with.
 
     What a block mixes in before it has learned anything is noise to the layers after it.
     """
+    blocks = Layers(blocks)
     for block in blocks:
-        nn.init.zeros_(block.mixer.out_proj.weight)
-        nn.init.zeros_(block.mlp[-1].weight)
-        nn.init.zeros_(block.mlp[-1].bias)
+        zero(block.mixer.out_proj)
+        zero(block.mlp[-1])
     return blocks
 
 
 class MambaBlock(ResidualBlock):
-    """One scan along the sequence (seed 001's MambaBlock): `forward(tokens)`."""
+    """One scan along the sequence: `forward(tokens)`."""
 
-    def __init__(
-        self, d_model: int, d_state: int, expand: int, tied_decay: bool, mlp_ratio: float, dropout: float
-    ):
+    def __init__(self, d_model, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__(SelectiveSSM(d_model, d_state, expand, tied_decay), d_model, mlp_ratio, dropout)
 
 
 class MultiDirectionalMambaBlock(ResidualBlock):
-    """Scans in several orders, with an S6 for each direction (seed 001): `forward(tokens, orders)`."""
+    """Scans in several orders: `forward(tokens, orders)`; `scan`: arguments of `MultiDirectionalSSM`."""
 
-    shared_weights = False
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int,
-        expand: int,
-        num_orders: int,
-        bidirectional: bool,
-        tied_decay: bool,
-        mlp_ratio: float,
-        dropout: float,
-    ):
-        mixer = MultiDirectionalSSM(
-            d_model, d_state, expand, num_orders, self.shared_weights, bidirectional, tied_decay, dropout
-        )
-        super().__init__(mixer, d_model, mlp_ratio, dropout)
-
-
-class LightweightMultiDirectionalBlock(MultiDirectionalMambaBlock):
-    """Scans in several orders with one S6 for all directions and a linear fusion (seed 001)."""
-
-    shared_weights = True
+    def __init__(self, d_model, *scan, mlp_ratio, dropout):
+        super().__init__(MultiDirectionalSSM(d_model, *scan, dropout), d_model, mlp_ratio, dropout)
 
 
 class BidirectionalMamba(nn.Module):
-    """A stack of blocks that reads the sequence forwards and one that reads it backwards (seed 003).
+    """A stack of blocks that reads the sequence forwards and one that reads it backwards.
 
-    Both start from the same tokens; their results are concatenated and projected. A stack of scans that walk
-    backwards is one of scans that walk forwards over the flipped sequence: it is flipped once, not in each
-    block.
+    Both start from the same tokens; their results are concatenated and projected. A stack that walks
+    backwards is one that walks forwards over the flipped sequence: it is flipped once, not in each block.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_layers: int,
-        d_state: int,
-        expand: int,
-        tied_decay: bool,
-        mlp_ratio: float,
-        dropout: float,
-    ):
+    def __init__(self, d_model, num_layers, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__()
-        self.forward_blocks, self.backward_blocks = (
-            start_as_identity(
-                nn.ModuleList(
-                    MambaBlock(d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
-                    for _ in range(num_layers // 2)
-                )
-            )
-            for _ in range(2)
-        )
+
+        def half():
+            block = (d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
+            return stack(MambaBlock(*block) for _ in range(num_layers // 2))
+
+        self.forward_blocks, self.backward_blocks = half(), half()
         self.combine = nn.Linear(2 * d_model, d_model)
 
-    def forward(self, tokens: torch.Tensor, recompute: bool = False) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D); `recompute`: as in `run_layers`."""
-        ahead = run_layers(self.forward_blocks, tokens, recompute=recompute)  # (B, L, D)
-        back = run_layers(self.backward_blocks, tokens.flip(1), recompute=recompute).flip(1)  # (B, L, D)
+    def forward(self, tokens):
+        """(B, L, D) -> (B, L, D)."""
+        ahead = self.forward_blocks(tokens)  # (B, L, D)
+        back = self.backward_blocks(tokens.flip(1)).flip(1)  # (B, L, D)
         return self.combine(torch.cat([ahead, back], dim=-1)).to(tokens.dtype)  # (B, L, D)

@@ -1,0 +1,116 @@
+"""Files of a run, whole at any moment: a temporary file, fsync, rename. safetensors and JSON, no pickle.
+
+A kill or a full disk leaves the old file or the new one, never half of one.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+
+import filelock
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def one_run(folder):
+    """One run at a time in this folder, which is made; the system frees the lock of a process that dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rank = os.environ.get("RANK", "0")  # each of several processes holds a lock of its own
+    try:
+        with filelock.FileLock(folder / ("run.lock" if rank == "0" else f"run{rank}.lock"), timeout=0):
+            yield folder
+    except filelock.Timeout:
+        raise ValueError(
+            f"another run trains in {folder}; wait for its end, or pass another folder"
+        ) from None
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path, write):
+    """Let write(temporary path) make a file, then give it this name at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        _sync(path.parent)
+
+
+def save_model(model, folder, card):
+    """`save_pretrained` with a card of our own; a whole model stays in `folder` whenever one was there."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        model.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            _sync(file)
+        if not folder.exists():
+            os.replace(temporary, folder)
+        else:  # file by file: a run has one config, so no two models mix
+            for file in sorted(temporary.iterdir()):
+                os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_state(path, model, ema, optimizer, history, details):
+    """What a run resumes from: weights, their average, optimizer, dict of lists, and details as JSON."""
+    named = {"model": model.state_dict(), "ema": ema.state_dict()}
+    named["optimizer"] = {
+        f"{number}.{key}": x
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, x in state.items()
+    }
+    named["history"] = {name: torch.from_numpy(np.array(column)) for name, column in history.items()}
+    tensors = {
+        f"{part}.{name}": x.detach().cpu().contiguous() for part in named for name, x in named[part].items()
+    }
+    metadata = {"nfhelpers": json.dumps(details)}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load_state(path, model, ema, optimizer, history, identity):
+    """Restore what `save_state` wrote, if its details agree with `identity`; returns them, or {}."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            details = json.loads(file.metadata()["nfhelpers"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to start again") from error
+    now = json.loads(json.dumps(identity))
+    changed = "; ".join(
+        f"{key}={details.get(key)!r} there, {now[key]!r} here" for key in now if details.get(key) != now[key]
+    )
+    if changed:
+        raise ValueError(f"{path} is of another run ({changed}); pass the same, or another folder")
+    parts = {"model": {}, "ema": {}, "optimizer": {}, "history": {}}
+    for name, tensor in tensors.items():
+        part, _, name = name.partition(".")
+        parts[part][name] = tensor
+    model.load_state_dict(parts["model"])
+    ema.load_state_dict(parts["ema"])
+    state = optimizer.state_dict() | {"state": {}}
+    for name, tensor in parts["optimizer"].items():
+        number, _, key = name.partition(".")
+        state["state"].setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    history |= {name: tensor.tolist() for name, tensor in parts["history"].items()}
+    return details

@@ -1,0 +1,119 @@
+"""CUDA graphs: all kernels of a training step, or of a sampler's evaluation, launched as one.
+
+A CPU takes longer to launch the short kernels of a small model one by one than a GPU takes to run them.
+A graph repeats the launches, but runs no Python.
+"""
+
+import functools
+import threading
+
+import torch
+
+RECORD_FROM = 10  # evaluations of a run: recording one takes as long as four or five replays save
+EAGER_CALLS = 3  # evaluations before the one that is recorded: kernels are compiled and chosen
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _stream(device):
+    return torch.cuda.Stream(device)  # torch's own belongs to the device that recorded first
+
+
+def record(function, tensors, pool, remedy):
+    """(replay, tensors, results) of a graph of function(**tensors), which reads and writes these tensors.
+
+    Other threads may launch and allocate meanwhile. pool: memory shared with graphs that run at other times.
+    """
+    tensors = {name: x.clone() for name, x in tensors.items()}
+    graph, stream = torch.cuda.CUDAGraph(), _stream(next(iter(tensors.values())).device)
+    try:
+        with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            results = function(**tensors)
+    except RuntimeError as error:
+        if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+            raise
+        raise RuntimeError(
+            "a CUDA graph cannot hold what this model does, such as reading a tensor back or solving a "
+            f"linear system; {remedy}, in a new process ({error.__context__ or error})"
+        ) from error
+    return graph.replay, tensors, results
+
+
+class Recorded:
+    """function(**tensors) by a graph for each set of shapes. A call overwrites what the last one returned."""
+
+    def __init__(self, function, eager, remedy):
+        self.function, self.eager, self.remedy = function, eager, remedy  # `eager` calls run as they are
+        self.calls, self.graphs, self.pool = {}, {}, None
+
+    def __call__(self, **tensors):
+        kind = tuple((name, x.shape, x.dtype, x.device) for name, x in tensors.items())
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= self.eager:
+            return self.function(**tensors)
+        if kind not in self.graphs:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[kind] = record(self.function, tensors, self.pool, self.remedy)
+        replay, own, results = self.graphs[kind]
+        for name, x in tensors.items():
+            own[name].copy_(x)
+        replay()
+        return results
+
+
+def is_recordable(model):
+    """Whether the model's class says that it is `launch_bound`, and no hook or compiler is in its way."""
+    modules, tensors = list(model.modules()), [*model.parameters(), *model.buffers()]
+    hooked = torch.nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in modules
+    )
+    compiled = any(module._compiled_call_impl is not None for module in modules)
+    own_class = vars(type(model)).get("launch_bound", False)  # a subclass may do what cannot be recorded
+    return own_class and not (hooked or compiled) and len({tensor.device for tensor in tensors}) == 1
+
+
+def can_record(x):
+    """Whether x is on a GPU, and what is launched now is neither differentiated, watched nor recorded."""
+    watched = torch.utils._python_dispatch._get_current_dispatch_mode()
+    return x.is_cuda and not (torch.is_grad_enabled() or watched or torch.cuda.is_current_stream_capturing())
+
+
+def recorded_velocity(model, velocity, evaluations):
+    """The model's velocity(x, t), launched by graphs where a run of so many evaluations pays for them."""
+    if evaluations < RECORD_FROM or not is_recordable(model):
+        return velocity
+    recorded = Recorded(velocity, EAGER_CALLS, "set launch_bound = False in the model's class")
+    return lambda x, t: recorded(x=x, t=t).clone() if can_record(x) else velocity(x, t)
+
+
+def recorded_gradient(model, add_gradient, accumulate=False):
+    """add_gradient(**tensors), which adds to the parameters' gradients and returns the loss, by graphs.
+
+    Without `accumulate` a call's gradients replace the last one's and lie in the graph's memory, for a step
+    of the optimizer before the next call. Only for one GPU, and without recomputed layers.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient(**tensors):
+        so_far = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None  # so that a graph writes gradients, and does not add to these
+        loss = add_gradient(**tensors)
+        found = [p.grad for p in parameters]
+        for p, grad in zip(parameters, so_far, strict=True):
+            p.grad = grad
+        return loss, found
+
+    recorded = Recorded(gradient, 1, "pass cuda_graphs=False")
+
+    def launched(**tensors):
+        loss, found = recorded(**tensors)
+        for p, grad in zip(parameters, found, strict=True):
+            if accumulate and p.grad is not None and grad is not None:
+                p.grad += grad
+            elif grad is not None:
+                p.grad = grad.clone() if accumulate else grad
+        return loss.clone()
+
+    return launched
