@@ -83,7 +83,7 @@ def outputs_and_gradients(scan, arguments, **options):
     outputs = scan(**given, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(99)
-    weights = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in outputs]
     loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
     return [*outputs, *torch.autograd.grad(loss, list(given.values()))]
 
@@ -689,7 +689,7 @@ def test_compiles_without_a_graph_break(directions):
         dict(A=torch.randn(6, 4, dtype=torch.complex64)),
         dict(discretization="euler"),
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_what_a_kernel_would_misread_is_refused(backend, change):
     with pytest.raises(ValueError):

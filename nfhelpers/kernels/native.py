@@ -1,9 +1,8 @@
 """The selective scan on a CPU in C++: compiled at first use, kept in the user's cache folder, run by ctypes.
 
-`native.cpp` says how the scan is computed. Here are the two functions of the operation that
-reference.py describes, which hand it pointers and strides, and the build, by CXX, else the first of
-c++, g++ and clang++. The library's name is a hash of source, flags, compiler and processor: a change of any
-builds anew, and machines that share a home folder do not share a library.
+`native.cpp` says how the scan is computed. Here are the two functions of the operation that reference.py
+describes, which hand it pointers and strides, and the build: by CXX, else the first of c++, g++ and clang++.
+The library's name is a hash of source, flags, compiler and processor: machines may share a home folder.
 
 The state is float32; float32, bfloat16 and float16 are read and written. Numbers below 1e-38 count as zero.
 Results are bitwise the same in every run and at any number of threads (`torch.get_num_threads()` are used).
@@ -208,9 +207,10 @@ def _float(x):
 
 def _like(x, exact=False):
     """A tensor (b, k, l, d) like x for the library to write, in x's dtype and memory order where it can."""
-    new = torch.empty_like(x)
-    direct = x.dtype in _DTYPES and 1 in new.stride()[2:] and not exact
-    return new if direct else x.new_empty(x.shape, dtype=torch.float32)
+    dtype = x.dtype if x.dtype in _DTYPES and not exact else torch.float32
+    side_by_side = 1 in torch.empty_like(x, device="meta").stride()[2:]
+    order = torch.preserve_format if side_by_side else torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, device="cpu", memory_format=order)
 
 
 def _call(name, problem):
@@ -221,7 +221,7 @@ def _call(name, problem):
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
     """(y, last, states) of the scan that reference.py describes."""
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-    y = _like(u.new_empty(delta.shape) if problem.shared else u)
+    y = _like(u.new_empty(delta.shape, device="meta") if problem.shared else u)
     last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)
     kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
     problem.give(y=y, last=last, kept=kept if keep_states else None)
