@@ -1,4 +1,4 @@
-"""Scan orders: definitions, permutations, neighbours along an order."""
+"""Scan orders: definitions, permutations, inverses."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from nfhelpers.kernels.orders import (
     POINT_ORDERS,
     grid_order,
     inverse_order,
-    neighbour_steps,
     point_order,
 )
 
@@ -145,30 +144,3 @@ def test_orders_compile_without_a_graph_break_and_for_changing_sizes(kind):
         x = torch.rand(batch, 5, length)
         for traced, eager in zip(compiled(coords, x), both(coords, x), strict=True):
             assert torch.equal(traced, eager)
-
-
-def test_neighbours_on_a_grid_are_a_pixel_or_a_line_away():
-    (steps,) = neighbour_steps(grid(1, 5), stacked(grid(1, 5), "row"), neighbours=2)[0]
-    # In one row the left one (equally near, and earlier in coords) one step before, the right one after.
-    assert steps.tolist() == [[-1, -2], [1, -1], [1, -1], [1, -1], [1, 2]]
-    height, width = 9, 12
-    squares = grid(height, width) * torch.tensor([width, height]) / max(height, width)  # square pixels
-    steps = neighbour_steps(squares, stacked(grid(height, width), "row", "column"))[0]
-    across = torch.tensor([[width, 1, -1, -width], [1, height, -height, -1]])  # above, left, right, below
-    inner = steps.view(2, height, width, 4)[:, 1:-1, 1:-1]
-    assert torch.equal(inner, across[:, None, None].expand_as(inner))
-
-
-def test_neighbour_steps_are_differences_of_positions():
-    generator = torch.Generator().manual_seed(0)
-    coords = torch.rand(2, 30, 2, generator=generator)
-    among = torch.rand(2, 30, generator=generator) < 0.5
-    orders = stacked(coords, *POINT_ORDERS)
-    steps = neighbour_steps(coords, orders, neighbours=2, among=among)
-    place = inverse_order(orders)
-    for b in range(2):
-        apart = torch.cdist(coords[b].double(), coords[b].double())
-        for i in range(30):
-            others = [j for j in range(30) if j != i and among[b, j]]
-            nearest = sorted(others, key=lambda j: apart[i, j])[:2]
-            assert torch.equal(steps[b, :, i], place[b, :, i, None] - place[b][:, nearest])

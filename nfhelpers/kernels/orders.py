@@ -18,9 +18,8 @@ def point_order(coords, kind):
 
     "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
     that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
-    order. Points on a line of the scan are told from those on the next in float32, with a tolerance of four
-    rounding errors: a diagonal of a regular grid is one line although its sums differ in their last bits.
-    Grids of up to 700 x 700 pixels are safe. Coordinates on a GPU are not checked.
+    order. Lines of the scan are told apart in float32, safely on grids of up to 700 x 700 pixels. Coordinates
+    on a GPU are not checked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
@@ -53,21 +52,16 @@ def _sort_by(major, minor):
 
 
 def _lines(key):
-    """Number the distinct values of each row of key (B, L) in rising order; a gap of rounding size is no gap.
-
-    Rounding to a fixed raster would tear apart equal values that happen to lie at a raster boundary.
-    """
+    """Number the distinct values of each row of key (B, L) in rising order; rounding makes no gap."""
     ordered, order = key.sort(dim=-1)
     gap = torch.diff(ordered, dim=-1, prepend=ordered[:, :1]) > 4 * torch.finfo(key.dtype).eps
     return torch.empty_like(order).scatter_(-1, order, gap.cumsum(-1))
 
 
 def _hilbert_index(x, y):
-    """Position along the Hilbert curve of 2^16 x 2^16 cells: two bits a level, coarsest quadrant first.
-
-    Rounding (not flooring) to cells keeps pixel centres of grids below 2^16 off the cell boundaries.
-    """
+    """Position along the Hilbert curve of 2^16 x 2^16 cells: two bits a level, coarsest quadrant first."""
     side = 2**_HILBERT_BITS
+    # Rounding, not flooring, keeps pixel centres off the boundaries of cells.
     x, y = ((side * value).round().clamp(0, side - 1).int() for value in (x, y))
     index = torch.zeros_like(x, dtype=torch.int64)
     for bit in reversed(range(_HILBERT_BITS)):
@@ -107,8 +101,8 @@ def grid_order(height, width, kind):
 
 
 def check_permutation(order):
-    """Raise ValueError unless order (..., L) on the CPU visits each of L tokens once. Others are not read."""
-    if not _is_read(order):
+    """Raise ValueError unless order (..., L), if any, visits each of L tokens once. A GPU's is not read."""
+    if order is None or not _is_read(order):
         return
     length = order.shape[-1]
     low, high = (bound.item() for bound in order.aminmax())

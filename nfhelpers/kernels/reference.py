@@ -103,8 +103,8 @@ def selective_scan_reference(
 def as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
     """(y, last) by one `scan` of permuted copies, directions as groups of channels. reverse: K bools."""
     batch, directions, length, channels = delta.shape
+    check_permutation(order)
     if order is not None:
-        check_permutation(order)
         walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
         walks = torch.stack(walks, 1).long().expand(batch, -1, -1)  # (b, K, l): row visited at each step
 
