@@ -84,9 +84,7 @@ def grid_order(height, width, kind):
     """
     match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
     if match is None:
-        raise ValueError(
-            f"kind={kind!r} is not an order of a grid; pass 'h', 'v' or 'w<N>' such as 'w7', or 'h_flip'"
-        )
+        raise ValueError(f"kind={kind!r} is no order of a grid; pass 'h', 'v' or 'w7', or one with '_flip'")
     pixels = torch.arange(height * width)
     if match[1] == "h":
         order = pixels

@@ -59,7 +59,7 @@ def hold(delta, A):
     q = delta * A
     near_zero = q.abs() < SERIES_BELOW[q.dtype]
     # Both branches of torch.where are differentiated, so the unused one must stay finite.
-    away, near = q.masked_fill(near_zero, 1), q.masked_fill(~near_zero, 0)
+    away, near = torch.where(near_zero, 1, q), torch.where(near_zero, q, 0)
     series = 0
     for power in reversed(range(7)):
         series = series * near + 1 / math.factorial(power + 1)

@@ -120,6 +120,7 @@ def sum_channels(xs, PRECISION: tl.constexpr):
     Of operand B (k, column) of mma.m16n8 a lane holds some k of one column, in packs of W neighbours, every
     fourth pack (PTX ISA, matrix fragments): as k = (r / W, d % 4, r % W) and column = (h, t, s, d / 4) the
     tiles are this operand where they lie. Ones and zeros on its left add over d % 4; what is left over d / 4.
+    A NaN or infinity spreads over its column and, in bfloat16, over the steps of its row.
     """
     x = stack_steps(xs)
     D: tl.constexpr = x.shape[1]
