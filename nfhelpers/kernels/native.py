@@ -136,7 +136,7 @@ class _Problem(ctypes.Structure):
 
     _numbers = "batch directions length channels states groups threads reverse shared softplus tied"
     _numbers += " order_b pieces"
-    _views = "u delta z y grad_y du ddelta dz"
+    _views = tuple("u delta z y grad_y du ddelta dz".split())
     _pointers = "A B C D bias grad_last order last kept dA dB dC dD dbias"
     _fields_ = [
         *((name, ctypes.c_int64) for name in _numbers.split()),
