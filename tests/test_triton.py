@@ -23,13 +23,7 @@ if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from nfhelpers.kernels import (  # noqa: E402
-    directional_scan,
-    relative_error,
-    selective_scan,
-    self_check,
-    triton_scan,
-)
+from nfhelpers.kernels import directional_scan, relative_error, selective_scan, triton_scan  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
@@ -48,7 +42,7 @@ CASES = {
     "many states": (dict(batch=1, channels=3, length=9, states=64), {}),
     "more states": (dict(batch=1, channels=3, length=5, states=100), {}),
     "long": (
-        dict(batch=1, length=70 if INTERPRETED else 1228, extras="delta_bias"),
+        dict(batch=1, length=40 if INTERPRETED else 1228, extras="delta_bias"),
         dict(delta_softplus=True),
     ),
 }
@@ -125,11 +119,6 @@ def test_backward_is_bitwise_repeatable():
     arguments = to_device(problem(1, channels=40, length=11, extras=ALL))
     options = dict(delta_softplus=True, return_last_state=True, backend="triton")
     assert_all_equal(*(outputs_and_gradients(selective_scan, arguments, **options) for _ in range(2)))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="too slow")
-def test_self_check_passes():
-    assert max(self_check("triton", DEVICE).values()) < 1e-5
 
 
 @pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])

@@ -90,10 +90,11 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     size["k"] = 1 if u.shape[1] == 1 else size["K"]
     size["a"] = 1 if order is None or len(order) == 1 else size["b"]
     for (name, dims), x in zip(_DIMS.items(), (*tensors, order), strict=True):
+        if x is None:
+            continue
         # Kernels take pointers: another shape, device or kind of number would be read as if it were right.
-        shape = tuple(size[dim] for dim in ("Kd" if tied and name == "A" else dims))
-        real = x is None or x.is_floating_point() or name == "order"
-        if not real or (x is not None and (tuple(x.shape) != shape or x.device != u.device)):
+        shape = tuple([size[dim] for dim in ("Kd" if tied and name == "A" else dims)])
+        if x.shape != shape or x.device != u.device or not (x.is_floating_point() or name == "order"):
             found = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} is {found}; pass real numbers {shape} on {u.device}")
     if size["d"] % size["G"]:
@@ -154,7 +155,8 @@ def _call(name, function, *arguments):
 
 def _fit(x, like):
     """x in the dtype and memory order of `torch.empty_like(like)`."""
-    fits = x.dtype == like.dtype and x.stride() == torch.empty_like(like, device="meta").stride()
+    wanted = like if x.stride() == like.stride() else torch.empty_like(like)
+    fits = x.stride() == wanted.stride() and x.dtype == like.dtype
     return x if fits else torch.empty_like(like).copy_(x)
 
 

@@ -136,11 +136,11 @@ class _Problem(ctypes.Structure):
 
     _numbers = "batch directions length channels states groups threads reverse shared softplus tied"
     _numbers += " order_b pieces"
-    _views = "u delta z y grad_y du ddelta dz"
+    _views = tuple("u delta z y grad_y du ddelta dz".split())
     _pointers = "A B C D bias grad_last order last kept dA dB dC dD dbias"
     _fields_ = [
         *((name, ctypes.c_int64) for name in _numbers.split()),
-        *((name, _View) for name in _views.split()),
+        *((name, _View) for name in _views),
         *((name, ctypes.c_void_p) for name in _pointers.split()),
     ]
 
@@ -148,7 +148,7 @@ class _Problem(ctypes.Structure):
         """Point to tensors and keep them alive: views with rows or channels side by side, or contiguous."""
         self.held = [*getattr(self, "held", ()), tensors]
         for name, x in tensors.items():
-            if x is not None and name in self._views.split():
+            if x is not None and name in self._views:
                 strides = [0 if i == 1 and x.shape[1] == 1 else step for i, step in enumerate(x.stride())]
                 setattr(self, name, _View(x.data_ptr(), *strides, _DTYPES[x.dtype]))
             elif x is not None:
@@ -183,10 +183,8 @@ def _float(x):
 
 def _like(x, exact=False):
     """A tensor (b, k, l, d) like x for the library to write, in x's dtype and memory order where it can."""
-    dtype = x.dtype if x.dtype in _DTYPES and not exact else torch.float32
-    side_by_side = 1 in torch.empty_like(x, device="meta").stride()[2:]
-    order = torch.preserve_format if side_by_side else torch.contiguous_format
-    return torch.empty_like(x, dtype=dtype, device="cpu", memory_format=order)
+    new = torch.empty_like(x, dtype=x.dtype if x.dtype in _DTYPES and not exact else torch.float32)
+    return new if 1 in new.stride()[2:] else torch.empty_like(new, memory_format=torch.contiguous_format)
 
 
 def _call(name, problem):
@@ -197,7 +195,7 @@ def _call(name, problem):
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
     """(y, last, states) of the scan that reference.py describes."""
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-    y = _like(u.new_empty(delta.shape, device="meta") if problem.shared else u)
+    y = _like(u.new_empty(()).expand(delta.shape) if problem.shared else u)
     last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)
     kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
     problem.give(y=y, last=last, kept=kept if keep_states else None)
