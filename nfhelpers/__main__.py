@@ -138,8 +138,8 @@ def load_datasets(name, data, seed):
         return run.field_datasets(data, seed)
     from nfhelpers.spectrograms import load_spectrograms
 
-    splits = ("train", "validation")
-    return tuple(load_spectrograms(data["source"], s, data["size"], data[f"{s}_images"]) for s in splits)
+    splits, options = ("train", "validation"), {"size": data["size"], "held_out": True}
+    return tuple(load_spectrograms(data["source"], s, limit=data[f"{s}_images"], **options) for s in splits)
 
 
 def build_model(name, preset, settings, init=None):

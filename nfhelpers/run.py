@@ -181,7 +181,7 @@ def field_datasets(data, seed):
     from nfhelpers.images import SparseFields, open_images
 
     source, size, options = data["source"], data["size"], (data["observed"], data["queries"])
-    train = open_images(source, "train", size, data["train_images"])
+    train = open_images(source, "train", size, data["train_images"], held_out=True)
     validation = open_images(source, "validation", size, data["validation_images"])
     return SparseFields(train, *options), SparseFields(validation, *options, seed=seed)
 

@@ -61,10 +61,8 @@ def test_unknown_methods_and_points_off_the_grid_are_refused():
 
 
 def test_resizing_keeps_pixel_centres_aligned():
-    for order in (1, 3):
-        resized = classical.resize(ramp(grid(16, 16)), 64, 64, order)
-        expected = ramp(grid(64, 64))[:, 16:-16, 16:-16]
-        np.testing.assert_allclose(resized[:, 16:-16, 16:-16], expected, atol=2e-3)
+    resized = classical.resize(ramp(grid(16, 16)), 64, 64)
+    np.testing.assert_allclose(resized[:, 16:-16, 16:-16], ramp(grid(64, 64))[:, 16:-16, 16:-16], atol=2e-3)
 
 
 def gaussian_images(count, size, seed):
