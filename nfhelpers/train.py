@@ -1,8 +1,8 @@
 """The one training loop: flow matching of sparse fields or of grids, on Hugging Face Accelerate.
 
 Every draw is a function of seed, step and place in the batch: a resumed run follows the same curve, with any
-number of processes and accumulation steps (up to float error; dropout excepted). A run's folder holds averaged
-models best/ (lowest validation loss) and latest/, the state to resume from, log.csv, tb/, a picture and a card.
+number of processes and accumulation steps (up to float error; dropout excepted). In a run's folder: averaged
+models, best/ (lowest validation loss) and latest/; the state to resume from, log.csv, tb/, a picture, a card.
 Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (averaged weights).
 """
 

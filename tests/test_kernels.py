@@ -10,13 +10,10 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import nfhelpers
 from nfhelpers import kernels
 from nfhelpers.kernels import choose_backend, chunked, directional_scan, relative_error, selective_scan
-from nfhelpers.kernels.reference import hold
 
 STATUS = kernels.backend_status()
 FAST = [
@@ -176,7 +173,7 @@ def test_constant_scan_is_a_geometric_series(backend, length):
 
 
 @BOTH
-@pytest.mark.parametrize("a", [0.0, 1e-40, -1e-8, 1e-8, -1e-3, -0.7, -5.0])
+@pytest.mark.parametrize("a", [0.0, 1e-40, 1e-8, -0.0399, -0.0401, -0.399, 0.401, -5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hold_weight_and_slope_near_zero(backend, a, dtype):
     """One step from h = 0 with u = B = C = 1 returns (exp(step a) - 1) / a; truth in 120-digit arithmetic."""
@@ -197,21 +194,6 @@ def test_hold_weight_and_slope_near_zero(backend, a, dtype):
     assert torch.autograd.grad(y, A)[0].item() == pytest.approx(slope, rel=tolerance)
 
 
-def test_hold_series_meets_the_quotient():
-    """No jump where the Taylor series hands over: value and slope stay smooth through the threshold."""
-    for dtype, threshold in ((torch.float32, 0.1), (torch.float64, 0.01)):
-        q = (threshold * torch.linspace(-1.5, 1.5, 3001, dtype=torch.float64)).to(dtype).requires_grad_()
-        value = hold(torch.ones_like(q), q)
-        (slope,) = torch.autograd.grad(value.sum(), q)
-        x = q.detach().double()
-        factorials = np.cumprod(np.arange(1.0, 17.0))  # 1!, 2!, ...
-        series = sum(x**k / factorials[k] for k in range(15))
-        slope_series = sum(k * x ** (k - 1) / factorials[k] for k in range(1, 15))
-        eps = torch.finfo(dtype).eps
-        assert relative_error(value, series) < 10 * eps
-        assert relative_error(slope, slope_series) < 10 * eps / threshold
-
-
 @pytest.mark.parametrize(
     ("discretization", "fixed"),
     [("zoh", ""), ("zoh", "B C"), ("mamba", "B"), ("mamba", "C"), ("mamba", "B C")],
@@ -224,15 +206,6 @@ def test_what_only_teaching_uses_in_chunks(discretization, fixed):
     assert torch.equal(
         selective_scan(**arguments, **options), selective_scan(**arguments, **options, backend="chunked")
     )
-    given = {
-        name: x.double().requires_grad_() for name, x in problem(1, 2, 40, 2, fixed=fixed, extras=ALL).items()
-    }
-
-    def scan(*tensors):
-        named = dict(zip(given, tensors, strict=True))
-        return selective_scan(**named, **options, return_last_state=True, backend="chunked")
-
-    assert torch.autograd.gradcheck(scan, list(given.values()), fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["native", "triton", "mamba_ssm"])
@@ -302,13 +275,6 @@ def test_directions_match_reference(backend, size, backwards, tied):
     )
 
 
-@EACH
-def test_directions_without_softplus(backend):
-    arguments, orders = directional_problem(extras="D")
-    arguments["delta"] = arguments["delta"].abs() * 0.5
-    assert_directional(backend, arguments, orders=orders, delta_softplus=False)
-
-
 @WITH_REFERENCE
 def test_a_direction_is_a_scan_of_the_permuted_sequence(backend):
     """Explicit gather, plain scan, scatter; in int32 as in int64, reversed as the flipped order."""
@@ -338,15 +304,6 @@ def test_slices_of_the_batch_and_of_the_directions_add_up(monkeypatch, samples):
     assert_selective("chunked", problem(5, 6, 40, 4, extras=ALL), delta_softplus=True)
     arguments, orders = directional_problem(1, 5, 6, 40, 4)
     assert_directional("chunked", arguments, orders=orders, reverse=(True, False, True, False, True))
-
-
-@EACH
-def test_state_alone_has_a_gradient(backend):
-    def last_state(**arguments):
-        y, last = selective_scan(**arguments, return_last_state=True)
-        return last + 0 * y.sum()  # C reaches the output only
-
-    assert_matches_reference(last_state, backend, problem(length=40), delta_softplus=True)
 
 
 @EACH
@@ -399,41 +356,6 @@ def test_second_derivative_is_refused_and_given_by_reference(backend):
     torch.testing.assert_close(slope(backend), slope("reference"), rtol=1e-5, atol=1e-6)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(slope(backend).sum(), delta)
-
-
-# -------------------------------------------------------------------------------------- mamba_ssm's own tests
-
-
-def scan_of_mamba_ssm(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """mamba_ssm's semantics, written on its own: discretise all positions at once, then recur; (y, last)."""
-    channels = u.shape[1]
-    delta = delta if delta_bias is None else delta + delta_bias[None, :, None]
-    delta = torch.log1p(delta.exp()) if delta_softplus else delta
-    B, C = (x[:, None] if x.dim() == 3 else x.repeat_interleave(channels // x.shape[1], 1) for x in (B, C))
-    decays = torch.exp(torch.einsum("bdl,dn->bdnl", delta, A)).unbind(-1)
-    inputs = ((delta * u)[:, :, None] * B).unbind(-1)  # (B, D, N) each
-    h, states = torch.zeros_like(inputs[0]), []
-    for decay, x in zip(decays, inputs, strict=True):
-        h = decay * h + x
-        states.append(h)
-    y = (torch.stack(states, -1) * C).sum(2)
-    y = y if D is None else y + u * D[None, :, None]
-    return (y if z is None else y * (z * torch.sigmoid(z))), h
-
-
-@WITH_REFERENCE
-@pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize("softplus", [False, True])
-@pytest.mark.parametrize("extras", ["", ALL])
-def test_mamba_ssm_grid(backend, groups, softplus, extras):
-    """The sizes of its own test: batch 2, 4 channels, 8 states."""
-    arguments = problem(2, 4, 64, 8, groups, extras=extras)
-    arguments |= {"delta_bias": arguments["delta_bias"].abs() * 0.5} if extras else {}
-    doubles = {name: x.double() for name, x in arguments.items()}
-    wanted = outputs_and_gradients(scan_of_mamba_ssm, doubles, delta_softplus=softplus)
-    options = dict(delta_softplus=softplus, return_last_state=True, backend=backend)
-    found = outputs_and_gradients(selective_scan, arguments, **options)
-    assert max(relative_error(y, x) for x, y in zip(wanted, found, strict=True)) <= 1e-5
 
 
 @pytest.mark.skipif(STATUS["mamba_ssm"] != "ok", reason=STATUS["mamba_ssm"])
@@ -531,31 +453,12 @@ def test_half_precision_inputs_keep_a_float32_state(backend, dtype, tolerance):
 
 
 @WITH_REFERENCE
-def test_half_precision_directions(backend):
-    """Inputs in half precision, parameters in float32, as a model under autocast passes them."""
-    arguments, orders = directional_problem(length=300, directions=4)
-    arguments |= {name: arguments[name].bfloat16() for name in ("x", "delta", "B", "C")}
-    doubles = {name: x.double() for name, x in arguments.items()}
-    wanted = outputs_and_gradients(directional_scan, doubles, orders=orders, backend="reference")
-    found = outputs_and_gradients(directional_scan, arguments, orders=orders, backend=backend)
-    assert [x.dtype for x in found] == [torch.bfloat16, *(x.dtype for x in arguments.values())]
-    assert max(relative_error(y, x) for x, y in zip(wanted, found, strict=True)) <= 1e-2
-
-
-@WITH_REFERENCE
-def test_autocast_and_the_default_dtype_leave_the_scan_in_float32(backend):
+def test_autocast_leaves_the_scan_in_float32(backend):
     arguments = problem(length=63, extras="D z")
     options = dict(backend=backend, return_last_state=True)
     wanted = outputs_and_gradients(selective_scan, arguments, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_all_equal(wanted, outputs_and_gradients(selective_scan, arguments, **options))
-    for default in (torch.float64, torch.bfloat16):
-        torch.set_default_dtype(default)
-        try:
-            found = selective_scan(**arguments, **options)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert_all_equal(wanted[:2], found)
 
 
 def test_float64_runs_where_the_state_may_be_float64():
@@ -571,100 +474,64 @@ def test_float64_runs_where_the_state_may_be_float64():
 # -------------------------------------------------------------------------------- registration, torch.compile
 
 
-def operation_arguments(directional):
-    """Arguments of the registered operation: a selective scan with all there is, or a directional one."""
-    draw = drawer(0, torch.float32)
-    if directional:  # shared u, fixed order a sample, two directions
-        order = torch.rand(2, 2, 7).argsort(-1)
-        rows = [draw(2, 1, 7, 4), draw(2, 2, 7, 4)]
-        return [*rows, -draw(2, 4).exp(), *(draw(2, 2, 1, 7, 3) for _ in "BC"), draw(2, 4), None, None], [
-            *(order, 2, True, True)
-        ]
-    tensors = [draw(2, 7, 4).unsqueeze(1), draw(2, 4, 7).transpose(1, 2).unsqueeze(1), -draw(1, 4, 3).exp()]
-    tensors += [draw(2, 1, 2, 7, 3), draw(2, 1, 2, 3, 7).mT, draw(1, 4), draw(2, 1, 7, 4), draw(1, 4)]
-    return tensors, [None, 0, True, False]
-
-
 @EACH
-@pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])
-def test_registered_operations_keep_their_promises(backend, directional):
+def test_registered_operations_keep_their_promises(backend):
     """Schema, shapes and strides of the fake kernels, registration of the derivative, dynamic shapes."""
-    tensors, options = operation_arguments(directional)
-    operation = getattr(torch.ops.nfhelpers, f"scan_{backend}").default
+    draw = drawer(0, torch.float32)
+    rows = draw(2, 1, 7, 4), draw(2, 4, 2, 7).permute(0, 2, 3, 1)  # shared u
+    weights = draw(2, 2, 2, 7, 3), draw(2, 2, 2, 3, 7).mT
+    tensors = [*rows, -draw(2, 4, 3).exp(), *weights, draw(2, 4), draw(2, 2, 7, 4), None]
+    options = [draw(2, 2, 7).argsort(-1), 2, True, False]
+    operation, backward = (getattr(torch.ops.nfhelpers, f"scan_{backend}{way}") for way in ("", "_backward"))
     y, last, states = operation(*tensors, *options, True)
     assert not operation(*tensors, *options, False)[2].numel() and states.numel()
-    backward = getattr(torch.ops.nfhelpers, f"scan_{backend}_backward").default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(backward, (y, None, states, *tensors, *options), test_utils=checks)
-    torch.library.opcheck(backward, (y, last, states, *tensors, *options), test_utils=checks)
+    for grad_last in (None, last):
+        given = (y, grad_last, states, *tensors, *options)
+        torch.library.opcheck(backward.default, given, test_utils=checks)
     given = [None if x is None else x.requires_grad_() for x in tensors]
-    torch.library.opcheck(operation, (*given, *options, True))
+    torch.library.opcheck(operation.default, (*given, *options, True))
+    (du,) = torch.autograd.grad(operation(*given, *options, True)[1].sum(), given[0])  # of the state alone
+    assert du.isfinite().all() and du.any()
 
 
 def test_a_compiled_graph_names_the_layout_of_the_states(monkeypatch):
     """A graph on disk holds the shapes of its time: one of other chunks must not be taken for this one's."""
-    graphs = []
-
-    def record(graph, inputs):
-        graphs.append(str(graph.code))
-        return graph
-
-    arguments = problem(length=70)
+    graphs, arguments = [], problem(length=70)
     arguments["u"].requires_grad_()
     for chunk in (32, 16):
         torch._dynamo.reset()
         monkeypatch.setattr(chunked, "CHUNK", chunk)
+        record = lambda graph, inputs: graphs.append(str(graph.code)) or graph  # noqa: E731
         scan = functools.partial(selective_scan, backend="chunked")
         torch.compile(scan, fullgraph=True, backend=record)(**arguments)
     assert graphs[0] != graphs[1]
     torch._dynamo.reset()
 
 
-class Block(nn.Module):
-    """Linear projections, a scan, a linear projection."""
-
-    def __init__(self, directions, width=6, states=3):
-        super().__init__()
-        self.directions, self.sizes = directions, (width, states, states)
-        self.project_in = nn.Linear(width, width)
-        self.weights = nn.Linear(width, max(1, directions) * sum(self.sizes))
-        self.project_out = nn.Linear(width, width)
-        self.A_log, self.D = nn.Parameter(torch.zeros(width, states)), nn.Parameter(torch.ones(width))
-
-    def forward(self, tokens, orders):
-        x, A = self.project_in(tokens), -torch.exp(self.A_log)
-        if not self.directions:
-            delta, B, C = (w.transpose(1, 2) for w in self.weights(x).split(self.sizes, -1))
-            tensors = (x.transpose(1, 2), delta, A, B, C, self.D, x.transpose(1, 2))
-            y, last = selective_scan(*tensors, delta_softplus=True, return_last_state=True)
-            return self.project_out(y.transpose(1, 2)) + last.mean()
-        weights = self.weights(x).unflatten(-1, (self.directions, -1)).transpose(1, 2)
-        delta, B, C = weights.split(self.sizes, -1)
-        options = dict(orders=orders, reverse=(False, True))
-        return self.project_out(directional_scan(x, delta, A, B, C, self.D, **options).sum(1))
-
-
-@pytest.mark.parametrize("directions", [0, 2], ids=["selective", "directional"])
-def test_compiles_without_a_graph_break(directions):
+@pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])
+def test_compiles_without_a_graph_break(directional):
     """Forward and backward, with eager's numbers; an order that is none is refused in compiled code, too."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    block = Block(directions)
+    scan = directional_scan if directional else selective_scan
+
+    def block(orders=None, **arguments):
+        arguments = {name: x.sin() for name, x in arguments.items()}
+        return scan(**arguments, **({"orders": orders, "reverse": (False, True)} if directional else {})) + 1
+
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for length in (11, 40):  # the second length compiles with dynamic shapes
-        orders = torch.rand(2, length).argsort(-1)
-        tokens = torch.randn(2, length, 6)
-        found, wanted = (
-            outputs_and_gradients(lambda tokens, f=f, o=orders: f(tokens, o), dict(tokens=tokens))
-            for f in (compiled, block)
-        )
+        arguments, options = problem(length=length, extras="D z"), {}
+        if directional:
+            arguments, options["orders"] = directional_problem(directions=2, length=length)
+        found, wanted = (outputs_and_gradients(f, arguments, **options) for f in (compiled, block))
         for x, y in zip(wanted, found, strict=True):
             torch.testing.assert_close(y, x, rtol=1e-6, atol=1e-6)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(tokens, orders), block(tokens, orders), rtol=1e-6, atol=1e-6)
-    if directions:
+            torch.testing.assert_close(compiled(**arguments, **options), wanted[0], rtol=1e-6, atol=1e-6)
+    if directional:
         with pytest.raises(ValueError):
-            compiled(tokens, orders + 1)
+            compiled(**arguments, orders=options["orders"] + 1)
     torch._dynamo.reset()
 
 
@@ -773,10 +640,6 @@ def test_triton_is_the_choice_on_cuda(monkeypatch):
     assert choose_backend("cpu", "triton") == "triton"
 
 
-def test_both_scans_are_public():
-    assert nfhelpers.directional_scan is directional_scan and nfhelpers.selective_scan is selective_scan
-
-
 @WITH_REFERENCE
 def test_self_check_passes(backend):
     errors = kernels.self_check(backend)
@@ -800,8 +663,3 @@ def test_self_check_sees_a_wrong_backend(monkeypatch, factor):
     monkeypatch.setattr(chunked, "backward", backward)
     errors = kernels.self_check("chunked")
     assert errors["forward"] > 1e-4 and errors["backward"] > 1e-4
-
-
-def test_relative_error_of_nan_is_infinite():
-    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
-    assert relative_error(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0])) == 0.25

@@ -23,8 +23,6 @@ INSTALLED_AS = {
 }
 # name in pyproject.toml -> name on conda-forge, where they differ
 CONDA_NAMES = {"torch": "pytorch-gpu", "playwright": "playwright-python", "soundfile": "pysoundfile"}
-# Declared in the core, imported by another package: torch.utils.tensorboard needs it.
-INDIRECT = {"tensorboard": "torch.utils.tensorboard"}
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +79,10 @@ def test_every_import_is_declared(project, repository):
     assert third_party(modules) - set(declared(project, "notebooks", "cuda")) == set()
 
 
-def test_extras_are_imported_only_where_they_are_at_hand(project, repository):
-    """widgets.py and the live figure of train.py run in a notebook, the Triton rooms on a GPU."""
-    modules, core = imported_modules(repository / "nfhelpers"), set(declared(project))
-    beyond = {name: files for name, files in modules.items() if third_party([name]) - core}
-    assert set().union(*beyond.values()) <= {"widgets.py", "triton_scan.py", "local_scan.py", "train.py"}, (
-        beyond
-    )
-
-
 def test_every_core_dependency_is_imported(project, repository):
     modules = imported_modules(repository / "nfhelpers")
-    for name in declared(project):
-        if name in INDIRECT:
-            assert INDIRECT[name] in modules, f"{name} is declared, but nothing imports {INDIRECT[name]}"
-        elif name == "scikit-learn":  # only its photographs are read, without importing it
-            assert "sklearn" in (repository / "nfhelpers" / "images.py").read_text()
-        else:
-            assert name in third_party(modules), f"{name} is declared, but nothing imports it"
+    unused = set(declared(project)) - third_party(modules) - {"tensorboard", "scikit-learn"}
+    assert not unused and "torch.utils.tensorboard" in modules  # of scikit-learn only photographs are read
 
 
 def test_environment_and_pyproject_are_in_step(project, environment):
@@ -107,12 +91,6 @@ def test_environment_and_pyproject_are_in_step(project, environment):
     conda = dict(requirement(text) for text in environment["dependencies"] if isinstance(text, str))
     tools = {"pip": "", "make": "", "python": project["requires-python"]}
     assert conda == {**wanted, **tools}
-
-
-def test_environment_is_conda_forge_only(environment):
-    assert environment["channels"] == ["conda-forge", "nodefaults"]
-    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert pip == ["--no-deps", "-e ."], "pip must not replace what conda installed"
 
 
 def test_constraints_pin_what_is_declared(project, repository):
@@ -191,7 +169,7 @@ assert not [name for name in {HEAVY} if name in sys.modules]
 
 def test_rooms_import_one_way(repository):
     """kernels -> flow, images -> models -> graphs, samplers -> metrics ... train -> plots -> widgets, run."""
-    floors = "kernels files|flow images|models|graphs samplers|metrics spectrograms|classical|evaluate"
+    floors = "kernels files|flow images|models|graphs|samplers|metrics spectrograms|classical|evaluate"
     floors = [floor.split() for floor in f"{floors}|checkpoint|train".split("|")]
     floor_of = {room: number for number, floor in enumerate(floors) for room in floor}
     for path in (repository / "nfhelpers").rglob("*.py"):
@@ -201,7 +179,7 @@ def test_rooms_import_one_way(repository):
             if node.module == "nfhelpers":
                 rooms = [alias.name for alias in node.names]
             else:
-                rooms = node.module.split(".")[1:2] if node.module.startswith("nfhelpers.") else []
+                rooms = node.module.split(".")[1:2] if str(node.module).startswith("nfhelpers.") else []
             assert all(other == room or floor_of.get(other, 99) < floor_of[room] for other in rooms), (
                 path,
                 rooms,
@@ -251,21 +229,6 @@ def test_quoted_results_are_the_measured_ones(repository, name):
             if row["kind"] == "mean" and path.parent.name == "docs":
                 gap, error = row["versus_biharmonic"], row["versus_biharmonic_se"]
                 assert f"{gap:+.2f} ± {error:.2f}" in text, row["model"]
-
-
-def test_autoencoders_and_digits_quote_what_was_measured(repository):
-    for name, wanted in (("pca-cifar10", "method"), ("scales-diffae", "model")):
-        _, rows = results(repository, name)
-        rows = [row for row in rows if row[wanted].startswith(("autoencoder", "diffae-photos"))]
-        assert rows
-        for row in rows:
-            text, _ = page(repository / f"checkpoints/{row['model']}/README.md")
-            assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, row
-            assert f"{row['versus_first']:+.2f} ± {row['versus_first_se']:.2f}" in text, row
-    for path in ("checkpoints/localmamba-fsdd/README.md", "docs/results.md"):
-        text, _ = page(repository / path)
-        for row in results(repository, "localmamba-fsdd")[1]:
-            assert f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}" in text, (path, row)
 
 
 def test_every_checkpoint_has_a_card_and_is_small(repository):

@@ -21,8 +21,7 @@ from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
 from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalMambaBlock, stack
 
-POSTERIOR_STD = 0.15
-"""Standard deviation of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`."""
+POSTERIOR_STD = 0.15  # of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`
 
 
 def check_points(t, *fields):
@@ -63,46 +62,28 @@ def directional_blocks(c, num_layers, bidirectional):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldConfig(ModelConfig):
-    """Settings that all models of sparse fields have.
+    """Settings that all models of sparse fields have."""
 
-    `d_model` is the width of the tokens; `fourier_scale` that of the random frequencies, in cycles per image
-    side; `mlp_ratio` times d_model the inner width of a block's MLP.
-    """
-
-    d_model: int = 512
+    d_model: int = 512  # width of the tokens
     num_fourier_features: int = 256
-    fourier_scale: float = 10.0
-    mlp_ratio: float = 2.0
+    fourier_scale: float = 10.0  # of their random frequencies, in cycles per image side
+    mlp_ratio: float = 2.0  # times d_model: inner width of a block's MLP
     dropout: float = 0.0
+    d_state: int = 16  # states a channel
+    expand: int = 2  # times d_model: width inside a scan
+    tied_decay: bool = True  # see `SelectiveSSM`
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanConfig(FieldConfig):
-    """Settings of models with selective scans.
-
-    `d_state` is the state's size a channel, `expand` times d_model the width inside a scan; `tied_decay` ties
-    the decays of a channel (`SelectiveSSM`).
-    """
-
-    d_state: int = 16
-    expand: int = 2
-    tied_decay: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiDirectionalConfig(ScanConfig):
-    """Settings of models that scan in several directions of the plane.
-
-    `orders` are names of `kernels.orders.POINT_ORDERS`; with `shared_weights` one S6 and a linear fusion
-    serve all of them, in place of one S6 each and an MLP.
-    """
+class MultiDirectionalConfig(FieldConfig):
+    """Settings of models that scan in several directions of the plane."""
 
     orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    shared_weights: bool = False
+    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaDiffusionConfig(ScanConfig):
+class MambaDiffusionConfig(FieldConfig):
     """Settings of `MambaDiffusion`, v1; `order` sorts the observed points, and the queries after them."""
 
     num_layers: int = 6
@@ -140,9 +121,8 @@ class MambaDiffusionV2Config(MambaDiffusionConfig):
 class MambaFieldConfig(MultiDirectionalConfig):
     """Settings of `MambaField`.
 
-    With `bidirectional` every order is walked both ways. `spline_source` starts the flow from
-    the thin-plate spline, else from zero. `residual_std` is the standard deviation of the data around that
-    start, in values of [-1, 1]: 0.15 is what a spline of 20% of the pixels leaves, 0.5 about what zero does.
+    `residual_std` is the standard deviation of the data around the flow's start, in values of [-1, 1]: 0.15
+    is what a spline of 20% of the pixels leaves, 0.5 about what zero does.
     """
 
     d_model: int = 256
@@ -151,8 +131,8 @@ class MambaFieldConfig(MultiDirectionalConfig):
     perceiver_iterations: int = 2
     num_fourier_features: int = 128
     fourier_scale: float = 4.0
-    bidirectional: bool = True
-    spline_source: bool = True
+    bidirectional: bool = True  # every order is walked both ways
+    spline_source: bool = True  # the flow starts from the thin-plate spline, else from zero
     residual_std: float = 0.15
     model_type: ClassVar[str] = "field"
 
@@ -177,9 +157,8 @@ class SparseField(FieldModel):
     def forward(self, noisy_values, query_coords, t, input_coords, input_values, conditions=None):
         """Velocity (B, Nq, 3) of the field at the query points.
 
-        noisy_values (B, Nq, 3): x_t, in about [-1, 1]; query_coords (B, Nq, 2), input_coords (B, Ni, 2):
-        (x, y) in [0, 1]; t (B,): 0 is noise, 1 data; input_values (B, Ni, 3) in [-1, 1]. conditions: what
-        `prepare` made of these points, at hand in a sampling run.
+        noisy_values (B, Nq, 3): x_t, in about [-1, 1]; query_coords (B, Nq, 2), input_coords (B, Ni, 2): (x,
+        y) in [0, 1]; t (B,): 0 is noise; input_values (B, Ni, 3) in [-1, 1]. conditions: of `prepare`.
         """
         check_points(t, (query_coords, noisy_values), (input_coords, input_values))
         if conditions is None:
@@ -187,16 +166,15 @@ class SparseField(FieldModel):
         return self.velocity(noisy_values, t, conditions)  # (B, Q, 3)
 
     def loss_weight(self, t):
-        """Weight of the loss at t (B,) -> (B,)."""
         return loss_weight(t, POSTERIOR_STD)
 
 
 class TokenField(SparseField):
     """Base of the velocity fields that see observed points and queries as the tokens of one sequence.
 
-    Both point sets are sorted, so the result does not depend on how a caller lists the points. Subclasses mix
-    the tokens and end with `self.decoder`. It predicts what is left of the velocity after its linear part in
-    x_t (`flow.skip_weight`): at t = 0 the noise cancels exactly, and one step estimates the posterior mean.
+    Both point sets are sorted: the result does not depend on how they are listed. Subclasses mix the tokens.
+    They predict what is left of the velocity after its linear part in x_t (`flow.skip_weight`): at t = 0 the
+    noise cancels, and one step estimates the posterior mean.
     """
 
     def __init__(self, config: FieldConfig, order="row", query_values=3):
@@ -358,11 +336,9 @@ class MambaField(TokenField):
 
 
 def initialise_from_v1(model: FieldModel, v1: MambaDiffusion) -> list[str]:
-    """Start a model from the weights it shares with a trained v1; returns their names.
+    """Start a model from the weights it shares with a trained v1 by name and shape; returns their names.
 
-    These are all that have one name and one shape in both, such as the Fourier frequencies and the
-    embeddings of points and of time, without the decoder's last layer: that stays at zero, so that the model
-    still starts as its linear prediction. ValueError when nothing fits.
+    The decoder's last layer stays at zero, so that the model still starts as its linear prediction.
     """
     source, own = v1.state_dict(), model.state_dict()
     last = f"decoder.{len(v1.decoder) - 1}."
