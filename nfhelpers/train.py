@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nfhelpers import checkpoint, evaluate, graphs
@@ -168,7 +168,16 @@ class _Run:
             print(f"{folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
         self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
-        batches = iter(self.steps.loader(range(start, total), self.cuda))
+        keys = (
+            [(step, place) for place in part] for step in range(start, total) for part in self.steps.places
+        )
+        options = {
+            "num_workers": config.num_workers,
+            "worker_init_fn": _start_worker,
+            "pin_memory": self.cuda,
+        }
+        # With a generator of its own the loader takes nothing from the global one.
+        batches = iter(DataLoader(self.steps, batch_sampler=keys, generator=torch.Generator(), **options))
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
@@ -177,7 +186,10 @@ class _Run:
                 self.read_back()
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
-                if self.stopped():
+                if self.signals:
+                    self.accelerator.set_trigger()
+                if self.accelerator.check_trigger():  # by any process: all of them ask after the same step
+                    self.signals.extend([] if self.signals else [signal.SIGINT])
                     break
                 if time.monotonic() - self.saved >= config.save_interval:
                     self.save()
@@ -237,23 +249,13 @@ class _Run:
             if self.main:
                 self.board.add_scalar(name, value, step)
 
-    def stopped(self):
-        """Whether any process was asked to stop; all of them ask this after the same step."""
-        if self.signals:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() and not self.signals:
-            self.signals.append(signal.SIGINT)
-        return bool(self.signals)
-
     def finish_epoch(self, epoch, callback):
         """Evaluate and draw where that is due, and call back."""
         due, fields = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs, None
         if due and self.validation_data is not None:
-            loss, score = self.validate(), math.nan
-            if hasattr(self.validation_data, "images"):
-                fields = self.reconstruct()
-                score = float(psnr(fields["reconstruction"], fields["target"]).mean())
-            self.log(_SCORES, self.progress["step"], loss, score)
+            loss, fields = self.validate()
+            score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
+            self.log(_SCORES, self.progress["step"], loss, float(score))
             if loss < self.progress["best"]:
                 self.progress["best"] = loss
                 checkpoint.save_model(self.ema, self.folder / "best", self.card())
@@ -268,8 +270,8 @@ class _Run:
         """training.png, shown in a notebook in place of its predecessor."""
         from nfhelpers.plots import training_figure  # matplotlib
 
-        pictures, path = fields and {name: x[:4] for name, x in fields.items()}, self.folder / "training.png"
-        training_figure(self.history, pictures, title).savefig(path)
+        path = self.folder / "training.png"
+        training_figure(self.history, fields, title).savefig(path)
         if self.config.progress and "ipykernel" in sys.modules:
             from IPython.display import Image, display
 
@@ -278,26 +280,22 @@ class _Run:
 
     @torch.no_grad()
     def validate(self):
-        """The training's loss over the validation set, with the same times and noise every time."""
-        data, total, generator = self.validation_data, 0.0, _generator(self.config.seed, _VALIDATION)
+        """(loss over the validation set, with the same times and noise every time; whole fields or None)."""
+        data, seed, size, total = self.validation_data, self.config.seed, self.config.batch_size, 0.0
+        generator, objective, fields = _generator(seed, _VALIDATION), _Objective(self.ema), None
         times = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)  # less variance than draws
-        loader = DataLoader(data, self.config.batch_size)
-        for batch, t in zip(loader, times.split(self.config.batch_size), strict=True):
-            batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
-            with self.accelerator.autocast():
-                loss = _Objective(self.ema)({name: x.to(self.device) for name, x in batch.items()})
-            total += float(loss) * len(t) / len(data)
-        return total
-
-    def reconstruct(self):
-        """One-step posterior mean of the first validation images, in full: (k, H, W, 3) in [0, 1]."""
-        data, images = self.validation_data, np.asarray(self.validation_data.images[:8])
-        fraction = data.num_inputs / (images.shape[1] * images.shape[2])
-        observed = evaluate.observe(images, fraction, data.seed or 0)
         with self.accelerator.autocast():
-            made = evaluate.reconstruct(self.ema, observed, seed=self.config.seed)
-        sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # unobserved: grey
-        return {"sparse": sparse, "reconstruction": made, "target": observed.images}
+            for batch, t in zip(DataLoader(data, size), times.split(size), strict=True):
+                batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
+                loss = objective({name: x.to(self.device) for name, x in batch.items()})
+                total += float(loss) * len(t) / len(data)
+            if hasattr(data, "images"):  # one-step posterior means of the first ones, (k, H, W, 3) in [0, 1]
+                images = np.asarray(data.images[:6])
+                observed = evaluate.observe(images, data.num_inputs / images[0, ..., 0].size, data.seed or 0)
+                made = evaluate.reconstruct(self.ema, observed, seed=seed)
+                sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # else grey
+                fields = {"sparse": sparse, "reconstruction": made, "target": observed.images}
+        return total, fields
 
     def save(self):
         """`latest`, the log and, last of all, the state: after a kill between them, steps are repeated."""
@@ -347,13 +345,6 @@ class _Steps(Dataset):
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
 
-    def loader(self, steps, cuda):
-        """The slices of these steps, one after the other: workers never pause."""
-        keys = ([(step, place) for place in part] for step in steps for part in self.places)
-        workers = {"num_workers": self.config.num_workers, "worker_init_fn": _start_worker}
-        # With a generator of its own it takes nothing from the global one.
-        return DataLoader(self, batch_sampler=keys, pin_memory=cuda, generator=torch.Generator(), **workers)
-
     def __getitem__(self, key):
         seed, (step, place) = self.config.seed, key
         epoch, batch = divmod(step, self.per_epoch)
@@ -379,8 +370,6 @@ def _start_worker(worker):
     """Ctrl-C and SIGTERM reach every process of a group, but loaders are needed to the end of the step."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    steps = get_worker_info().dataset
-    steps.data = copy.copy(steps.data)  # workers may be at different epochs
 
 
 class _Objective(nn.Module):
