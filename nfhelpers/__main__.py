@@ -8,6 +8,7 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -35,15 +36,13 @@ def parser():
     commands = made.add_subparsers(required=True, metavar="train | evaluate | doctor")
     train = commands.add_parser("train", help="train a model, or go on with a run that was stopped")
     train.set_defaults(function=train_model)
-    names = [name for name in run.sections() if name != "ssm_basics"]
-    train.add_argument("model", choices=names, metavar="NAME", help=", ".join(names))
+    train.add_argument("model", choices=[name for name in run.sections() if name != "ssm_basics"])
     train.add_argument("--preset", choices=(*run.PRESETS, "auto"), help="default: NF_PRESET, else auto")
-    train.add_argument("--data", help=f"instead of the preset's: {', '.join(SOURCES)}, a folder, an .npz")
-    train.add_argument("--output", type=Path, help="folder of the run (default: runs/NAME/PRESET)")
+    train.add_argument("--data", help=f"{', '.join(SOURCES)}, a folder or an .npz, in place of the preset's")
+    train.add_argument("--output", type=Path, help="folder of the run (default: runs/MODEL/PRESET)")
     train.add_argument("--init", type=Path, metavar="FOLDER", help="start from a model's weights, or a v1's")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=3, ...")
-    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 on a GPU")
-
+    train.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU")
     evaluate = commands.add_parser("evaluate", help="scores of models, and of classical interpolation")
     evaluate.set_defaults(function=evaluate_models)
     evaluate.add_argument("checkpoints", type=Path, nargs="+", metavar="FOLDER", help="saved models")
@@ -55,7 +54,6 @@ def parser():
     evaluate.add_argument("--steps", type=int, default=50, help="of a sampler (50)")
     evaluate.add_argument("--seed", type=int, default=0, help="of pixels and noise (0)")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write scores.csv and fields.png there")
-
     doctor = commands.add_parser("doctor", help="versions, devices, scan backends; checks of a saved model")
     doctor.set_defaults(function=diagnose)
     doctor.add_argument("--model", type=Path, metavar="FOLDER", help="also check this saved model")
@@ -68,15 +66,13 @@ def check_paths(*models, source=None, output=None):
     """Find out without torch that a folder holds no model, data are nowhere, or nothing can be written."""
     for folder in filter(None, models):
         if not (folder / "config.json").is_file():
-            inside = [str(path.parent) for path in folder.glob("*/config.json")]
-            raise ValueError(f"{folder} is no saved model" + f"; it holds {', '.join(inside)}" * bool(inside))
+            inside = ", ".join(str(path.parent) for path in folder.glob("*/config.json"))
+            raise ValueError(f"{folder} is no saved model" + f"; it holds {inside}" * bool(inside))
     if source not in (None, *SOURCES) and not Path(source).expanduser().exists():
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=output).close()
 
 
 def train_model(options):
@@ -88,36 +84,36 @@ def train_model(options):
     preset = run.resolve_preset(options.preset)
     output = options.output or Path("runs", name, preset)
     check_paths(output=output)
+    import torch
 
     from nfhelpers import checkpoint, kernels, models, train
 
     settings, device = run.load_settings(name, preset, overrides), run.default_device(options.device)
-    seed, data, precision = settings["seed"], settings["data"], options.precision
-    precision = precision or run.default_precision(device)
+    seed, precision = settings["seed"], options.precision or run.default_precision(device)
     fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
     config = train.TrainConfig(output, **fixed, **settings["train"])
-    datasets = load_datasets(name, data, seed)
+    datasets = load_datasets(name, settings["data"], seed)
     if name == "localmamba" and options.data and "model.num_classes" not in overrides:
         settings["model"]["num_classes"] = len(datasets[0].meta.class_names)
-    run.seed_everything(seed)
+    torch.manual_seed(seed)
     model = build_model(name, preset, settings["model"], options.init)
     if name == "diffae_phase1":
         models.fit_linear_code(model, datasets[0].images[:20_000])
-    counts = f"{len(datasets[0]):,} items to train on, {len(datasets[1]):,} to validate"
-    about = {"command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]), "preset": preset}
-    about |= {"data": f"{data['source']}, {counts}", "parameters": sum(p.numel() for p in model.parameters())}
+    about = {
+        "command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]),
+        "model": f"{name}, {preset}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "data": f"{settings['data']['source']}, {len(datasets[0]):,} items, {len(datasets[1]):,} to validate",
+        "device": f"{run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}",
+    }
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
-        print(f"{name}, {preset}: {about['parameters']:,} parameters; {about['data']}")
-        print(f"on {run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}")
+        print("\n".join(f"{key:<8} {line}" for key, line in about.items() if key != "command"))
     result = train.fit(model, datasets, config, about=about)
     if main_process and name == "diffae_phase1":  # phase 2 needs the statistics of the latents
         for folder in {result.best, result.latest} - {None}:
             trained = models.load_model(folder).to(device)
             models.fit_latent_statistics(trained, datasets[0])
             checkpoint.save_model(trained, folder, (folder / "README.md").read_text(encoding="utf-8"))
-    if main_process:
-        print(f"{'interrupted' if result.interrupted else 'trained'} at step {result.steps}, {result.latest}")
     return 130 if result.interrupted else 0
 
 
@@ -143,13 +139,10 @@ def load_datasets(name, data, seed):
 
 
 def build_model(name, preset, settings, init=None):
-    """The model to train: new, with the weights in `init`, or with what it shares with a v1 there.
-
-    Phase 2 of the autoencoder is built on that of phase 1, in `init` or runs/diffae_phase1/PRESET/best.
-    """
+    """The model to train: new, with the weights in `init`, or with what it shares with a v1 there."""
     from nfhelpers import models
 
-    if name == "diffae_phase2":
+    if name == "diffae_phase2":  # built on phase 1
         first = models.load_model(init or Path("runs/diffae_phase1", preset, "best"))
         return models.second_phase(first, **settings) if first.config.phase == 1 else first
     model_class, config = (models.FIELD_MODELS | models.OTHER_MODELS)[name.removesuffix("_phase1")]
@@ -183,7 +176,7 @@ def evaluate_models(options):
     from nfhelpers import classical, evaluate, images, models, plots
 
     device, sizes = run.default_device(options.device), options.sizes
-    torch.backends.cuda.matmul.allow_tf32 = os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    torch.backends.cuda.matmul.allow_tf32 = True
     networks = {str(folder): models.load_model(folder).to(device) for folder in options.checkpoints}
     fields = tuple(model for model, _ in models.FIELD_MODELS.values())
     if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
@@ -198,9 +191,8 @@ def evaluate_models(options):
         rows, drawn = evaluate.compare(networks, truth[sizes[0]], sizes, **same, **ways)
         table = pandas.concat([table, rows.assign(kind=sampler)], ignore_index=True)
         made |= {(name, sampler, size): x for (name, _, size), x in drawn.items()}
-    table["difference"] = table.psnr - table.groupby(  # to the first model, a classical method to its mean
-        [table["size"], table.kind.replace("classical", "mean"), table.image]
-    ).psnr.transform("first")
+    same_image = [table["size"], table.kind.replace("classical", "mean"), table.image]
+    table["difference"] = table.psnr - table.groupby(same_image).psnr.transform("first")  # the first model's
     columns = ["psnr", "difference", "ssim", "speckle", "seconds"]
     groups = table.groupby(["size", "kind", "model"], sort=False)[columns].agg(["mean", "sem"])
     print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")

@@ -1,13 +1,13 @@
 """The one training loop: flow matching of sparse fields or of grids, on Hugging Face Accelerate.
 
 Every draw is a function of seed, step and place in the batch: a resumed run follows the same curve, with any
-number of processes and accumulation steps (up to float error; dropout excepted). In a run's folder: averaged
-models, best/ (lowest validation loss) and latest/; the state to resume from, log.csv, tb/, a picture, a card.
+number of processes and accumulation steps (up to float error; dropout excepted).
 Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (averaged weights).
 """
 
 import copy
 import math
+import os
 import signal
 import sys
 import threading
@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nfhelpers import checkpoint, evaluate, graphs
@@ -32,14 +32,14 @@ from nfhelpers.flow import check_field, flow_matching_loss, grid_flow_loss
 from nfhelpers.metrics import psnr
 from nfhelpers.models import LocalMamba2D
 
-QUERY_COUNTS = 4  # counts that vary_queries draws from: each is a compilation and a graph of its own
+QUERY_COUNTS = 4  # that vary_queries draws from: each is a compilation and a graph of its own
 READ_EVERY = 10  # steps between looks at what a GPU has computed: the CPU waits for it then
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION = range(5)  # streams of random numbers
-# A resumed run must agree in these; epochs, files and speed may change.
 _COLUMNS = "step epoch loss learning_rate gradient_norm".split()
 _SCORES = "val_step val_loss val_psnr".split()
+# A resumed run must agree in these; epochs, files and speed may change.
 _IDENTITY = "batch_size learning_rate weight_decay clip_norm ema_decay precision vary_queries seed".split()
 
 
@@ -56,7 +56,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # largest global norm of the gradient
     ema_decay: float = 0.999  # of the averaged weights
     gradient_accumulation: int = 1  # slices of a batch that pass through the model one after the other
-    precision: str = "fp32"  # "bf16", or "fp16" on a GPU
+    precision: str = "fp32"  # or "bf16"
     gradient_checkpointing: bool = False  # less memory a layer, a third more time
     compile: bool = False
     cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
@@ -72,10 +72,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `fit` returns; history: dict of lists, one entry a step, those named val_ one an evaluation."""
+    """What `fit` returns."""
 
     model: nn.Module  # with averaged weights, in eval mode
-    history: dict
+    history: dict  # of lists: an entry a step, in those named val_ an entry an evaluation
     best: Path | None
     latest: Path
     steps: int
@@ -102,20 +102,18 @@ def parameter_groups(model, weight_decay):
 def fit(model, data, config, callback=None, about=None):
     """Train a model by flow matching; go on where `config.output_dir` holds the state of an earlier run.
 
-    data: tuple (train, validation) of datasets, or one without validation. Items as of `images.SparseFields`,
-    for a `LocalMamba2D` as of `spectrograms.Spectrograms`; functions of their index and of `set_epoch`.
-    callback(epoch, history, fields): after each epoch; it stops the run by KeyboardInterrupt; fields: None or
-    dict of sparse, reconstruction and target (k, H, W, 3). about: dict of lines for the card.
-
-    Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits with 143. A loss that is not finite
-    raises FloatingPointError with its step. Works under `accelerate launch` unchanged.
+    data: (train, validation), or a dataset without validation: `images.SparseFields`, or `Spectrograms` for a
+    `LocalMamba2D`. callback(epoch, history, fields): after each epoch; its KeyboardInterrupt stops the run.
+    about: dict of lines for the card. Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits
+    with 143. A loss that is not finite raises FloatingPointError with its step.
     """
     with _noted_signals() as signals, checkpoint.one_run(Path(config.output_dir)) as folder:
         run = _Run(model, data, config, folder, signals, about or {})
         run.go(callback)
     step, best = run.progress["step"], folder / "best" if run.progress["best"] < math.inf else None
+    if signals and run.main:
+        print(f"stopped at step {step}; the same call goes on", file=sys.stderr)
     if signal.SIGTERM in signals:
-        print(f"SIGTERM: stopped at step {step}; the same call goes on", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
     return TrainResult(model, run.history, best, folder / "latest", step, bool(signals))
 
@@ -125,6 +123,8 @@ class _Run:
 
     def __init__(self, model, data, config, folder, signals, about):
         self.model, self.config, self.folder, self.signals, self.about = model, config, folder, signals, about
+        if config.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={config.precision!r}: pass fp32 or bf16")
         # Accelerate keeps the device and precision of a process's first Accelerator; a notebook trains often.
         AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
         precision = config.precision.replace("fp32", "no")
@@ -134,8 +134,7 @@ class _Run:
         train_data, self.validation_data = data if isinstance(data, tuple) else (data, None)
         self.steps = _Steps(train_data, config, accelerator, model)
         self.ema = copy.deepcopy(model.to(self.device)).requires_grad_(False).eval()
-        both = zip(model.parameters(), self.ema.parameters(), strict=True)
-        self.parameters, self.averages = zip(*((p, own) for p, own in both if p.requires_grad), strict=True)
+        self.parameters, self.averages = list(model.parameters()), list(self.ema.parameters())
         groups = parameter_groups(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.history = {name: [] for name in (*_COLUMNS, *_SCORES)}
@@ -143,35 +142,42 @@ class _Run:
         self.identity = {"model": repr(getattr(model, "config", None)), "data": [len(train_data), *first]}
         self.identity |= {name: getattr(config, name) for name in _IDENTITY}
         self.state = folder / "state.safetensors", model, self.ema, self.optimizer, self.history
-        details = checkpoint.load_state(*self.state, self.identity)
-        self.progress = details.get("progress", {"step": 0, "best": math.inf, "seconds": 0.0})
+        self.progress = {"step": 0, "best": math.inf, "seconds": 0.0}
+        self.progress |= checkpoint.load_state(*self.state, self.identity).get("progress", {})
 
         model.gradient_checkpointing = config.gradient_checkpointing
         network = torch.compile(model, dynamic=False) if config.compile else model
         # Accelerate wraps what it prepares (autocast, DDP): the objective, so that the model stays itself.
-        self.objective, self.prepared = accelerator.prepare(_Objective(network), self.optimizer)
-        if accelerator.scaler is not None and details:
-            accelerator.scaler.load_state_dict(details["scaler"])
-        alone = self.cuda and accelerator.num_processes == 1
-        if config.cuda_graphs and alone and not config.gradient_checkpointing:
+        self.objective = accelerator.prepare(_Objective(network))
+        alone = accelerator.num_processes == 1 and not config.gradient_checkpointing
+        if config.cuda_graphs and self.cuda and alone:
             accumulate = config.gradient_accumulation > 1
             self.add_gradient = graphs.recorded_gradient(model, self.add_gradient, accumulate)
-        self.unread = []  # of the last steps: their numbers, and loss and gradient norm on the device
+        self.total, self.unread = config.epochs * self.steps.per_epoch, []  # steps; those not read back yet
 
     def go(self, callback):
         """Train until the epochs are done or a stop is asked for; leave the averaged weights in the model."""
-        start, per_epoch = self.progress["step"], self.steps.per_epoch
-        total = self.config.epochs * per_epoch
+        config, per_epoch, start, total = self.config, self.steps.per_epoch, self.progress["step"], self.total
         if self.main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.folder / "tb", purge_step=start + 1)
+            here, folder = Path.cwd(), str(self.folder.resolve())
+            folder = folder.replace(f"{here}{os.sep}", "").replace(f"{here.parent}{os.sep}", f"..{os.sep}")
             nothing = "; nothing to do, raise epochs to train longer" * (start >= total)
-            print(f"{self.folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
-        hidden = not (self.main and self.config.progress)
-        self.bar = tqdm(total=total, initial=start, desc="train", disable=hidden)
+            print(f"{folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
+        self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
-        batches = iter(self.steps.loader(range(start, total), self.cuda))
+        keys = (
+            [(step, place) for place in part] for step in range(start, total) for part in self.steps.places
+        )
+        options = {
+            "num_workers": config.num_workers,
+            "worker_init_fn": _start_worker,
+            "pin_memory": self.cuda,
+        }
+        # With a generator of its own the loader takes nothing from the global one.
+        batches = iter(DataLoader(self.steps, batch_sampler=keys, generator=torch.Generator(), **options))
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
@@ -180,22 +186,25 @@ class _Run:
                 self.read_back()
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
-                if self.stopped():
+                if self.signals:
+                    self.accelerator.set_trigger()
+                if self.accelerator.check_trigger():  # by any process: all of them ask after the same step
+                    self.signals.extend([] if self.signals else [signal.SIGINT])
                     break
-                if time.monotonic() - self.saved >= self.config.save_interval:
+                if time.monotonic() - self.saved >= config.save_interval:
                     self.save()
             if start < total or not (self.folder / "latest").exists():
                 self.save()
         finally:
             self.optimizer.zero_grad()  # gradients may lie in the memory of graphs
             self.bar.close()
-            if self.config.num_workers:  # there is no public way, and an error's traceback would keep them
+            if config.num_workers:  # there is no public way, and an error's traceback would keep them
                 batches._shutdown_workers()
         self.model.load_state_dict(self.ema.state_dict())
         self.model.eval()
 
     def step(self, batches):
-        """One optimizer step, handed to the device; nothing is read back from it here."""
+        """One optimizer step, handed to the device."""
         config, accelerator, step = self.config, self.accelerator, self.progress["step"]
         parts, total = config.gradient_accumulation, 0
         self.optimizer.zero_grad()
@@ -207,15 +216,15 @@ class _Run:
                 total = total + self.add_gradient(**batch)
         loss = accelerator.reduce(total, "mean")
         norm = accelerator.clip_grad_norm_(self.parameters, config.clip_norm)
-        total_steps = config.epochs * self.steps.per_epoch
-        factor = cosine_schedule(step, total_steps, round(config.warmup_fraction * total_steps))
+        warmup = round(config.warmup_fraction * self.total)
+        rate = config.learning_rate * cosine_schedule(step, self.total, warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor * group["lr_scale"]
-        self.prepared.step()
+            group["lr"] = rate * group["lr_scale"]
+        self.optimizer.step()
         average = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
         average(self.averages, self.parameters, None)
         self.progress["step"] += 1
-        self.unread.append((step + 1, config.learning_rate * factor, torch.stack([loss, norm])))
+        self.unread.append((step + 1, rate, torch.stack([loss, norm])))
 
     def add_gradient(self, **batch):
         """Add the gradient of a slice's part of the batch's loss to the parameters'; returns that part."""
@@ -226,13 +235,10 @@ class _Run:
     def read_back(self):
         """Log the steps since the last call. A GPU is waited for here, and nowhere else."""
         unread, self.unread = self.unread, []
-        outcomes = torch.stack([step[-1] for step in unread]).tolist() if unread else []
-        for (step, rate, _), (loss, norm) in zip(unread, outcomes, strict=True):
-            # The loss scaler of fp16 finds its scale by overflowing now and then, and skips such a step.
-            if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {norm}; the saved state stays"
-                )
+        for step, rate, outcome in unread:
+            loss, norm = outcome.tolist()
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the state stays")
             self.log(_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -243,21 +249,12 @@ class _Run:
             if self.main:
                 self.board.add_scalar(name, value, step)
 
-    def stopped(self):
-        """Whether any process was asked to stop; all of them ask this after the same step."""
-        if self.signals:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() and not self.signals:
-            self.signals.append(signal.SIGINT)
-        return bool(self.signals)
-
     def finish_epoch(self, epoch, callback):
-        """Evaluate and draw if that is due, and call back."""
-        data, fields = self.validation_data, None
-        if data is not None and (epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs):
-            fields = self.reconstruct() if getattr(data, "images", None) is not None else None
+        """Evaluate and draw where that is due, and call back."""
+        due, fields = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs, None
+        if due and self.validation_data is not None:
+            loss, fields = self.validate()
             score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
-            loss = self.validate()
             self.log(_SCORES, self.progress["step"], loss, float(score))
             if loss < self.progress["best"]:
                 self.progress["best"] = loss
@@ -273,8 +270,8 @@ class _Run:
         """training.png, shown in a notebook in place of its predecessor."""
         from nfhelpers.plots import training_figure  # matplotlib
 
-        pictures, path = fields and {name: x[:4] for name, x in fields.items()}, self.folder / "training.png"
-        training_figure(self.history, pictures, title).savefig(path)
+        path = self.folder / "training.png"
+        training_figure(self.history, fields, title).savefig(path)
         if self.config.progress and "ipykernel" in sys.modules:
             from IPython.display import Image, display
 
@@ -283,32 +280,29 @@ class _Run:
 
     @torch.no_grad()
     def validate(self):
-        """The training's loss over the validation set, with the same times and noise every time."""
-        data, total, generator = self.validation_data, 0.0, _generator(self.config.seed, _VALIDATION)
+        """(loss over the validation set, with the same times and noise every time; whole fields or None)."""
+        data, seed, size, total = self.validation_data, self.config.seed, self.config.batch_size, 0.0
+        generator, objective, fields = _generator(seed, _VALIDATION), _Objective(self.ema), None
         times = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)  # less variance than draws
-        loader = DataLoader(data, self.config.batch_size)
-        for batch, t in zip(loader, times.split(self.config.batch_size), strict=True):
-            batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
-            with self.accelerator.autocast():
-                loss = _Objective(self.ema)({name: x.to(self.device) for name, x in batch.items()})
-            total += float(loss) * len(t) / len(data)
-        return total
-
-    def reconstruct(self):
-        """One-step posterior mean of the first validation images, in full: (k, H, W, 3) in [0, 1]."""
-        data, images = self.validation_data, np.asarray(self.validation_data.images[:8])
-        fraction = data.num_inputs / (images.shape[1] * images.shape[2])
-        observed = evaluate.observe(images, fraction, data.seed or 0)
         with self.accelerator.autocast():
-            made = evaluate.reconstruct(self.ema, observed, seed=self.config.seed)
-        sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # unobserved: grey
-        return {"sparse": sparse, "reconstruction": made, "target": observed.images}
+            for batch, t in zip(DataLoader(data, size), times.split(size), strict=True):
+                batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
+                loss = objective({name: x.to(self.device) for name, x in batch.items()})
+                total += float(loss) * len(t) / len(data)
+            if hasattr(data, "images"):  # one-step posterior means of the first ones, (k, H, W, 3) in [0, 1]
+                images = np.asarray(data.images[:6])
+                observed = evaluate.observe(images, data.num_inputs / images[0, ..., 0].size, data.seed or 0)
+                made = evaluate.reconstruct(self.ema, observed, seed=seed)
+                sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # else grey
+                fields = {"sparse": sparse, "reconstruction": made, "target": observed.images}
+        return total, fields
 
     def save(self):
         """`latest`, the log and, last of all, the state: after a kill between them, steps are repeated."""
         self.read_back()
         folder, card, now = self.folder, self.card(), time.monotonic()
-        self.progress["seconds"], self.saved = self.progress["seconds"] + now - self.saved, now
+        self.progress["seconds"] += now - self.saved
+        self.saved = now
         if not self.main:
             return
         at = {name: self.history["val_step" if name.startswith("val_") else "step"] for name in self.history}
@@ -316,19 +310,16 @@ class _Run:
         checkpoint.replace_file(folder / "log.csv", lambda path: log.to_csv(path, index=False))
         checkpoint.replace_file(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
         checkpoint.save_model(self.ema, folder / "latest", card)
-        scaler = self.accelerator.scaler
-        details = {"progress": self.progress, "scaler": scaler and scaler.state_dict()}
-        checkpoint.save_state(*self.state, self.identity | details)
+        checkpoint.save_state(*self.state, self.identity | {"progress": self.progress})
 
     def card(self):
         """The README of a run and of its models: what was trained, on what, for how long, how well."""
         seconds = self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
         lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
-        lines["training loss"] = (
-            f"{np.mean(self.history['loss'][-self.steps.per_epoch :]):.4f}, mean of an epoch"
-        )
-        lines |= {name: f"{self.history[name][-1]:.4f}" for name in _SCORES[1:] if self.history[name]}
+        lines |= {
+            name: f"{x[-1]:.4f}" for name, x in self.history.items() if x and name in ("loss", *_SCORES)
+        }
         text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
         return f"# {type(self.model).__name__}\n\n{text}\n"
 
@@ -353,13 +344,6 @@ class _Steps(Dataset):
         self.epoch, self.order = epoch, torch.randperm(len(self.data), generator=generator).tolist()
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
-
-    def loader(self, steps, cuda):
-        """The slices of these steps, one after the other: workers never pause."""
-        keys = ([(step, place) for place in part] for step in steps for part in self.places)
-        workers = {"num_workers": self.config.num_workers, "worker_init_fn": _start_worker}
-        # With a generator of its own it takes nothing from the global one.
-        return DataLoader(self, batch_sampler=keys, pin_memory=cuda, generator=torch.Generator(), **workers)
 
     def __getitem__(self, key):
         seed, (step, place) = self.config.seed, key
@@ -386,8 +370,6 @@ def _start_worker(worker):
     """Ctrl-C and SIGTERM reach every process of a group, but loaders are needed to the end of the step."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    steps = get_worker_info().dataset
-    steps.data = copy.copy(steps.data)  # workers may be at different epochs
 
 
 class _Objective(nn.Module):

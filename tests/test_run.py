@@ -152,25 +152,6 @@ def test_other_settings_train_in_another_folder(project):
     assert names[0] == names[1] != names[2] and names[0].startswith("train-")
 
 
-def test_checkpoint_or_train(tmp_path):
-    config = models.MambaDiffusionConfig(
-        d_model=16, num_layers=1, d_state=2, num_fourier_features=4, num_heads=2
-    )
-    folder = tmp_path / "models" / "tiny"
-
-    def fit():
-        model = models.MambaDiffusion(config)
-        model.save_pretrained(folder)
-        return model
-
-    trained = run.checkpoint_or_train(folder, fit)
-    loaded = run.checkpoint_or_train(folder, lambda: pytest.fail("trained although a checkpoint is there"))
-    assert all(torch.equal(x, trained.state_dict()[name]) for name, x in loaded.state_dict().items())
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError):
-        run.checkpoint_or_train(folder, fit)
-
-
 def test_field_datasets_are_of_train_and_validation(tmp_path):
     rng = np.random.default_rng(0)
     for number in range(40):
