@@ -164,25 +164,19 @@ class FiLM(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class MambaDiffusionAutoencoderConfig(MultiDirectionalConfig):
-    """Settings of `MambaDiffusionAutoencoder`.
+    """Settings of `MambaDiffusionAutoencoder`."""
 
-    `phase` 1 has encoder and decoder, 2 these two frozen and a velocity network, with `num_decoder_layers`,
-    too. `spectrum_width`: of the MLPs between latent and spectrum, of `num_cosines` a side. `residual_std`:
-    standard deviation of the data around the decoding. `fourier_scale` is low: a mean over the image, as the
-    encoder takes it, has nothing of fast waves.
-    """
-
-    phase: int = 1
+    phase: int = 1  # encoder and decoder; 2: these two frozen, and a velocity network
     latent_dim: int = 512
     num_encoder_layers: int = 6
-    num_decoder_layers: int = 6
-    num_cosines: int = 24
-    spectrum_width: int = 1024
-    fourier_scale: float = 3.0
+    num_decoder_layers: int = 6  # of the velocity network, too
+    num_cosines: int = 24  # a side, of the spectrum
+    spectrum_width: int = 1024  # of the MLPs between latent and spectrum
+    fourier_scale: float = 3.0  # low: a mean over the image, as the encoder takes it, has no fast waves
     dropout: float = 0.1
     bidirectional: bool = True
     shared_weights: bool = True
-    residual_std: float = 0.15
+    residual_std: float = 0.15  # of the data around the decoding
     model_type: ClassVar[str] = "diffae"
 
     def __post_init__(self):
@@ -213,7 +207,6 @@ class FieldEncoder(nn.Module):
         zero(self.spectrum_mlp[-1])
 
     def forward(self, coords, values, spectrum, linear):
-        """Points (B, I, 2), values (B, I, 3), spectrum (B, M^2, 3), linear decoding (B, I, 3) -> (B, C)."""
         dtype = self.latent_proj.weight.dtype
         scale = spectrum_scale(self.config.num_cosines, spectrum)  # (M^2, 1)
         added = self.spectrum_mlp((spectrum / scale).flatten(1).to(dtype))  # (B, C)
@@ -246,7 +239,6 @@ class LatentDecoder(nn.Module):
         zero(self.spectrum_mlp[-1])
 
     def forward(self, coords, latent, spectrum):
-        """Points (B, Q, 2), latent (B, C) and its linear decoding (B, M^2, 3) -> values (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords = gather_tokens(coords, order)
         dtype = self.film.proj.weight.dtype
@@ -275,7 +267,6 @@ class VelocityRefiner(nn.Module):
         self.head = residual_decoder(c.d_model, c.dropout)
 
     def forward(self, seen, coords, t, latent):
-        """Noisy rest and decoding (B, Q, 6) at (B, Q, 2), t (B,), latent (B, C) -> (B, Q, 3)."""
         order = point_order(coords, "row")  # (B, Q)
         coords, seen = gather_tokens(coords, order), gather_tokens(seen, order)
         dtype = self.latent_proj.weight.dtype
@@ -396,7 +387,7 @@ class LatentBlock(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentVelocityNetworkConfig(ModelConfig):
-    """Settings of `LatentVelocityNetwork`: length of the latent, width and number of residual blocks."""
+    """Settings of `LatentVelocityNetwork`."""
 
     latent_dim: int = 512
     width: int = 1024

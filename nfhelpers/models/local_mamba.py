@@ -3,9 +3,8 @@
     x (B, C, H, W) -> TokenMerge 2x2 -> stage 1 -> PatchMerging -> ... -> stage S -> RMSNorm, conv
       -> TokenSplit with the skip of stage S-1 -> its blocks -> ... -> patch unprojection -> velocity
 
-A stage is a stack of `ConditionedVSSBlock`: the tokens of its grid are scanned in several directions at once
-(`SS2D`), each scan an S6 of its own. What the network knows of time, class and caption reaches every block
-through a mapping network and `AdaRMSNorm`.
+A stage is a stack of `ConditionedVSSBlock`: its tokens are scanned in several directions at once (`SS2D`). Time,
+class and caption reach every block through a mapping network and `AdaRMSNorm`.
 """
 
 import functools
@@ -171,7 +170,6 @@ class SS2D(nn.Module):
         self.out_proj = nn.Linear(e, dim, bias=False)
 
     def forward(self, grid, orders):
-        """Mix the tokens of (B, H, W, D) along orders (K, L) -> (B, H, W, D)."""
         x, z = self.in_proj(grid).chunk(2, dim=-1)  # (B, H, W, E) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)))  # (B, E, H, W)
         x = x.flatten(2).transpose(1, 2)  # (B, L, E)
@@ -206,7 +204,6 @@ class GridAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, grid, coords):
-        """Mix the tokens of (B, H, W, D) at coords (1, L, 2) -> (B, H, W, D)."""
         qkv = self.to_qkv(grid).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, C)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C) each
         at = self.rotary(coords)
@@ -227,7 +224,6 @@ class ConditionedVSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, grid, condition, where):
-        """Grid (B, H, W, D), condition (B, M) -> (B, H, W, D); `where`: orders or coordinates."""
         mixed = self.mixer(self.mixer_norm(grid, condition), where)  # (B, H, W, D)
         grid = grid + self.drop_path(self.dropout(mixed))
         return grid + self.drop_path(self.dropout(self.mlp(self.mlp_norm(grid, condition))))
@@ -241,7 +237,6 @@ class TokenMerge(nn.Module):
         self.proj = nn.Linear(4 * channels, dim)
 
     def forward(self, pixels):
-        """(B, H, W, C) with even H, W -> (B, H/2, W/2, D)."""
         return self.proj(gather_patches(pixels))
 
 
@@ -254,7 +249,6 @@ class PatchMerging2D(nn.Module):
         self.proj = nn.Linear(4 * dim, dim_below, bias=False)
 
     def forward(self, grid):
-        """(B, H, W, D) with even H, W -> (B, H/2, W/2, D below)."""
         return self.proj(self.norm(gather_patches(grid)))
 
 
@@ -280,35 +274,26 @@ class TokenSplit(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalMamba2DConfig(ModelConfig):
-    """Settings of `LocalMamba2D`.
+    """Settings of `LocalMamba2D`."""
 
-    `channels` are those of the grid. `dims` and `depths` have an entry for each stage, from the finest down;
-    the way up has as many blocks as the way down. `ssm_ratio` and `mlp_ratio` times a stage's width are the
-    widths inside its scans and MLPs. `scan_directions`: "h", "v", "w<N>", each with "_flip" or without.
-    `mixer` "attention" replaces the scans, with heads of `head_dim` channels. `skip`: "concat" or "lerp"
-    (`TokenSplit`). `num_classes` and `caption_dim` 0 mean no such condition; `cfg_dropout` is the share of
-    training samples whose condition is dropped. `drop_path` is the rate of the last block, rising linearly
-    from 0 at the first. `data_std` is the root mean square of the data, in values of [-1, 1].
-    """
-
-    channels: int = 1
-    dims: tuple[int, ...] = (96, 192, 384, 768)
-    depths: tuple[int, ...] = (2, 2, 7, 2)
+    channels: int = 1  # of the grid
+    dims: tuple[int, ...] = (96, 192, 384, 768)  # width of each stage, from the finest down
+    depths: tuple[int, ...] = (2, 2, 7, 2)  # blocks of each stage, on the way down and again up
     d_state: int = 16
-    ssm_ratio: float = 2.0
+    ssm_ratio: float = 2.0  # times a stage's width: width inside its scans
     mlp_ratio: float = 4.0
-    scan_directions: tuple[str, ...] = ("h", "v", "w7")
-    mixer: str = "ssm"
+    scan_directions: tuple[str, ...] = ("h", "v", "w7")  # "h", "v", "w<N>", each with "_flip" or without
+    mixer: str = "ssm"  # or "attention", with heads of head_dim channels
     head_dim: int = 32
-    skip: str = "concat"
+    skip: str = "concat"  # or "lerp", see `TokenSplit`
     mapping_width: int = 256
     mapping_depth: int = 2
-    num_classes: int = 0
+    num_classes: int = 0  # 0: no such condition
     caption_dim: int = 0
-    cfg_dropout: float = 0.1
+    cfg_dropout: float = 0.1  # share of training samples whose condition is dropped
     dropout: float = 0.1
-    drop_path: float = 0.0
-    data_std: float = 0.5
+    drop_path: float = 0.0  # of the last block, rising linearly from 0 at the first
+    data_std: float = 0.5  # root mean square of the data, in values of [-1, 1]
     model_type: ClassVar[str] = "localmamba"
 
     def __post_init__(self):
@@ -369,8 +354,7 @@ class LocalMamba2D(FieldModel):
     def forward(self, x, t, labels=None, captions=None, drop=None):
         """Velocity (B, C, H, W) of the flow at x (B, C, H, W), which is x_t, in about [-1, 1].
 
-        t (B,) in [0, 1], 0 is noise. labels (B,) int64 and captions (B, caption_dim): what the model is
-        conditioned on. drop (B,) bool: samples whose labels and captions are not looked at.
+        labels (B,) int64, captions (B, caption_dim); drop (B,) bool: samples whose condition is not looked at.
         """
         check_unit_range("t", t, "times")
         sizes = (("labels", labels, self.config.num_classes), ("captions", captions, self.config.caption_dim))
