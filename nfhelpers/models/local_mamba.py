@@ -3,8 +3,8 @@
     x (B, C, H, W) -> TokenMerge 2x2 -> stage 1 -> PatchMerging -> ... -> stage S -> RMSNorm, conv
       -> TokenSplit with the skip of stage S-1 -> its blocks -> ... -> patch unprojection -> velocity
 
-A stage is a stack of `ConditionedVSSBlock`: its tokens are scanned in several directions at once (`SS2D`). Time,
-class and caption reach every block through a mapping network and `AdaRMSNorm`.
+A stage is a stack of `ConditionedVSSBlock`: its tokens are scanned in several directions at once (`SS2D`).
+Time, class and caption reach every block through a mapping network and `AdaRMSNorm`.
 """
 
 import functools
@@ -354,7 +354,7 @@ class LocalMamba2D(FieldModel):
     def forward(self, x, t, labels=None, captions=None, drop=None):
         """Velocity (B, C, H, W) of the flow at x (B, C, H, W), which is x_t, in about [-1, 1].
 
-        labels (B,) int64, captions (B, caption_dim); drop (B,) bool: samples whose condition is not looked at.
+        labels (B,) int64, captions (B, caption_dim); drop (B,) bool: samples whose condition is ignored.
         """
         check_unit_range("t", t, "times")
         sizes = (("labels", labels, self.config.num_classes), ("captions", captions, self.config.caption_dim))
