@@ -59,7 +59,7 @@ test: $(STAMP)
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
-	NF_PRESET=smoke $(BIN)/python -m pytest tests/test_browser.py
+	NF_PRESET=smoke $(PARALLEL) tests/test_browser.py
 
 lab: $(STAMP)
 	@mkdir -p $(LAB_SETTINGS)

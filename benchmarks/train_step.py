@@ -200,7 +200,7 @@ def measure(name, how, batch_size, options):
             precision="bf16" if device.type == "cuda" else "fp32",
             compile="compiled" in extra,
             cuda_graphs="graph" in extra,
-            save_every_seconds=math.inf,
+            save_interval=math.inf,
             cpu=device.type == "cpu",
             progress=False,
         )

@@ -1,40 +1,23 @@
-"""State space models for continuous neural fields. Public names are imported on first use.
-
-`import nfhelpers` loads nothing but this file: it needs neither torch, triton, mamba_ssm nor a GPU.
-"""
+"""State space models for continuous neural fields. Rooms are imported on first use."""
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "evaluate",
-    "flow",
-    "images",
-    "kernels",
-    "metrics",
-    "models",
-    "plots",
-    "run",
-    "samplers",
-    "spectrograms",
-    "train",
-    "widgets",
-)
-_FUNCTIONS = {"directional_scan": "kernels", "selective_scan": "kernels"}  # name -> the room it lives in
-
-__all__ = ["__version__", *_ROOMS, *_FUNCTIONS]
+    "checkpoint classical evaluate flow graphs images kernels metrics models plots run samplers spectrograms "
+    "train widgets"
+).split()
+__all__ = ["__version__", "directional_scan", "selective_scan", *_ROOMS]
 
 
 def __getattr__(name):
     if name in _ROOMS:
         return import_module(f"{__name__}.{name}")
-    if name in _FUNCTIONS:
-        return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
-    raise AttributeError(
-        f"module {__name__!r} has no attribute {name!r}; public names are {', '.join(__all__)}"
-    )
+    if name in ("directional_scan", "selective_scan"):
+        return getattr(import_module(f"{__name__}.kernels"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return __all__

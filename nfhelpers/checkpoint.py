@@ -6,6 +6,7 @@ A kill or a full disk leaves the old file or the new one, never half of one.
 import json
 import os
 import shutil
+from collections import defaultdict
 from contextlib import contextmanager
 
 import filelock
@@ -19,13 +20,11 @@ from safetensors.torch import save_file
 def one_run(folder):
     """One run at a time in this folder, which is made; the system frees the lock of a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / "run.lock", timeout=0):
-            yield
+    try:  # each of several processes holds a lock of its own
+        with filelock.FileLock(folder / f"run{os.environ.get('RANK', 0)}.lock", timeout=0):
+            yield folder
     except filelock.Timeout:
-        raise ValueError(
-            f"another run trains in {folder}; wait for its end, or pass another folder"
-        ) from None
+        raise ValueError(f"another run trains in {folder}; pass another folder") from None
 
 
 def _sync(path):
@@ -70,49 +69,37 @@ def save_model(model, folder, card):
 
 def save_state(path, model, ema, optimizer, history, details):
     """What a run resumes from: weights, their average, optimizer, dict of lists, and details as JSON."""
-    named = {"model": model.state_dict(), "ema": ema.state_dict()}
-    named["optimizer"] = {
-        f"{number}.{key}": x
-        for number, state in optimizer.state_dict()["state"].items()
-        for key, x in state.items()
-    }
-    named["history"] = {name: torch.from_numpy(np.array(column)) for name, column in history.items()}
-    tensors = {
-        f"{part}.{name}": x.detach().cpu().contiguous() for part in named for name, x in named[part].items()
-    }
+    state = optimizer.state_dict()["state"]
+    parts = {"model": model.state_dict(), "ema": ema.state_dict()}
+    parts["optimizer"] = {f"{number}.{key}": x for number in state for key, x in state[number].items()}
+    parts["history"] = {name: torch.from_numpy(np.array(column)) for name, column in history.items()}
+    tensors = {f"{part}.{name}": x.cpu().contiguous() for part in parts for name, x in parts[part].items()}
     metadata = {"nfhelpers": json.dumps(details)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_state(path, model, ema, optimizer, history, identity):
-    """Restore what `save_state` wrote; returns the details, {} without a file.
-
-    Raises ValueError for a damaged file, and unless its details agree with `identity`, a dict.
-    """
+    """Restore what `save_state` wrote, if its details agree with `identity`; returns them, or {}."""
     if not path.exists():
         return {}
+    parts, state = defaultdict(dict), defaultdict(dict)
     try:
         with safe_open(path, "pt") as file:
             details = json.loads(file.metadata()["nfhelpers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            for name in file.keys():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = file.get_tensor(name)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to start again") from error
-    now = json.loads(json.dumps(identity))
-    changed = "; ".join(
-        f"{key}={details.get(key)!r} there, {now[key]!r} here" for key in now if details.get(key) != now[key]
-    )
-    if changed:
+    there = {key: details.get(key) for key in identity}
+    here = json.loads(json.dumps(identity))
+    if changed := "; ".join(f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]):
         raise ValueError(f"{path} is of another run ({changed}); pass the same, or another folder")
-    parts = {"model": {}, "ema": {}, "optimizer": {}, "history": {}}
-    for name, tensor in tensors.items():
-        part, _, name = name.partition(".")
-        parts[part][name] = tensor
     model.load_state_dict(parts["model"])
     ema.load_state_dict(parts["ema"])
-    state = optimizer.state_dict() | {"state": {}}
     for name, tensor in parts["optimizer"].items():
         number, _, key = name.partition(".")
-        state["state"].setdefault(int(number), {})[key] = tensor
-    optimizer.load_state_dict(state)
+        state[int(number)][key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     history |= {name: tensor.tolist() for name, tensor in parts["history"].items()}
     return details

@@ -11,10 +11,9 @@ import random
 import tempfile
 import tomllib
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 PRESETS = ("smoke", "demo", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
@@ -26,7 +25,6 @@ SECTIONS = {  # notebook -> its section of presets.toml
     "06_diffae_phase2": "diffae_phase2",
     "07_local_mamba": "localmamba",
 }
-FULL_PRESET_MEMORY = 8e9  # bytes of GPU memory from which `auto` picks "full"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Run:
     preset: str
     settings: dict  # the notebook's section of presets.toml, overrides applied
     seed: int
-    device: Any  # torch.device
+    device: object  # torch.device
     precision: str  # "bf16" or "fp32"
     backend: str  # of the selective scan
     figures: Path
@@ -47,36 +45,38 @@ class Run:
 def start(notebook, preset=None, overrides=None):
     """Resolve preset and settings of a notebook (its file name without .ipynb), seed, print what is used.
 
-    preset: see `resolve_preset`; overrides: {dotted key: value}, such as {"train.epochs": 2}.
+    overrides: {dotted key: value}, such as {"train.epochs": 2}.
     """
+    import numpy as np
+    import torch
+
     from nfhelpers import kernels
 
     preset, device, root = resolve_preset(preset), default_device(), repository_root()
     settings = load_settings(SECTIONS.get(notebook, notebook), preset, overrides)
-    seed_everything(settings["seed"])
-    runs = root / "runs" / notebook / preset
+    seed, runs = settings["seed"], root / "runs" / notebook / preset
+    for seed_library in (random.seed, np.random.seed, torch.manual_seed):
+        seed_library(seed)
     if preset == "smoke":
         runs.mkdir(parents=True, exist_ok=True)
         runs = Path(tempfile.mkdtemp(dir=runs))
     precision, backend = default_precision(device), kernels.choose_backend(device)
     print(f"preset    {preset}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
-    print(f"versions  {', '.join(f'{name} {number}' for name, number in versions().items() if number)}")
-    print(f"seed      {settings['seed']}")
-    figures = root / "build" / "figures"
-    return Run(notebook, preset, settings, settings["seed"], device, precision, backend, figures, runs)
+    print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
+    return Run(notebook, preset, settings, seed, device, precision, backend, root / "build/figures", runs)
 
 
 def resolve_preset(preset=None):
     """The argument, else NF_PRESET, else "auto": "full" on a GPU of 8 GB or more, else "demo"."""
     name = preset or os.environ.get("NF_PRESET") or "auto"
+    if name not in (*PRESETS, "auto"):
+        raise ValueError(f"preset={name!r} is unknown; pass one of {', '.join(PRESETS)} or auto")
     if name != "auto":
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is unknown; pass one of {', '.join(PRESETS)} or auto")
         return name
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    return "full" if memory >= FULL_PRESET_MEMORY else "demo"
+    return "full" if memory >= 8e9 else "demo"
 
 
 def _presets():
@@ -88,41 +88,28 @@ def sections():
     return [name for name in _presets() if name != "defaults"]
 
 
-def _flat(table, prefix=""):
-    """{dotted key: value} of a nested dict, presets left out."""
-    flat = {}
-    for name, value in table.items():
-        if name not in PRESETS:
-            flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def load_settings(section, preset, overrides=None):
-    """The settings of a section and preset of presets.toml as nested dicts, overrides {dotted key: value} applied.
-
-    Raises ValueError for an unknown name, and for a value of another type than the setting's.
-    """
-    presets = _presets()
+    """A section and preset of presets.toml as nested dicts, with overrides {dotted key: value}."""
     if section not in sections():
         raise ValueError(f"{section!r} has no settings; pass one of {', '.join(sections())}")
-    own, defaults = (_flat(presets[name]) | _flat(presets[name][preset]) for name in (section, "defaults"))
-    trains = any(key.startswith("data.") for key in own)
-    flat = {key: value for key, value in defaults.items() if trains or "." not in key} | own
+    own, defaults = (_presets()[name] for name in (section, "defaults"))
+    if "model" not in own:  # nothing is trained
+        defaults = {"seed": defaults["seed"], preset: {}}
+    settings = {}
+    for table in (defaults, defaults[preset], own, own[preset]):
+        for name, value in table.items():
+            if name not in PRESETS:
+                settings[name] = settings.get(name, {}) | value if isinstance(value, dict) else value
     for key, value in (overrides or {}).items():
-        if key not in flat:
-            raise ValueError(f"unknown setting {key!r}; pass one of {', '.join(flat)}")
-        kind = type(flat[key])
+        group, _, name = key.rpartition(".")
+        table = settings.get(group) if group else settings
+        if not isinstance(table, dict) or isinstance(table.get(name, {}), dict):
+            raise ValueError(f"{key!r} is no setting of {section}: {settings}")
+        kind = type(table[name])
         value = kind(value) if (type(value), kind) in ((int, float), (tuple, list)) else value
         if type(value) is not kind:
-            raise ValueError(f"{key}={value!r} is no {kind.__name__}; pass one such as {flat[key]!r}")
-        flat[key] = value
-    settings = {}
-    for key, value in flat.items():
-        *path, last = key.split(".")
-        table = settings
-        for part in path:
-            table = table.setdefault(part, {})
-        table[last] = value
+            raise ValueError(f"{key}={value!r} does not fit; pass a {kind.__name__} such as {table[name]!r}")
+        table[name] = value
     return settings
 
 
@@ -134,19 +121,21 @@ def repository_root():
     return Path.cwd()
 
 
-def default_device():
-    """The first GPU if there is one, else the CPU."""
+def default_device(name="auto"):
+    """The first GPU if there is one, else the CPU; or "cpu", or "cuda", which has to be there."""
     import torch
 
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError("device cuda: torch finds no GPU here; pass cpu, or see python -m nfhelpers doctor")
+    return torch.device("cuda", 0) if found and name != "cpu" else torch.device("cpu")
 
 
 def default_precision(device):
     """bf16 on a GPU that computes in it, else fp32."""
     import torch
 
-    cuda = torch.device(device).type == "cuda"
-    return "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def describe_device(device):
@@ -154,51 +143,33 @@ def describe_device(device):
     import torch
 
     if torch.device(device).type != "cuda":
-        return f"{device} ({torch.get_num_threads()} threads)"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{device} ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+        threads = torch.get_num_threads()
+        return f"{device} ({threads} thread{'s' * (threads > 1)})"
+    gpu = torch.cuda.get_device_properties(device)
+    return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
 
 
 def versions():
-    """Versions that decide results, by name; None for what is not installed."""
-    found = {"python": platform.python_version()}
-    for package in ("nfhelpers", "torch", "triton", "mamba-ssm"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def seed_everything(seed):
-    """Seed random, NumPy's global generator and torch on every device."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    """Versions that decide results, of what is installed."""
+    found = {"python": platform.python_version()} | {p.name: p.version for p in distributions()}
+    return {x: found[x] for x in ("python", "nfhelpers", "torch", "triton", "mamba_ssm") if x in found}
 
 
 def field_datasets(data, seed):
-    """(train, validation) `images.SparseFields` of the table `data` of a section's settings.
+    """(train, validation) `images.SparseFields` of the table `data` of settings; none is of the test split.
 
-    Training sees other pixels in each epoch, validation always those of `seed`. Neither is of the test split.
+    Training sees other pixels in each epoch, validation always those of `seed`.
     """
     from nfhelpers.images import SparseFields, open_images
 
-    pictures = {
-        split: open_images(data["source"], split, data["size"], data[f"{split}_images"])
-        for split in ("train", "validation")
-    }
-    options = data["observed"], data["queries"]
-    return SparseFields(pictures["train"], *options), SparseFields(
-        pictures["validation"], *options, seed=seed
-    )
+    source, size, options = data["source"], data["size"], (data["observed"], data["queries"])
+    train = open_images(source, "train", size, data["train_images"], held_out=True)
+    validation = open_images(source, "validation", size, data["validation_images"])
+    return SparseFields(train, *options), SparseFields(validation, *options, seed=seed)
 
 
 def training_folder(run, name):
-    """Folder of a training of a notebook: <name>-<digest of settings>, so that other settings get another."""
+    """Folder of a training: <name>-<digest of settings>, so that other settings get another."""
     text = json.dumps(run.settings, sort_keys=True)
     return run.runs / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -209,17 +180,8 @@ def title(run, text):
 
 
 def save_figure(run, figure, name):
-    """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell's last line to show."""
+    """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell to show."""
     folder = run.runs if run.preset == "smoke" else run.figures
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{run.notebook}_{name}.png", dpi=120, bbox_inches="tight")
+    figure.savefig(folder / f"{run.notebook}_{name}.png", dpi="figure", bbox_inches="tight")
     return figure
-
-
-def checkpoint_or_train(folder, train):
-    """The model saved in `folder` if there is one, else what `train()` returns; both print which it was."""
-    from nfhelpers import models
-
-    found, name = Path(folder).exists(), f"{Path(folder).parent.name}/{Path(folder).name}"
-    print(f"loaded {name}" if found else f"no {name}: the model is one trained here instead")
-    return models.load_model(folder) if found else train()

@@ -3,22 +3,13 @@
 A *sample* is one draw from the posterior of the field given the observed points. The *posterior mean* is the
 average of all draws: it has half the squared error of a sample (about 3 dB more PSNR) and less texture.
 
-    sampler   order  evaluations a step
-    euler     1      1
-    ddim      1      1    Euler's method in the terms of data and noise; the same numbers
-    heun      2      2    one in a step to t = 1
-    midpoint  2      2
-    sde       2      2    heun that replaces a part of the noise in each step but the last
-    rk4       4      4
+    euler, ddim          order 1, one evaluation a step; the same numbers on the straight path
+    heun, midpoint, sde  order 2, two; sde is heun that replaces a part of the noise in each step but the last
+    rk4                  order 4, four
 
-Each is written as one step from t to t_next, and called with all times (see `over_times`). `sample`,
-`posterior_mean` and the functions after them put a model behind the velocity.
-
-Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022
-(heun, sde); Kutta 1901 (rk4); Song et al., "Denoising Diffusion Implicit Models", ICLR 2021 (ddim); Song et
-al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021 (sde); Preechakul
-et al., "Diffusion Autoencoders", CVPR 2022 (latents); Ho and Salimans, "Classifier-Free Diffusion Guidance",
-2022 (guided_velocity).
+Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022 (heun, sde);
+Song et al., ICLR 2021 (ddim; sde); Preechakul et al., "Diffusion Autoencoders", 2022 (latents); Ho and
+Salimans, "Classifier-Free Diffusion Guidance", 2022 (guided_velocity).
 """
 
 import math
@@ -53,16 +44,13 @@ def over_times(step):
 
 @over_times
 def euler(velocity, x, t, t_next):
-    """Euler's method, as diffusers' FlowMatchEulerDiscreteScheduler."""
+    """Euler's method."""
     return x + (t_next - t) * velocity(x, t)
 
 
 @over_times
 def heun(velocity, x, t, t_next):
-    """Heun's method, as diffusers' FlowMatchHeunDiscreteScheduler.
-
-    A step to t = 1 is Euler's: x shows no noise there, so a network can but guess the velocity data - noise.
-    """
+    """Heun's method; a step to t = 1 is Euler's, as x shows no noise there that a network could see."""
     slope = velocity(x, t)
     if t_next == 1:
         return x + (t_next - t) * slope
@@ -102,8 +90,8 @@ def sde(velocity, x, t, t_next, *, temperature=1.0, generator=None):
         t_back = max(0, t - temperature (t_next - t))      r = t_back / t
         x_back = r x + sqrt((1 - t_back)^2 - r^2 (1 - t)^2) z
 
-    For short steps: dx = [v + g^2 / 2 score] dt + g dW, g^2 = 2 temperature (1 - t) / t. Any temperature
-    draws from the same distribution; a higher one forgets earlier errors, but makes steps longer.
+    Any temperature draws from the same distribution; a higher one forgets earlier errors, but makes longer
+    steps. For short ones: dx = [v + g^2 / 2 score] dt + g dW, g^2 = 2 temperature (1 - t) / t.
     """
     if not (0 <= t < t_next <= 1 and temperature >= 0):
         raise ValueError(f"pass times that rise within [0, 1], and a temperature >= 0, not {temperature}")
@@ -131,7 +119,6 @@ def _times(steps, x):
 
 
 def _as_parameters(model, *tensors):
-    """The tensors in the dtype of the model's parameters: NumPy's fields are float64."""
     dtype = next((p.dtype for p in model.parameters()), tensors[0].dtype)
     return [x.to(dtype) for x in tensors]
 
@@ -147,11 +134,7 @@ def _in_parts(evaluate, parts):
 
 
 def _field_velocity(model, query_coords, input_coords, input_values, max_batch, evaluations):
-    """The model as velocity(x, t).
-
-    What it can `prepare` is computed once for all evaluations, and these may be a CUDA graph. Not for a split
-    batch: the memory would grow with what is split to bound it.
-    """
+    """The model as velocity(x, t); if the batch is not split, prepared once, and maybe a CUDA graph."""
     parts, prepared = _parts(len(query_coords), max_batch), {}
     if len(parts) == 1 and hasattr(model, "prepare"):
         prepared["conditions"] = model.prepare(query_coords, input_coords, input_values)

@@ -1,19 +1,18 @@
 """The one training loop: flow matching of sparse fields or of grids, on Hugging Face Accelerate.
 
-Every draw is a function of the seed, the step and the place in its batch. So a resumed run follows the same
-curve without a saved generator, and neither processes nor accumulation change it beyond float error (dropout
-excepted). A run's folder holds the averaged models best/ (lowest validation loss) and latest/, each with a
-card, state.safetensors to resume from, log.csv, tb/ for TensorBoard, and training.png.
-
-Sources: Loshchilov & Hutter, ICLR 2017 (cosine schedule); Karras et al., CVPR 2024 (averaged weights).
+Every draw is a function of seed, step and place in the batch: a resumed run follows the same curve, with any
+number of processes and accumulation steps (up to float error; dropout excepted).
+Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (averaged weights).
 """
 
 import copy
 import math
+import os
 import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nfhelpers import checkpoint, evaluate, graphs
@@ -33,11 +32,13 @@ from nfhelpers.flow import check_field, flow_matching_loss, grid_flow_loss
 from nfhelpers.metrics import psnr
 from nfhelpers.models import LocalMamba2D
 
-QUERY_COUNTS = 4  # counts that vary_queries draws from: each is a compilation and a graph of its own
+QUERY_COUNTS = 4  # that vary_queries draws from: each is a compilation and a graph of its own
 READ_EVERY = 10  # steps between looks at what a GPU has computed: the CPU waits for it then
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION, _FIELDS = range(6)  # streams of random numbers
+_SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION = range(5)  # streams of random numbers
+_COLUMNS = "step epoch loss learning_rate gradient_norm".split()
+_SCORES = "val_step val_loss val_psnr".split()
 # A resumed run must agree in these; epochs, files and speed may change.
 _IDENTITY = "batch_size learning_rate weight_decay clip_norm ema_decay precision vary_queries seed".split()
 
@@ -55,15 +56,13 @@ class TrainConfig:
     clip_norm: float = 1.0  # largest global norm of the gradient
     ema_decay: float = 0.999  # of the averaged weights
     gradient_accumulation: int = 1  # slices of a batch that pass through the model one after the other
-    precision: str = "fp32"  # "bf16", or "fp16" on a GPU
+    precision: str = "fp32"  # or "bf16"
     gradient_checkpointing: bool = False  # less memory a layer, a third more time
     compile: bool = False
     cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
-    vary_queries: bool = (
-        True  # of fields: from a quarter of the query points to all, as full fields have more
-    )
+    vary_queries: bool = True  # of fields: each step keeps a quarter of the query points, up to all of them
     evaluate_every: int = 2  # epochs; the last one is always evaluated
-    save_every_seconds: float = 30.0  # what a kill loses at most; the state is also saved at the end
+    save_interval: float = 30.0  # what a kill loses at most; the state is also saved at the end
     num_workers: int = 0  # processes that load data
     seed: int = 0
     cpu: bool = False  # train on the CPU even where a GPU is
@@ -73,10 +72,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `fit` returns; history: dict of lists, one entry a step, those named val_ one an evaluation."""
+    """What `fit` returns."""
 
     model: nn.Module  # with averaged weights, in eval mode
-    history: dict
+    history: dict  # of lists: an entry a step, in those named val_ an entry an evaluation
     best: Path | None
     latest: Path
     steps: int
@@ -93,41 +92,28 @@ def cosine_schedule(step, total_steps, warmup_steps):
 
 def parameter_groups(model, weight_decay):
     """AdamW's groups: matrices decay; what is marked `_mapping` learns at a third (Crowson et al. 2024)."""
-    groups = {}
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        plain = parameter.ndim < 2 or getattr(parameter, "_no_weight_decay", False)
-        scale = 1 / 3 if getattr(parameter, "_mapping", False) else 1.0
-        group = {"params": [], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
-        groups.setdefault((scale, plain), group)["params"].append(parameter)
-    return list(groups.values())
+    groups = defaultdict(list)
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        plain = p.ndim < 2 or getattr(p, "_no_weight_decay", False)
+        groups[0.0 if plain else weight_decay, 1 / 3 if getattr(p, "_mapping", False) else 1.0].append(p)
+    return [{"params": ps, "weight_decay": decay, "lr_scale": s} for (decay, s), ps in groups.items()]
 
 
 def fit(model, data, config, callback=None, about=None):
     """Train a model by flow matching; go on where `config.output_dir` holds the state of an earlier run.
 
-    data: tuple (train, validation) of datasets, or one without validation. Items: as of `images.SparseFields`,
-    for a `LocalMamba2D` as of `spectrograms.Spectrograms`; functions of their index and of `set_epoch`.
-    callback(epoch, history, fields): after each epoch; it stops the run by KeyboardInterrupt. fields: None or
-    dict of sparse, reconstruction and target (k, H, W, 3). about: dict of lines for the card.
-
-    Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits with 143. A loss that is not finite
-    raises FloatingPointError with its step. Works under `accelerate launch` unchanged.
+    data: (train, validation), or a dataset without validation: `images.SparseFields`, or `Spectrograms` for a
+    `LocalMamba2D`. callback(epoch, history, fields): after each epoch; its KeyboardInterrupt stops the run.
+    about: dict of lines for the card. Ctrl-C and SIGTERM stop after the step and save; SIGTERM then exits
+    with 143. A loss that is not finite raises FloatingPointError with its step.
     """
-    # Accelerate keeps the device and precision of a process's first Accelerator; a notebook trains often.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    precision = "no" if config.precision == "fp32" else config.precision
-    accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu)
-    folder, cuda = Path(config.output_dir), accelerator.device.type == "cuda"
-    with (
-        checkpoint.one_run(folder) if accelerator.is_main_process else nullcontext(),
-        torch.random.fork_rng(devices=[accelerator.device] if cuda else []),
-        _noted_signals(alone=accelerator.num_processes == 1) as signals,
-    ):
-        run = _Run(model, data, config, accelerator, signals, about or {})
+    with _noted_signals() as signals, checkpoint.one_run(Path(config.output_dir)) as folder:
+        run = _Run(model, data, config, folder, signals, about or {})
         run.go(callback)
     step, best = run.progress["step"], folder / "best" if run.progress["best"] < math.inf else None
+    if signals and run.main:
+        print(f"stopped at step {step}; the same call goes on", file=sys.stderr)
     if signal.SIGTERM in signals:
-        print(f"SIGTERM: stopped at step {step}; the same call goes on", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
     return TrainResult(model, run.history, best, folder / "latest", step, bool(signals))
 
@@ -135,114 +121,110 @@ def fit(model, data, config, callback=None, about=None):
 class _Run:
     """One call of `fit`."""
 
-    def __init__(self, model, data, config, accelerator, signals, about):
-        self.model, self.config, self.accelerator = model, config, accelerator
-        self.signals, self.about, self.folder = signals, about, Path(config.output_dir)
-        self.main, self.alone = accelerator.is_main_process, accelerator.num_processes == 1
-        self.device, self.cuda = accelerator.device, accelerator.device.type == "cuda"
+    def __init__(self, model, data, config, folder, signals, about):
+        self.model, self.config, self.folder, self.signals, self.about = model, config, folder, signals, about
+        if config.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision={config.precision!r}: pass fp32 or bf16")
+        # Accelerate keeps the device and precision of a process's first Accelerator; a notebook trains often.
+        AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+        precision = config.precision.replace("fp32", "no")
+        self.accelerator = accelerator = Accelerator(mixed_precision=precision, cpu=config.cpu)
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.cuda, self.saved, self.shown = self.device.type == "cuda", time.monotonic(), None
         train_data, self.validation_data = data if isinstance(data, tuple) else (data, None)
         self.steps = _Steps(train_data, config, accelerator, model)
         self.ema = copy.deepcopy(model.to(self.device)).requires_grad_(False).eval()
-        both = zip(model.parameters(), self.ema.parameters(), strict=True)
-        self.parameters, self.averages = zip(*((p, own) for p, own in both if p.requires_grad), strict=True)
+        self.parameters, self.averages = list(model.parameters()), list(self.ema.parameters())
         groups = parameter_groups(model, config.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        names = "step epoch loss learning_rate gradient_norm val_step val_loss val_psnr"
-        self.history = {name: [] for name in names.split()}
+        self.history = {name: [] for name in (*_COLUMNS, *_SCORES)}
         first = [round(float(x.double().sum()), 3) for x in self.steps.data[0].values()]
         self.identity = {"model": repr(getattr(model, "config", None)), "data": [len(train_data), *first]}
         self.identity |= {name: getattr(config, name) for name in _IDENTITY}
-        self.state = self.folder / "state.safetensors", model, self.ema, self.optimizer, self.history
-        details = checkpoint.load_state(*self.state, self.identity)
-        self.progress = details.get("progress", {"step": 0, "epoch": 0, "best": math.inf, "seconds": 0.0})
+        self.state = folder / "state.safetensors", model, self.ema, self.optimizer, self.history
+        self.progress = {"step": 0, "best": math.inf, "seconds": 0.0}
+        self.progress |= checkpoint.load_state(*self.state, self.identity).get("progress", {})
 
+        model.gradient_checkpointing = config.gradient_checkpointing
         network = torch.compile(model, dynamic=False) if config.compile else model
         # Accelerate wraps what it prepares (autocast, DDP): the objective, so that the model stays itself.
-        self.objective, self.prepared = accelerator.prepare(_Objective(network), self.optimizer)
-        if accelerator.scaler is not None and details:
-            accelerator.scaler.load_state_dict(details["scaler"])
-        if config.cuda_graphs and self.cuda and self.alone and not config.gradient_checkpointing:
+        self.objective = accelerator.prepare(_Objective(network))
+        alone = accelerator.num_processes == 1 and not config.gradient_checkpointing
+        if config.cuda_graphs and self.cuda and alone:
             accumulate = config.gradient_accumulation > 1
             self.add_gradient = graphs.recorded_gradient(model, self.add_gradient, accumulate)
-        self.unread = []  # of the last steps: their numbers, and loss and gradient norm on the device
-        self.saved, self.shown, self.show = time.monotonic(), None, self.main and config.progress
+        self.total, self.unread = config.epochs * self.steps.per_epoch, []  # steps; those not read back yet
 
     def go(self, callback):
         """Train until the epochs are done or a stop is asked for; leave the averaged weights in the model."""
-        progress, model, epochs, per_epoch = (
-            self.progress,
-            self.model,
-            self.config.epochs,
-            self.steps.per_epoch,
-        )
-        start = progress["step"], progress["epoch"]
-        self.bar = tqdm(total=epochs * per_epoch, initial=start[0], desc="train", disable=not self.show)
+        config, per_epoch, start, total = self.config, self.steps.per_epoch, self.progress["step"], self.total
         if self.main:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self.board = SummaryWriter(self.folder / "tb", purge_step=start[0] + 1)
-            to_go = f"{epochs} epochs of {per_epoch} step{'s' * (per_epoch > 1)}, {start[0]} steps done"
-            nothing = f"all {epochs} epochs are done, nothing to do; raise epochs to train longer"
-            print(f"{self.folder}: {to_go if start[1] < epochs else nothing}")
-        checkpointing = getattr(model, "gradient_checkpointing", False)
-        model.gradient_checkpointing = self.config.gradient_checkpointing
-        batches = iter(self.steps.loader(start[0], self.cuda))
+            self.board = SummaryWriter(self.folder / "tb", purge_step=start + 1)
+            here, folder = Path.cwd(), str(self.folder.resolve())
+            folder = folder.replace(f"{here}{os.sep}", "").replace(f"{here.parent}{os.sep}", f"..{os.sep}")
+            nothing = "; nothing to do, raise epochs to train longer" * (start >= total)
+            print(f"{folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
+        self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
+        self.model.train()
+        keys = (
+            [(step, place) for place in part] for step in range(start, total) for part in self.steps.places
+        )
+        options = {
+            "num_workers": config.num_workers,
+            "worker_init_fn": _start_worker,
+            "pin_memory": self.cuda,
+        }
+        # With a generator of its own the loader takes nothing from the global one.
+        batches = iter(DataLoader(self.steps, batch_sampler=keys, generator=torch.Generator(), **options))
         try:
-            while progress["epoch"] < epochs and not self.stopped() and self.train_epoch(batches):
-                fields = self.finish_epoch() if self.main else None
-                progress["epoch"] += 1
-                try:
-                    if callback is not None and self.main:
-                        callback(progress["epoch"], self.history, fields)
-                except KeyboardInterrupt:
-                    self.signals.append(signal.SIGINT)
-            if (progress["step"], progress["epoch"]) != start or not (self.folder / "latest").exists():
+            for done in range(start + 1, total + 1):
+                self.step(batches)
+                if self.cuda and done % READ_EVERY and done % per_epoch:
+                    continue
+                self.read_back()
+                if done % per_epoch == 0 and self.main:
+                    self.finish_epoch(done // per_epoch, callback)
+                if self.signals:
+                    self.accelerator.set_trigger()
+                if self.accelerator.check_trigger():  # by any process: all of them ask after the same step
+                    self.signals.extend([] if self.signals else [signal.SIGINT])
+                    break
+                if time.monotonic() - self.saved >= config.save_interval:
+                    self.save()
+            if start < total or not (self.folder / "latest").exists():
                 self.save()
         finally:
             self.optimizer.zero_grad()  # gradients may lie in the memory of graphs
-            model.gradient_checkpointing = checkpointing
             self.bar.close()
-            if self.config.num_workers:  # there is no public way, and an error's traceback would keep them
+            if config.num_workers:  # there is no public way, and an error's traceback would keep them
                 batches._shutdown_workers()
-        model.load_state_dict(self.ema.state_dict())
-        model.eval()
-
-    def train_epoch(self, batches):
-        """The steps that are left of this epoch; False if they were stopped."""
-        self.model.train()
-        while self.progress["step"] < (self.progress["epoch"] + 1) * self.steps.per_epoch:
-            self.step(batches)
-            look = not self.cuda or self.progress["step"] % READ_EVERY == 0
-            if look:
-                self.read_back()
-            if time.monotonic() - self.saved >= self.config.save_every_seconds:
-                self.save()
-            if (look or self.alone) and self.stopped():
-                return False
-        self.read_back()
-        return True
+        self.model.load_state_dict(self.ema.state_dict())
+        self.model.eval()
 
     def step(self, batches):
-        """One optimizer step, handed to the device; nothing is read back from it here."""
+        """One optimizer step, handed to the device."""
         config, accelerator, step = self.config, self.accelerator, self.progress["step"]
         parts, total = config.gradient_accumulation, 0
         self.optimizer.zero_grad()
         for part in range(parts):
             batch = {name: x.to(self.device, non_blocking=True) for name, x in next(batches).items()}
-            torch.manual_seed(_seed(config.seed, _DROPOUT, step, part, accelerator.process_index))
+            place = step, part, accelerator.process_index
+            torch.manual_seed(_generator(config.seed, _DROPOUT, *place).initial_seed())
             with nullcontext() if part == parts - 1 else accelerator.no_sync(self.objective):
                 total = total + self.add_gradient(**batch)
         loss = accelerator.reduce(total, "mean")
         norm = accelerator.clip_grad_norm_(self.parameters, config.clip_norm)
-        total_steps = config.epochs * self.steps.per_epoch
-        factor = cosine_schedule(step, total_steps, round(config.warmup_fraction * total_steps))
+        warmup = round(config.warmup_fraction * self.total)
+        rate = config.learning_rate * cosine_schedule(step, self.total, warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor * group["lr_scale"]
-        self.prepared.step()
+            group["lr"] = rate * group["lr_scale"]
+        self.optimizer.step()
         average = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
         average(self.averages, self.parameters, None)
         self.progress["step"] += 1
-        self.unread.append((step + 1, config.learning_rate * factor, torch.stack([loss, norm])))
+        self.unread.append((step + 1, rate, torch.stack([loss, norm])))
 
     def add_gradient(self, **batch):
         """Add the gradient of a slice's part of the batch's loss to the parameters'; returns that part."""
@@ -253,110 +235,92 @@ class _Run:
     def read_back(self):
         """Log the steps since the last call. A GPU is waited for here, and nowhere else."""
         unread, self.unread = self.unread, []
-        outcomes = torch.stack([step[-1] for step in unread]).tolist() if unread else []
-        for (step, rate, _), (loss, norm) in zip(unread, outcomes, strict=True):
-            # The loss scaler of fp16 finds its scale by overflowing now and then, and skips such a step.
-            if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {loss}, its gradient norm {norm}; the saved state is untouched. "
-                    "Look for NaN in the data, or lower learning_rate"
-                )
-            epoch = self.progress["epoch"] + 1
-            self.note(step, step=step, epoch=epoch, loss=loss, learning_rate=rate, gradient_norm=norm)
+        for step, rate, outcome in unread:
+            loss, norm = outcome.tolist()
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the state stays")
+            self.log(_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-    def note(self, at, **values):
-        for name, value in values.items():
+    def log(self, columns, step, *values):
+        for name, value in zip(columns, (step, *values), strict=True):
             self.history[name].append(value)
             if self.main:
-                self.board.add_scalar(name, value, at)
+                self.board.add_scalar(name, value, step)
 
-    def stopped(self):
-        """Whether any process was asked to stop; all of them ask this after the same step."""
-        if not self.alone and self.signals:
-            self.accelerator.set_trigger()
-        if not self.alone and self.accelerator.check_trigger() and not self.signals:
+    def finish_epoch(self, epoch, callback):
+        """Evaluate and draw where that is due, and call back."""
+        due, fields = epoch % self.config.evaluate_every == 0 or epoch == self.config.epochs, None
+        if due and self.validation_data is not None:
+            loss, fields = self.validate()
+            score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
+            self.log(_SCORES, self.progress["step"], loss, float(score))
+            if loss < self.progress["best"]:
+                self.progress["best"] = loss
+                checkpoint.save_model(self.ema, self.folder / "best", self.card())
+            self.draw(fields, f"{self.config.title}: epoch {epoch}")
+        try:
+            if callback is not None:
+                callback(epoch, self.history, fields)
+        except KeyboardInterrupt:
             self.signals.append(signal.SIGINT)
-        return bool(self.signals)
 
-    def finish_epoch(self):
-        """Evaluate and draw if that is due after this epoch; returns the full fields if they were made."""
-        epoch, data, progress = self.progress["epoch"] + 1, self.validation_data, self.progress
-        if data is None or epoch % self.config.evaluate_every and epoch < self.config.epochs:
-            return None
-        fields = self.reconstruct() if getattr(data, "images", None) is not None else None
-        score = psnr(fields["reconstruction"], fields["target"]).mean() if fields else math.nan
-        loss, step = self.validate(), progress["step"]
-        self.note(step, val_step=step, val_loss=loss, val_psnr=float(score))
-        if loss < progress["best"]:
-            progress["best"] = loss
-            checkpoint.save_model(self.ema, self.folder / "best", self.card())
+    def draw(self, fields, title):
+        """training.png, shown in a notebook in place of its predecessor."""
         from nfhelpers.plots import training_figure  # matplotlib
 
-        pictures, path = fields and {name: x[:4] for name, x in fields.items()}, self.folder / "training.png"
-        training_figure(self.history, pictures, f"{self.config.title}: epoch {epoch}").savefig(path)
-        if self.show and "ipykernel" in sys.modules:  # in place of its predecessor
+        path = self.folder / "training.png"
+        training_figure(self.history, fields, title).savefig(path)
+        if self.config.progress and "ipykernel" in sys.modules:
             from IPython.display import Image, display
 
             self.shown = self.shown or display(display_id=True)
             self.shown.update(Image(str(path)))
-        return fields
 
     @torch.no_grad()
     def validate(self):
-        """The training's loss over the validation set, with the same times and noise every time."""
-        data, total, generator = self.validation_data, 0.0, _generator(self.config.seed, _VALIDATION)
+        """(loss over the validation set, with the same times and noise every time; whole fields or None)."""
+        data, seed, size, total = self.validation_data, self.config.seed, self.config.batch_size, 0.0
+        generator, objective, fields = _generator(seed, _VALIDATION), _Objective(self.ema), None
         times = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)  # less variance than draws
-        loader = DataLoader(data, self.config.batch_size)
-        for batch, t in zip(loader, times.split(self.config.batch_size), strict=True):
-            batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
-            with self.accelerator.autocast():
-                loss = _Objective(self.ema)({name: x.to(self.device) for name, x in batch.items()})
-            total += float(loss) * len(t) / len(data)
-        return total
-
-    def reconstruct(self):
-        """One-step posterior mean of the first validation images, in full: arrays (k, H, W, 3) in [0, 1]."""
-        data, images = self.validation_data, np.asarray(self.validation_data.images[:8])
-        fraction = data.num_inputs / (images.shape[1] * images.shape[2])
-        observed = evaluate.observe(images, fraction, data.seed or 0)
         with self.accelerator.autocast():
-            made = evaluate.reconstruct(self.ema, observed, seed=_seed(self.config.seed, _FIELDS))
-        sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # unobserved: grey
-        return {"sparse": sparse, "reconstruction": made, "target": observed.images}
+            for batch, t in zip(DataLoader(data, size), times.split(size), strict=True):
+                batch |= {"t": t, "noise": torch.randn(batch[self.steps.key].shape, generator=generator)}
+                loss = objective({name: x.to(self.device) for name, x in batch.items()})
+                total += float(loss) * len(t) / len(data)
+            if hasattr(data, "images"):  # one-step posterior means of the first ones, (k, H, W, 3) in [0, 1]
+                images = np.asarray(data.images[:6])
+                observed = evaluate.observe(images, data.num_inputs / images[0, ..., 0].size, data.seed or 0)
+                made = evaluate.reconstruct(self.ema, observed, seed=seed)
+                sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # else grey
+                fields = {"sparse": sparse, "reconstruction": made, "target": observed.images}
+        return total, fields
 
     def save(self):
         """`latest`, the log and, last of all, the state: after a kill between them, steps are repeated."""
         self.read_back()
-        now, folder, card = time.monotonic(), self.folder, self.card()
-        self.progress["seconds"], self.saved = self.progress["seconds"] + now - self.saved, now
+        folder, card, now = self.folder, self.card(), time.monotonic()
+        self.progress["seconds"] += now - self.saved
+        self.saved = now
         if not self.main:
             return
-        steps, evaluations = (
-            pandas.DataFrame({name: x for name, x in self.history.items() if name.startswith("val_") == late})
-            for late in (False, True)
-        )
-        log = steps.merge(evaluations, "left", left_on="step", right_on="val_step")
+        at = {name: self.history["val_step" if name.startswith("val_") else "step"] for name in self.history}
+        log = pandas.DataFrame({name: pandas.Series(x, at[name]) for name, x in self.history.items()})
         checkpoint.replace_file(folder / "log.csv", lambda path: log.to_csv(path, index=False))
         checkpoint.replace_file(folder / "README.md", lambda path: path.write_text(card, encoding="utf-8"))
         checkpoint.save_model(self.ema, folder / "latest", card)
-        scaler = self.accelerator.scaler
-        details = {"progress": self.progress, "scaler": scaler and scaler.state_dict()}
-        checkpoint.save_state(*self.state, self.identity | details)
+        checkpoint.save_state(*self.state, self.identity | {"progress": self.progress})
 
     def card(self):
         """The README of a run and of its models: what was trained, on what, for how long, how well."""
-        history, seconds = self.history, self.progress["seconds"] + time.monotonic() - self.saved
+        seconds = self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
-        lines = self.about | {
-            "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}",
-            "training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}",
-            "loss": f"{np.mean(history['loss'][-self.steps.per_epoch :]):.4f}, mean of the last epoch",
-            **{name: f"{history[name][-1]:.4f}" for name in ("val_loss", "val_psnr") if history[name]},
-            "settings": self.config,
+        lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
+        lines |= {
+            name: f"{x[-1]:.4f}" for name, x in self.history.items() if x and name in ("loss", *_SCORES)
         }
-        text = "\n".join(f"- {name}: {line}" for name, line in lines.items())
+        text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
         return f"# {type(self.model).__name__}\n\n{text}\n"
 
 
@@ -368,14 +332,11 @@ class _Steps(Dataset):
         self.per_epoch = len(data) // config.batch_size
         self.dropped = model.config.cfg_dropout if isinstance(model, LocalMamba2D) else None
         self.key = "query_values" if self.dropped is None else "spectrograms"
-        parts = config.gradient_accumulation, accelerator.num_processes
-        if config.batch_size % math.prod(parts) or self.per_epoch == 0:
-            raise ValueError(
-                f"batch_size={config.batch_size} must divide by {math.prod(parts)} (accumulation x processes), "
-                f"and be at most {len(data)}, the items to train on"
-            )
-        places = torch.arange(config.batch_size).reshape(*parts, -1)
-        self.places = places[:, accelerator.process_index].tolist()  # of each slice of this process
+        parts, size = (config.gradient_accumulation, accelerator.num_processes), config.batch_size
+        if size % math.prod(parts) or size > len(data):
+            raise ValueError(f"batch_size={size}: pass a multiple of {math.prod(parts)}, at most {len(data)}")
+        places = torch.arange(size).reshape(*parts, -1)[:, accelerator.process_index]
+        self.places = places.tolist()  # of each slice of this process
         self.start_epoch(0)
 
     def start_epoch(self, epoch):
@@ -384,17 +345,9 @@ class _Steps(Dataset):
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(epoch)
 
-    def loader(self, step, cuda):
-        """The slices of all steps from this one on: workers never pause."""
-        steps, workers = range(step, self.config.epochs * self.per_epoch), self.config.num_workers
-        keys = ([(step, place) for place in part] for step in steps for part in self.places)
-        options = {"pin_memory": cuda, "num_workers": workers, "worker_init_fn": _start_worker}
-        # With a generator of its own it takes nothing from the global one.
-        return DataLoader(self, batch_sampler=keys, generator=torch.Generator(), **options)
-
     def __getitem__(self, key):
-        step, place = key
-        seed, (epoch, batch) = self.config.seed, divmod(step, self.per_epoch)
+        seed, (step, place) = self.config.seed, key
+        epoch, batch = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.start_epoch(epoch)
         item = dict(self.data[self.order[batch * self.config.batch_size + place]])
@@ -404,12 +357,12 @@ class _Steps(Dataset):
             item["drop"] = torch.rand((), generator=generator) < self.dropped
         else:
             check_field(*(item[name][None] for name in ("query_coords", "input_coords", "input_values")))
-            if self.config.vary_queries:
-                queries = len(item["query_values"])
-                counts = torch.linspace(max(1, queries // 4), queries, QUERY_COUNTS).round().int().tolist()
-                count = counts[_seed(seed, _STEP, step) % QUERY_COUNTS]  # of the whole batch
-                keep = torch.randperm(queries, generator=generator)[:count].sort().values
-                item |= {name: item[name][keep] for name in ("query_coords", "query_values")}
+        if self.dropped is None and self.config.vary_queries:
+            queries = len(item["query_values"])
+            which = torch.randint(QUERY_COUNTS, (), generator=_generator(seed, _STEP, step))  # of the batch
+            count = int(torch.linspace(max(1, queries // 4), queries, QUERY_COUNTS)[which].round())
+            keep = torch.randperm(queries, generator=generator)[:count].sort().values
+            item |= {name: item[name][keep] for name in ("query_coords", "query_values")}
         return item | {"noise": torch.randn(item[self.key].shape, generator=generator)}
 
 
@@ -417,8 +370,6 @@ def _start_worker(worker):
     """Ctrl-C and SIGTERM reach every process of a group, but loaders are needed to the end of the step."""
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
-    steps = get_worker_info().dataset
-    steps.data = copy.copy(steps.data)  # workers may be at different epochs
 
 
 class _Objective(nn.Module):
@@ -437,23 +388,20 @@ class _Objective(nn.Module):
         return flow_matching_loss(model, batch, **draws, weight=getattr(model, "loss_weight", None))
 
 
-def _seed(*words):
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _generator(*words):
-    return torch.Generator().manual_seed(_seed(*words))
+    seed = np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1
+    return torch.Generator().manual_seed(int(seed))
 
 
 @contextmanager
-def _noted_signals(alone):
-    """Inside, Ctrl-C and SIGTERM are noted in the list and obeyed after the step; a second Ctrl-C at once."""
+def _noted_signals():
+    """Inside, Ctrl-C and SIGTERM are noted in the list and obeyed after the step; a third Ctrl-C at once."""
     signals = []
 
     def note(number, frame):
-        if number == signal.SIGINT and number in signals and alone:
-            raise KeyboardInterrupt
         signals.append(number)
+        if signals.count(signal.SIGINT) > 2:  # launchers repeat the first one
+            raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in _STOPS} if main else {}

@@ -1,8 +1,6 @@
 """Sources of images, their splits, and the pixels that are drawn from them."""
 
-import copy
 import hashlib
-import io
 import tarfile
 
 import numpy as np
@@ -14,19 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nfhelpers import images as module
-from nfhelpers.images import (
-    SparseFields,
-    area_resize,
-    grid_coords,
-    load_image,
-    load_images,
-    load_labels,
-    observe,
-    open_images,
-    to_image,
-    to_model,
-    to_unit,
-)
+from nfhelpers.images import SparseFields, area_resize, grid_coords, load_image, load_images, open_images
 
 SPLITS = ("train", "validation", "test")
 equal = np.testing.assert_array_equal
@@ -36,41 +22,14 @@ def random_images(count=4, height=8, width=8, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def digest(images):
-    return hashlib.sha256(images.tobytes()).hexdigest()[:8]
-
-
-# ---------------------------------------------------------------------------------------------- photographs
-
-
 def test_photos_stay_what_reported_numbers_were_measured_on():
-    assert digest(load_images("photos", "train", 32, 64)) == "0fcc6b27"
-    assert digest(load_images("photos", "test")) == "15d18e13"
-    assert digest(load_images("photos", "test", 100, 8)) == "b76ad722"
-
-
-def test_photos_are_split_by_photograph_and_a_limit_takes_the_first():
-    windows = [module._train_windows(14), *map(module._upright_windows, module.UPRIGHT.values())]
-    names = [{window[0] for window in some} for some in windows]
-    assert sum(map(len, names)) == len(set.union(*names)) == len(module.PHOTOS)
-    for split in SPLITS:
-        some = load_images("photos", split, 16, 20)
-        assert some.shape == (20, 16, 16, 3) and some.dtype == np.uint8
-        equal(load_images("photos", split, 16, 30)[:20], some)
-        assert some.std(axis=(1, 2)).max(axis=1).min() > 4
+    some = ("train", 32, 64), ("test",), ("test", 100, 8), ("validation", 16)
+    digests = [hashlib.sha256(load_images("photos", *options).tobytes()).hexdigest()[:8] for options in some]
+    assert digests == ["0fcc6b27", "15d18e13", "b76ad722", "32a3aa83"]
+    for split in SPLITS:  # a limit takes the first
+        equal(load_images("photos", split, 16, 30)[:20], load_images("photos", split, 16, 20))
     with pytest.raises(ValueError):
         load_images("photos", "test", 129)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("ratio", [2, 3, 4])
-def test_a_coarse_photo_is_the_mean_of_the_fine_one(split, ratio):
-    coarse, fine = load_images("photos", split, 32, 16), load_images("photos", split, 32 * ratio, 16)
-    blocks = fine.reshape(16, 32, ratio, 32, ratio, 3).mean(axis=(2, 4))
-    assert np.abs(blocks - coarse).max() <= 1  # each was rounded to 8 bits
-
-
-# ----------------------------------------------------------------------------------------- values and pixels
 
 
 @pytest.mark.parametrize(("side", "size"), [(8, 4), (8, 8), (6, 4), (5, 3), (7, 1), (32, 24)])
@@ -91,14 +50,13 @@ def test_grids_are_row_major_pixel_centres_that_align():
 
 def test_values_of_models_and_back():
     levels = np.arange(256, dtype=np.uint8)
-    assert to_model(levels).dtype == np.float32 and to_model(levels)[[0, 255]].tolist() == [-1, 1]
-    equal(np.rint(to_image(to_model(levels)) * 255), levels)
-    equal(to_model([0, 0.25, 1]), [-1, -0.5, 1])
-    equal(to_image(torch.tensor([-3.0, 0, 3])), [0, 0.5, 1])
+    assert module.to_model(levels).dtype == np.float32
+    equal(np.rint(module.to_image(module.to_model(levels)) * 255), levels)
+    equal(module.to_model([0, 0.25, 1]), [-1, -0.5, 1])
+    equal(module.to_image(torch.tensor([-3.0, 0, 3])), [0, 0.5, 1])
     for wrong in ([0.5, np.nan], [-0.5, 0.5], levels.astype(np.float32)):
-        for function in (to_model, to_unit):
-            with pytest.raises(ValueError):
-                function(wrong)
+        with pytest.raises(ValueError):
+            module.to_model(wrong)
 
 
 def indices(coords, height, width):
@@ -108,11 +66,7 @@ def indices(coords, height, width):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    height=st.integers(2, 12),
-    width=st.integers(2, 12),
-    observed=st.floats(0.01, 0.8),
-    share=st.floats(0.01, 1),
-    seed=st.one_of(st.none(), st.integers(0, 10**12)),
+    st.integers(2, 12), st.integers(2, 12), st.floats(0.01, 0.8), st.floats(0.01, 1), st.integers(0, 10**12)
 )
 def test_inputs_and_queries_are_disjoint_ordered_and_true(height, width, observed, share, seed):
     images, queries, pixels = random_images(2, height, width), (1 - observed) * share, height * width
@@ -122,18 +76,9 @@ def test_inputs_and_queries_are_disjoint_ordered_and_true(height, width, observe
     assert len(targets) == min(max(1, round(queries * pixels)), pixels - len(inputs))
     assert (np.diff(inputs) > 0).all() and (np.diff(targets) > 0).all()  # row-major, no repeats
     assert not set(inputs) & set(targets)
-    flat = to_model(images[1]).reshape(-1, 3)
+    flat = module.to_model(images[1]).reshape(-1, 3)
     equal(item["input_values"], flat[inputs])
     equal(item["query_values"], flat[targets])
-    assert all(tensor.dtype == torch.float32 for tensor in item.values())
-
-
-def test_pixels_are_drawn_uniformly():
-    dataset, counts = SparseFields(random_images(400, 4, 4), 0.25, 0.25, seed=0), np.zeros((2, 16))
-    for item in dataset:
-        for row, name in enumerate(("input_coords", "query_coords")):
-            counts[row, indices(item[name], 4, 4)] += 1
-    assert np.abs(counts - 100).max() < 40  # Binomial(400, 1/4): standard deviation 8.7
 
 
 def test_draws_follow_the_epoch_or_the_seed():
@@ -143,41 +88,20 @@ def test_draws_follow_the_epoch_or_the_seed():
         dataset.set_epoch(epoch)
         return [tuple(indices(item["input_coords"], 8, 8)) for item in dataset]
 
-    training = SparseFields(images)
-    first, second = pixels(training, 0), pixels(training, 1)
-    assert first == pixels(training, 0) == pixels(SparseFields(images), 0)
+    first, second = pixels(SparseFields(images), 0), pixels(SparseFields(images), 1)
+    assert first == pixels(SparseFields(images), 0)
     assert first[0] != second[0] and first[0] != first[1]
     fixed = SparseFields(images, seed=0)
     assert pixels(fixed, 0) == pixels(fixed, 1) != pixels(SparseFields(images, seed=1), 0)
-    other = copy.copy(training)
-    assert pixels(other, 1) == second and training.epoch == 0
-
-
-def test_observe_draws_what_sparse_fields_draw():
-    images = random_images(3)
-    coords, values, mask = observe(images[2], 0.3, (7, 2))
-    item = SparseFields(images, 0.3, 0.1, seed=7)[2]
-    assert torch.equal(coords, item["input_coords"]) and torch.equal(values, item["input_values"])
-    assert mask.sum() == round(0.3 * 64) and observe(images[2], 1.0)[2].all()
-    equal(to_model(images[2])[mask], values)
-    np.testing.assert_allclose(observe(images[2] / 255, 0.3, (7, 2))[1], values, atol=1e-6)
-    with pytest.raises(ValueError):
-        observe(np.full((4, 4, 3), np.nan))
 
 
 def test_of_all_pixels_observed_some_are_the_queries():
     images = random_images(1, 4, 6)
-    whole = SparseFields(images, observed=1, queries=1, seed=0)[0]
-    assert torch.equal(whole["input_coords"], grid_coords(4, 6))
-    assert torch.equal(whole["query_values"], whole["input_values"])
     half = SparseFields(images, observed=1, queries=0.5, seed=0)[0]
     assert len(half["query_coords"].unique(dim=0)) == 12 and len(half["input_values"]) == 24
-    for observed, queries in ((0.6, 0.5), (0, 0.2), (1.5, 0.2), (0.2, float("nan")), (1, 2)):
+    for fractions in ((0.6, 0.5), (0, 0.2), (1.5, 0.2), (0.2, float("nan")), (1, 2)):
         with pytest.raises(ValueError):
-            SparseFields(images, observed, queries)
-
-
-# ------------------------------------------------------------------------------------------ CIFAR-10, arrays
+            SparseFields(images, *fractions)
 
 
 def records(images, labels):
@@ -200,16 +124,15 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
     monkeypatch.setenv("NF_DATA", str(batches.parent))
     train = random_images(20, 32, 32)
     for source in ("cifar10", batches, str(batches)):
-        equal(load_images(source), train[:18])
+        equal(load_images(source), train)
+        equal(open_images(source, held_out=True), train[:18])
         equal(load_images(source, "validation"), train[18:])
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
-    assert load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
-    assert [*load_labels(batches, "validation"), *load_labels(batches, "test")] == [6, 7, 5, 9]
-    halves = train[:5].reshape(5, 16, 2, 16, 2, 3).mean(axis=(2, 4))
-    assert np.abs(load_images("cifar10", size=16, limit=5) - halves).max() <= 0.5
+    assert module.load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
+    assert [*module.load_labels(batches, "validation"), *module.load_labels(batches, "test")] == [6, 7, 5, 9]
     file = batches / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="data_batch_2"):
+    with pytest.raises(ValueError):
         load_images("cifar10")
 
 
@@ -231,12 +154,14 @@ def test_cifar10_is_downloaded_once(batches, tmp_path, monkeypatch):
 
 def test_arrays_are_named_after_splits_or_divided(tmp_path):
     images, path = random_images(40), tmp_path / "x.npz"
-    np.savez(path, x_train=images[:30], y_train=np.arange(30), x_test=images[30:])
-    equal(load_images(path, "train", 8), images[:27])
-    equal(load_images(path, "validation", 8), images[27:30])
-    equal(load_images(path, "test", 8, 4), images[30:34])
+    for train, test in (("x_train", "x_test"), ("train_images", "test_images")):
+        np.savez(path, **{train: images[:30], "y_train": np.arange(30), test: images[30:]})
+        equal(load_images(path, "train", 8), images[:30])
+        equal(open_images(path, "train", 8, held_out=True), images[:27])
+        equal(load_images(path, "validation", 8), images[27:30])
+        equal(load_images(path, "test", 8, 4), images[30:34])
     np.savez(path, images=images, labels=np.arange(40))
-    parts = [load_images(path, split, 8) for split in SPLITS]
+    parts = [open_images(path, split, 8, held_out=True) for split in SPLITS]
     assert [len(part) for part in parts] == [32, 4, 4]
     assert {image.tobytes() for part in parts for image in part} == {image.tobytes() for image in images}
     for arrays in ({"images": images / 255}, {"a": images, "b": images}):
@@ -245,17 +170,14 @@ def test_arrays_are_named_after_splits_or_divided(tmp_path):
             load_images(path, "train", 8)
 
 
-# --------------------------------------------------------------------------------------------------- folders
-
-
 def write(path, image, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, **options)
 
 
-def colours(source, split):
+def colours(source, split, held_out=False):
     """The red levels of a folder of images of one colour."""
-    return load_images(source, split, 8)[:, 0, 0, 0].tolist()
+    return open_images(source, split, 8, held_out=held_out)[:][:, 0, 0, 0].tolist()
 
 
 def fill(folder, levels, name="{}.png"):
@@ -269,33 +191,32 @@ def test_a_folder_is_divided_by_the_hashes_of_its_names(tmp_path):
     names = [f"{'a' if i < 25 else 'b'}/{i}.png" for i in range(40)]
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     order = [int(name[2:-4]) for name in names]
-    assert colours(tmp_path, "test") == order[:4] and colours(tmp_path, "validation") == order[36:]
     fill(tmp_path / ".ipynb_checkpoints", range(40), "{}-checkpoint.png")
     fill(tmp_path / "a" / ".cache" / "deep", range(40))
     (tmp_path / "a" / "._1.png").write_bytes(b"\x00\x05\x16\x07")
-    assert colours(tmp_path, "train") == order[4:36]
+    assert colours(tmp_path, "test") == order[:4] and colours(tmp_path, "validation") == order[36:]
+    assert colours(tmp_path, "train") == order[4:] and colours(tmp_path, "train", True) == order[4:36]
 
 
-@pytest.mark.parametrize("names", ["train valid test", "Training VAL Testing", "TRAIN Validation test"])
+@pytest.mark.parametrize(
+    "names", ["train valid test", "Training VAL Testing", "a/train2017 a/val2017 a/TEST_set"]
+)
 def test_folders_are_named_after_splits(tmp_path, names):
     for start, name in zip((0, 50, 100), names.split(), strict=True):
         fill(tmp_path / name / "deep", range(start, start + 10))
     for start, split in zip((0, 50, 100), SPLITS, strict=True):
-        assert sorted(colours(tmp_path, split)) == list(range(start, start + 10))
+        assert sorted(colours(tmp_path, split, held_out=True)) == list(range(start, start + 10))
 
 
 def test_what_no_folder_has_is_held_out_of_training_or_missed(tmp_path):
     fill(tmp_path / "train", range(20))
     fill(tmp_path / "test", range(20, 25))
-    train, validation = colours(tmp_path, "train"), colours(tmp_path, "validation")
-    assert len(validation) == 2 and sorted(train + validation) == list(range(20))
+    train, validation = colours(tmp_path, "train", held_out=True), colours(tmp_path, "validation")
+    assert len(validation) == 2 and train + validation == colours(tmp_path, "train")
+    assert sorted(train + validation) == list(range(20))
     fill(tmp_path, [99])
     with pytest.warns(UserWarning, match=r"99\.png"):
         assert sorted(colours(tmp_path, "test")) == list(range(20, 25))
-    fill(tmp_path / "other" / "train", [1])
-    fill(tmp_path / "other" / "val", [2])
-    with pytest.raises(ValueError, match="validation"):
-        load_images(tmp_path / "other", "test", 8)
 
 
 def test_linked_folders_are_followed_and_names_may_be_of_any_encoding(tmp_path):
@@ -305,7 +226,7 @@ def test_linked_folders_are_followed_and_names_may_be_of_any_encoding(tmp_path):
         (tmp_path / "set" / name).symlink_to(tmp_path / "real")
     (tmp_path / "set" / "deep" / "circle").symlink_to(tmp_path / "set")
     fill(tmp_path / "set", [9], "caf\udce9-{}.png")
-    found = sum((colours(tmp_path / "set", split) for split in SPLITS), [])
+    found = colours(tmp_path / "set", "train") + colours(tmp_path / "set", "test")
     assert sorted(found) == [0, 0, 1, 1, 2, 2, 3, 3, 9]
 
 
@@ -313,7 +234,7 @@ def test_every_format_of_one_image_counts(tmp_path):
     suffixes = "png jpg jpeg JPG bmp gif tif tiff webp tga ppm".split()
     for index, suffix in enumerate(suffixes):
         fill(tmp_path, [10 * index], "{}." + suffix)
-    found = sum((colours(tmp_path, split) for split in SPLITS), [])
+    found = colours(tmp_path, "train") + colours(tmp_path, "test")
     np.testing.assert_allclose(sorted(found), 10 * np.arange(len(suffixes)), atol=2)
 
 
@@ -334,35 +255,34 @@ def test_pixels_are_upright_and_what_is_transparent_stays_hidden(tmp_path):
 
 
 def test_load_image_takes_a_file_its_bytes_or_an_array(tmp_path):
-    image, file = random_images(1, 12, 20)[0], io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    (tmp_path / "x.png").write_bytes(file.getvalue())
+    image = random_images(1, 12, 20)[0]
+    write(tmp_path / "x.png", image)
+    data = (tmp_path / "x.png").read_bytes()
     for crop, left in ((0, 0), (0.5, 4), (1, 8)):
-        wanted = area_resize(image[:, left : left + 12], 6)
-        for source in (tmp_path / "x.png", str(tmp_path / "x.png"), file.getvalue(), image):
-            equal(load_image(source, 6, crop), wanted)
-    for wrong in (b"no image", file.getvalue()[:200]):
-        with pytest.raises(ValueError):
-            load_image(wrong, 6)
+        for source in (tmp_path / "x.png", str(tmp_path / "x.png"), data, image):
+            equal(load_image(source, 6, crop), area_resize(image[:, left : left + 12], 6))
+    with pytest.raises(ValueError):
+        load_image(data[:200], 6)
 
 
-def test_a_folder_is_read_item_by_item(tmp_path):
+def test_a_folder_is_read_item_by_item_and_damaged_files_are_said(tmp_path):
     fill(tmp_path, range(30))
     images, whole = open_images(tmp_path, "train", 8), load_images(tmp_path, "train", 8)
-    assert len(images) == 24 and images.shape == whole.shape and images[3:5].shape == (2, 8, 8, 3)
+    assert len(images) == 27 and images.shape == whole.shape and images[3:5].shape == (2, 8, 8, 3)
     equal(images[-1], whole[-1])
-    for lazy, loaded in zip(SparseFields(images), SparseFields(whole), strict=True):
-        assert all(torch.equal(lazy[name], loaded[name]) for name in loaded)
-    images.files[5].write_bytes(images.files[5].read_bytes()[:45])
-    assert open_images(tmp_path, "train", 8)[4].shape == (8, 8, 3)
-    with pytest.raises(ValueError, match=images.files[5].name):
-        images[5]
+    assert torch.equal(SparseFields(images)[2]["query_values"], SparseFields(whole)[2]["query_values"])
+    for damaged, content in ((5, images.files[5].read_bytes()[:45]), (26, b"")):
+        images.files[damaged].write_bytes(content)
+        with pytest.warns(UserWarning, match=images.files[damaged].name):
+            equal(images[damaged], whole[(damaged + 1) % 27])
+    with pytest.warns(UserWarning, match=images.files[26].name):
+        equal(load_images(tmp_path, "train", 8), np.delete(whole, [5, 26], axis=0))
     with pytest.raises(ValueError, match=images.files[6].name):
         open_images(tmp_path, "train", 11)[6]  # larger than it is
 
 
 def test_unknown_sources_splits_and_empty_folders_are_refused(tmp_path, monkeypatch):
-    for wrong in (("phots", "train"), ("photos", "tran"), (tmp_path, "train"), (tmp_path / "no", "test")):
+    for wrong in (("phots", "train"), ("photos", "tran"), (tmp_path, "train")):
         with pytest.raises(ValueError):
             load_images(*wrong)
     monkeypatch.chdir(tmp_path)

@@ -40,8 +40,6 @@ TINY = {
     "v2": dict(SMALL, d_state=4),
     "field": dict(SMALL, d_state=4),
     "field plain": dict(SMALL, d_state=4, bidirectional=False, spline_source=False, residual_std=0.5),
-    "local": dict(SMALL, neighbours=4),
-    "minimal": dict(SMALL, d_state=4, latent_dim=8),
     "diffae": AUTOENCODER,
     "diffae second": dict(AUTOENCODER, phase=2),
 }
@@ -552,24 +550,6 @@ def test_points_are_scanned_in_the_order_of_the_config(kind):
     torch.testing.assert_close(column(**mirrored), row(**arguments), rtol=1e-4, atol=1e-5)
 
 
-def test_local_field_sees_its_nearest_observed_points_only(monkeypatch):
-    model, arguments = tiny_model("local", neighbours=4), field(queries=10, inputs=20)
-    velocity = model(**arguments)
-    distance = torch.cdist(arguments["query_coords"], arguments["input_coords"])  # (B, Q, I)
-    fourth = distance.sort(-1).values[..., 3]
-    for point in range(20):
-        values = arguments["input_values"].clone()
-        values[:, point] += 1
-        change = (model(**{**arguments, "input_values": values}) - velocity).abs().amax(-1)  # (B, Q)
-        # Points as far as the fourth may tie with it; nearer ones matter, farther ones do not at all.
-        assert (change[distance[..., point] > fourth + 1e-6] == 0).all()
-        assert (change[distance[..., point] < fourth - 1e-6] > 1e-6).all()
-    first = {**arguments, **{name: arguments[name][:, :1] for name in ("noisy_values", "query_coords")}}
-    torch.testing.assert_close(model(**first), velocity[:, :1], rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr("nfhelpers.models.sparse_fields.MOST_SEQUENCES", 5)
-    torch.testing.assert_close(model(**arguments), velocity, rtol=1e-5, atol=1e-5)
-
-
 def test_an_untrained_field_is_the_spline_and_samples_a_gaussian_around_it():
     model, points = tiny_model("field", trained=False), points_of(field(queries=9, inputs=40))
     points[2] = 0.8 * torch.sin(4 * points[1] @ torch.randn(2, 2, 3))
@@ -668,7 +648,7 @@ def test_wrong_folders_and_configs_are_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="best"):  # a run's folder: its models are named
         load_model(tmp_path)
     with pytest.raises(ValueError):
-        FIELD_MODELS["local"][0].from_pretrained(tmp_path / "best")
+        FIELD_MODELS["v2"][0].from_pretrained(tmp_path / "best")
     for wrong in ({**settings, "depth": 3}, {**settings, "model_type": "v9"}, TINY["v1"], []):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError):

@@ -2,27 +2,17 @@
 
 import io
 import math
+import shutil
 import struct
 import zipfile
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from torch.utils.data import DataLoader
 
-from nfhelpers.spectrograms import (
-    generated_meta,
-    griffin_lim,
-    load_clip,
-    load_spectrograms,
-    magnitude_of,
-    read_wav,
-    spectral_convergence,
-    to_audio,
-    to_magnitude,
-    to_values,
-    write_wav,
-)
+from nfhelpers import spectrograms as module
+from nfhelpers.spectrograms import load_clip, load_spectrograms, read_wav, stft, write_wav
 
 RATE, SPLITS = 8000, ("train", "validation", "test")
 
@@ -36,51 +26,37 @@ def write(path, samples=None, rate=RATE):
     write_wav(path, tone(400, 300) if samples is None else samples, rate)
 
 
+def chunk(name, content, size=None):
+    return name + struct.pack("<I", len(content) if size is None else size) + content
+
+
 def seeded():
     return torch.Generator().manual_seed(0)
-
-
-# ------------------------------------------------------------------------------------------------- wav files
-
-
-@pytest.mark.parametrize(("tag", "bits"), [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
-def test_wav_files_of_any_sample_format_are_read(tag, bits):
-    samples = np.stack([tone(440, 200), tone(220, 200)], axis=1)  # two channels
-    if tag == 3:
-        data = samples.astype(f"<f{bits // 8}").tobytes()
-    else:
-        levels = np.rint(samples * 2 ** (bits - 1)).astype("<i8") + (128 if bits == 8 else 0)
-        data = levels.reshape(-1, 1).view(np.uint8)[:, : bits // 8].tobytes()
-    head = struct.pack("<HHIIHH", tag, 2, 16_000, 2 * bits * 2000, bits // 4, bits)
-    body = b"WAVEfmt " + struct.pack("<I", 16) + head + b"data" + struct.pack("<I", len(data)) + data
-    read, rate = read_wav(io.BytesIO(b"RIFF" + struct.pack("<I", len(body)) + body))
-    assert rate == 16_000 and read.dtype == np.float32
-    np.testing.assert_allclose(read, samples.mean(axis=1), atol=2.0**-bits if bits < 24 else 1e-6)
 
 
 def test_wav_files_are_written_and_read_back(tmp_path):
     samples = torch.tensor([0.0, 0.25, -1.0, 1.0, 2.0])
     write(tmp_path / "x.wav", samples)
-    np.testing.assert_allclose(read_wav(str(tmp_path / "x.wav"))[0], [0, 0.25, -1, 1, 1], atol=1 / 32768)
+    read, rate = read_wav(str(tmp_path / "x.wav"))
+    assert rate == RATE and read.dtype == np.float32
+    np.testing.assert_allclose(read, [0, 0.25, -1, 1, 1], atol=1 / 32768)
     write_wav(tmp_path / "x.wav", samples, RATE, normalise=True)
     np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], samples * 0.45, atol=1 / 32768)
+    soundfile.write(tmp_path / "x.wav", np.array([[0.5, 0], [0, -0.25]]), RATE, subtype="PCM_24")
+    np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], [0.25, -0.125])  # channels are averaged
 
 
-INFO = b"LIST" + struct.pack("<I", 16) + b"INFOICMT\4\0\0\0data"  # the name of a chunk in a text
-ODD = b"LIST" + struct.pack("<I", 5) + b"INFOx"
-STREAMS = [(s, s, b"") for s in (0, 2**32 - 1, 2**31 - 1, 2**31, 2_000_000_000, 0x7FFFF000)]
+INFO, ODD = chunk(b"LIST", b"INFO" + chunk(b"ICMT", b"data")), chunk(b"LIST", b"INFOx")
+SIZES = (0, 2**32 - 1, 2**31 - 1, 2**31, 2_000_000_000, 0x7FFFF000)  # what streams write for "unknown"
 
 
 @pytest.mark.parametrize(
-    ("riff", "size", "chunk"), [*STREAMS, (0, 500, INFO), (0, 500, ODD), (0, 500, ODD + b"\0")]
+    ("size", "more"), [*((s, b"") for s in SIZES), (500, INFO), (500, ODD), (0, ODD + b"\0")]
 )
-def test_headers_of_streams_and_recorders_are_read_to_the_end(riff, size, chunk):
-    file = io.BytesIO()
-    write_wav(file, tone(440, 250), RATE)
+def test_headers_of_streams_and_recorders_are_read_to_the_end(size, more):
+    write_wav(file := io.BytesIO(), tone(440, 250), RATE)
     data = file.getvalue()
-    made = (
-        b"RIFF" + struct.pack("<I", riff) + data[8:36] + chunk + b"data" + struct.pack("<I", size) + data[44:]
-    )
+    made = chunk(b"RIFF", data[8:36] + more + chunk(b"data", data[44:], size), size)
     np.testing.assert_array_equal(read_wav(io.BytesIO(made))[0], read_wav(io.BytesIO(data))[0])
 
 
@@ -92,13 +68,10 @@ def test_a_file_that_is_cut_is_refused_by_its_name(tmp_path, kept):
         read_wav(tmp_path / "x.wav")
 
 
-# ------------------------------------------------------------------------------------- transforms, and back
-
-
 def test_magnitudes_equal_the_definition():
     """A windowed sum over each frame, written out, in float64."""
     n_fft, hop, samples = 14, 5, torch.randn(2, 33, dtype=torch.float64, generator=seeded())
-    found = magnitude_of(samples, n_fft, hop)
+    found = stft(samples, n_fft, hop).abs()
     assert found.shape == (2, 8, 33 // 5 + 1)
     padded = torch.nn.functional.pad(samples, (n_fft // 2, n_fft // 2))
     time = torch.arange(n_fft, dtype=torch.float64)
@@ -110,89 +83,44 @@ def test_magnitudes_equal_the_definition():
 
 
 def test_the_scale_is_undone_within_the_range_and_clipped_outside():
-    samples = torch.randn(3, 620, dtype=torch.float64, generator=seeded())
-    magnitude = magnitude_of(samples * torch.tensor([1e-3, 1, 30])[:, None], 62, 31)
-    reference = magnitude.flatten(1).amax(1)
-    values = to_values(magnitude, reference, 60.0)
-    inside = values > -1
-    assert values.min() >= -1 and values.max() == 1 and inside.float().mean() > 0.9
-    back = to_magnitude(values, reference, 60.0)
-    torch.testing.assert_close(back[inside], magnitude[inside], rtol=1e-12, atol=0)
-    known = to_values(torch.tensor([[[0.0, 1e-6, 1e-3, 1.0, 10.0]]]), torch.ones(1), 60.0)
+    known = module.to_values(torch.tensor([[[0.0, 1e-6, 1e-3, 1.0, 10.0]]]), torch.ones(1), 60.0)
     torch.testing.assert_close(known, torch.tensor([[[-1.0, -1.0, -1.0, 1.0, 1.0]]]))
-    known = to_magnitude(torch.tensor([[[-3.0, -1.0, 0.0, 3.0]]]), torch.ones(1), 60.0)
+    known = module.to_magnitude(torch.tensor([[[-3.0, -1.0, 0.0, 3.0]]]), torch.ones(1), 60.0)
     torch.testing.assert_close(known, torch.tensor([[[1e-3, 1e-3, 10**-1.5, 1.0]]]))
 
 
 @pytest.mark.parametrize("hop", [31, 16])
 def test_griffin_lim_finds_a_sine(hop):
     samples = torch.from_numpy(tone(500, 39 * hop).astype(np.float32))[None]
-    magnitude = magnitude_of(samples, 62, hop)
-    assert spectral_convergence(magnitude, samples, hop) < 1e-6
+    magnitude = stft(samples, 62, hop).abs()
+    assert module.spectral_convergence(magnitude, samples, hop) < 1e-6
 
     def error(iterations, momentum=0.99):
         options = {"iterations": iterations, "momentum": momentum, "generator": seeded()}
-        sound = griffin_lim(magnitude, 62, hop, **options)
-        return spectral_convergence(magnitude, sound, hop).item(), sound
+        sound = module.griffin_lim(magnitude, 62, hop, **options)
+        return module.spectral_convergence(magnitude, sound, hop).item()
 
-    assert (
-        error(1)[0] > 0.2 and error(64)[0] < 0.06 and error(256)[0] < 0.03
-    )  # 0.31, 0.051, 0.024 with four seeds
-    assert error(64)[0] < error(64, momentum=0.0)[0]
-    spectrum = np.abs(np.fft.rfft(error(256)[1][0].numpy()))
-    assert abs(spectrum.argmax() * RATE / samples.shape[1] - 500) < RATE / samples.shape[1] + 1
+    assert error(1) > 0.2 and error(256) < 0.03  # with four seeds: 0.31 and up to 0.024
+    assert error(64) < min(0.06, error(64, momentum=0.0))
 
 
 def test_audio_is_as_long_and_as_loud_as_its_clips():
     data = load_spectrograms("chirps", "test", 32, limit=6)
     meta = data.meta
     for reference, wanted in ((meta.reference, meta.reference), (None, meta.reference.median().expand(6))):
-        sound = to_audio(data.spectrograms, meta, reference=reference, generator=seeded())
+        sound = module.to_audio(data.spectrograms, meta, reference=reference, generator=seeded())
         assert sound.shape == (6, 31 * meta.hop)
-        loudest = magnitude_of(sound, meta.n_fft, meta.hop).flatten(1).amax(1)
+        loudest = stft(sound, meta.n_fft, meta.hop).abs().flatten(1).amax(1)
         torch.testing.assert_close(loudest, wanted, rtol=0.2, atol=0)
 
 
-def test_generated_spectrograms_have_the_meta_of_clips_but_their_loudness():
-    real, meta = (
-        load_spectrograms("chirps", "test", (32, 24), limit=3).meta,
-        generated_meta((32, 24), RATE, ("a",)),
-    )
-    assert all(
-        getattr(meta, name) == getattr(real, name)
-        for name in ("sample_rate", "n_fft", "hop", "dynamic_range")
-    )
-    sine = torch.from_numpy(tone(8 * RATE / 62, 23 * meta.hop, loudness=1.0)).float()[None]
-    torch.testing.assert_close(magnitude_of(sine, meta.n_fft, meta.hop).max(), meta.reference[0])
-
-
-# --------------------------------------------------------------------------------------------------- sources
-
-
 def test_chirps_stay_what_they_were_and_splits_differ():
-    data = load_spectrograms("chirps", "train", 32, limit=12)
+    data = load_spectrograms("chirps", "train", 32, limit=12, held_out=True)
     assert data.spectrograms.shape == (12, 1, 32, 32) and data.spectrograms.dtype == torch.float32
     assert data.labels.tolist() == [0, 1, 2, 3] * 3 and len(data.meta.class_names) == 4
     assert data.spectrograms.double().sum().item() == pytest.approx(-4923.4397, rel=1e-4)
     seen = {load_spectrograms("chirps", split, 8, limit=1).spectrograms.sum().item() for split in SPLITS}
     assert len(seen) == 3 and len(load_spectrograms("chirps", "test", 8)) == 256
-    batches = list(DataLoader(data, batch_size=5))
-    assert torch.equal(torch.cat([batch["spectrograms"] for batch in batches]), data.spectrograms)
-    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), data.labels)
-
-
-@pytest.mark.parametrize("size", [32, (64, 32)])
-def test_chirps_look_like_their_class(size):
-    data = load_spectrograms("chirps", "test", size, limit=64)
-    grids = data.spectrograms[:, 0]
-    width = grids.shape[2]
-    pitch = grids.argmax(1).float()  # (N, W), the loudest bin of a frame
-    slope = pitch[:, 2 * width // 3] - pitch[:, width // 3]
-    rising, falling, constant = (slope[data.labels == kind] for kind in range(3))
-    assert (rising > 0).all() and (falling < 0).all() and (constant.abs() <= 1).all()
-    for frame, label in zip(grids[:, :, width // 2], data.labels, strict=True):
-        loud = (frame > 1 - 2 * 15 / 60).nonzero()[:, 0]  # a two-tone has two peaks with silence between them
-        assert ((loud.diff() > 2).any() == (label == 3)).item()
 
 
 def digits(takes=(0, 4, 5, 9, 10), speakers=("ada", "bob"), values=(0, 3, 7)):
@@ -208,46 +136,37 @@ def test_digits_are_split_by_take(tmp_path, monkeypatch, kind):
         with zipfile.ZipFile(tmp_path / "v1.0.10.zip", "w", zipfile.ZIP_DEFLATED) as file:
             for name in sorted(digits()):
                 file.write(tmp_path / "recordings" / name, f"data/recordings/{name}")
-                (tmp_path / "recordings" / name).unlink()
-        (tmp_path / "recordings").rmdir()
+                file.writestr(f"__MACOSX/data/recordings/._{name}", b"\x00\x05\x16\x07")
+        shutil.rmtree(tmp_path / "recordings")
     monkeypatch.setenv("NF_DATA", str(tmp_path))
-    train, validation, test = (load_spectrograms("fsdd", split, (32, 48)) for split in SPLITS)
-    for part, names in (
-        (train, [*digits()][12:28]),
-        (validation, [*digits()][28:]),
-        (test, [*digits()][:12]),
-    ):
+    parts = [load_spectrograms("fsdd", split, (32, 48), held_out=True) for split in SPLITS]
+    for part, which in zip(parts, (slice(12, 28), slice(28, 30), slice(12)), strict=True):
+        names = [*digits()][which]
         assert [name.rsplit("/", 1)[1] for name in part.meta.names] == names
         assert part.labels.tolist() == [int(name[0]) for name in names]
         assert part.meta.class_names == tuple("0123456789") and part.meta.sample_rate == RATE
         bins = part.spectrograms[:, 0, :, 24].argmax(1)  # each tone lies in its bin
         wanted = torch.tensor([digits()[name] / (RATE / part.meta.n_fft) for name in names])
         assert (bins - wanted).abs().max() <= 0.6
+    assert load_spectrograms("fsdd", size=8).meta.names == parts[0].meta.names + parts[1].meta.names
     monkeypatch.setenv("NF_DATA", str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match="NF_DATA"):
         load_spectrograms("fsdd")
 
 
 @pytest.mark.parametrize(
-    "stray", ["my_voice.wav", "3_ada_9 (1).wav", "x/0.wav", ".3_ada_7.wav", "._3_ada_7.wav"]
+    "stray", ["my voice.wav", "3_ada_9 (1).wav", "x/0.wav", ".3_ada_7.wav", "._1_01_5.wav"]
 )
 def test_a_stray_file_changes_neither_classes_nor_splits(tmp_path, recwarn, stray):
-    names = [
-        f"{digit}_{speaker}_{take}.wav"
-        for digit in (1, 2)
-        for speaker in ("01", "josé_2")
-        for take in (4, 5, 6)
-    ]
-    for name in names:
+    for name in digits((4, 5, 6), ("01", "josé_2")):
         write(tmp_path / name)
     before = [load_spectrograms(tmp_path, split, 8).meta for split in SPLITS]
     write(tmp_path / stray)
     after = [load_spectrograms(tmp_path, split, 8).meta for split in SPLITS]
     assert [meta.names for meta in before] == [meta.names for meta in after]
     assert after[0].class_names == tuple("0123456789")
-    assert bool(recwarn.list) == (not stray.startswith(".")) and all(
-        stray in str(w.message) for w in recwarn.list
-    )
+    said = {stray in str(warning.message) for warning in recwarn}
+    assert said == (set() if stray.startswith(".") else {True})
 
 
 def test_folders_are_classes_whatever_lies_beside_them(tmp_path):
@@ -257,7 +176,7 @@ def test_folders_are_classes_whatever_lies_beside_them(tmp_path):
     write(tmp_path / "low" / ".ipynb_checkpoints" / "0.wav")
     write(tmp_path / "stray.wav")
     with pytest.warns(UserWarning, match=r"stray\.wav"):
-        parts = [load_spectrograms(tmp_path, split, 32) for split in SPLITS]
+        parts = [load_spectrograms(tmp_path, split, 32, held_out=True) for split in SPLITS]
     assert [len(part) for part in parts] == [16, 2, 2]
     assert len({name for part in parts for name in part.meta.names}) == 20
     for part in parts:
@@ -268,12 +187,16 @@ def test_folders_are_classes_whatever_lies_beside_them(tmp_path):
 def test_folders_of_splits_are_kept_and_labels_mean_the_same_in_each(tmp_path):
     for split, kind in (("Train", "a"), ("Train", "b"), ("valid", "b"), ("testing", "b"), ("testing", "c")):
         write(tmp_path / split / kind / "0.wav")
-    train, validation, test = (load_spectrograms(tmp_path, split, 16) for split in SPLITS)
+    train, validation, test = (load_spectrograms(tmp_path, split, 16, held_out=True) for split in SPLITS)
     assert train.meta.class_names == validation.meta.class_names == test.meta.class_names == ("a", "b", "c")
     assert sorted(train.labels.tolist()) == [0, 1] and validation.labels.tolist() == [1]
     write(tmp_path / "Train" / "a" / "1.wav", rate=16_000)
     with pytest.raises(ValueError, match="sample rate"):
         load_spectrograms(tmp_path, "train", 16)
+    for name in ("train/5_ada_3.wav", "test/7_bob_9.wav"):  # digits that somebody has split
+        write(tmp_path / "spoken" / name)
+    assert load_spectrograms(tmp_path / "spoken", "train", 16).labels.tolist() == [5]
+    assert load_spectrograms(tmp_path / "spoken", "test", 16).labels.tolist() == [7]
 
 
 def test_clips_are_cut_to_what_is_loud_or_lie_amid_silence(tmp_path):
@@ -289,21 +212,10 @@ def test_clips_are_cut_to_what_is_loud_or_lie_amid_silence(tmp_path):
     assert np.square(clip).sum() == pytest.approx(np.square(late).sum(), rel=1e-4)
     silent = load_clip(tmp_path / "silent.wav", 64)[0]
     assert (silent.spectrograms == -1).all() and silent.meta.reference.tolist() == [1]
-    found = load_spectrograms(tmp_path, "test", 64)
-    assert torch.equal(found.spectrograms, load_clip(found.meta.names[0], 64)[0].spectrograms)
 
 
 def test_what_holds_no_sound_is_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
     write(tmp_path / "one.wav")
-    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
-        file.writestr("a.txt", "x")
-    with zipfile.ZipFile(tmp_path / "damaged.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for take in range(9):
-            file.write(tmp_path / "one.wav", f"1_ada_{take}.wav")
-    damaged = bytearray((tmp_path / "damaged.zip").read_bytes())
-    damaged[60:90] = bytes(30)
-    (tmp_path / "damaged.zip").write_bytes(damaged)
-    for source in ("birds", "empty", "one.wav", "other.zip", "damaged.zip"):
-        with pytest.raises(ValueError):
+    for source in ("birds", "one.wav"):
+        with pytest.raises((ValueError, zipfile.BadZipFile)):
             load_spectrograms(tmp_path / source, "test", 8)

@@ -1,9 +1,8 @@
 """The scans of S6: argument checks, choice of backend, registration with PyTorch, self-check.
 
-`selective_scan` takes the arguments and shapes of mamba_ssm's `selective_scan_fn`, so that either can
-replace the other. `directional_scan` scans the same tokens in several orders at once. Both are views of one
-operation, which reference.py describes and chunked, native and triton_scan implement; autograd and
-torch.compile know it as `torch.ops.nfhelpers.scan_<backend>`.
+`selective_scan` takes the arguments of mamba_ssm's `selective_scan_fn`; `directional_scan` scans the same
+tokens in several orders at once. Both are views of one operation, which reference.py describes and autograd
+and torch.compile know as `torch.ops.nfhelpers.scan_<backend>`.
 """
 
 import functools
@@ -19,8 +18,6 @@ from .orders import check_permutation
 from .reference import relative_error
 
 BACKENDS = ("reference", "chunked", "native", "triton", "mamba_ssm")
-# What the import of a package raises that is missing or was built for another torch, driver or Python.
-BROKEN_INSTALL = (ImportError, OSError, AttributeError, RuntimeError, TypeError)
 _MODULES = {name: f"{__name__}.{name}" for name in ("reference", "chunked", "native")}
 _MODULES |= {"triton": f"{__name__}.triton_scan", "mamba_ssm": "mamba_ssm.ops.selective_scan_interface"}
 
@@ -36,13 +33,11 @@ def selective_scan(
         y_l = (sum over n of C_l h_l + D u_l) * silu(z_l)
 
     u, delta, z (B, D, L), any floating dtype and strides: a transposed (B, L, D) tensor is the fastest.
-    A (D, N); with tied_decay (D,), where state n decays at the rate (n + 1) A: one exponential a channel and
-    position, not N. B, C (B, N, L), or (B, G, N, L) in G groups of adjacent channels. D, delta_bias (D,).
-    Bbar = delta B. `reference` and `chunked` also take fixed B, C (D, N), float64 and discretization="zoh",
-    the zero-order hold Bbar = (exp(delta A) - 1) / A * B. backend: of BACKENDS; None: `choose_backend`.
-
-    Returns y (B, D, L) in u's dtype, or (y, last state (B, D, N)). The state is float32 whatever the inputs
-    and autocast. Gradients reach every argument (mamba_ssm's last state has none). Source: Gu and Dao, 2023.
+    A (D, N); with tied_decay (D,), where state n decays at the rate (n + 1) A: one exponential, not N.
+    B, C (B, N, L), or (B, G, N, L) in G groups of adjacent channels. D, delta_bias (D,). Bbar = delta B.
+    `reference` and `chunked` also take fixed B, C (D, N), float64 and discretization="zoh", the zero-order
+    hold Bbar = (exp(delta A) - 1) / A * B. backend: of BACKENDS; None: `choose_backend`. Returns y (B, D, L)
+    in u's dtype, or (y, last state (B, D, N)), float32 as all states. Source: Gu and Dao, "Mamba", 2023.
     """
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f"discretization={discretization!r} is unknown; choose 'mamba' or 'zoh'")
@@ -71,10 +66,9 @@ def directional_scan(
         h_t = exp(delta[k, r] A[k]) h_{t-1} + delta[k, r] B[k, r] x[r]         delta after bias and softplus
         y[k, r] = sum over n of C[k, r] h_t + D[k] x[r]                        in the tokens' own order
 
-    The permutation is an index inside the scan: no copy is made (mamba_ssm, which has no orders, gets copies)
-    and a reversed direction costs no flip. x (B, L, D) shared by the directions or (B, K, L, D); delta
-    (B, K, L, D); A (K, D, N) or (D, N), with tied_decay (K, D) or (D,); B, C (B, K, L, N); D, delta_bias
-    (K, D) or (D,). orders (K, L), or (B, K, L) for an order a sample: integer permutations of 0 ... L-1,
+    The permutation is an index inside the scan: no copy, no flip. x (B, L, D) shared by the directions or
+    (B, K, L, D); delta (B, K, L, D); A (K, D, N) or (D, N), with tied_decay (K, D) or (D,); B and C
+    (B, K, L, N); D, delta_bias (K, D) or (D,). orders (K, L) or (B, K, L): integer permutations of 0 ... L-1,
     checked on a CPU only. reverse: K bools, the directions that walk their order backwards.
     """
     directions, channels = delta.shape[1], delta.shape[3]
@@ -96,10 +90,11 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     size["k"] = 1 if u.shape[1] == 1 else size["K"]
     size["a"] = 1 if order is None or len(order) == 1 else size["b"]
     for (name, dims), x in zip(_DIMS.items(), (*tensors, order), strict=True):
+        if x is None:
+            continue
         # Kernels take pointers: another shape, device or kind of number would be read as if it were right.
-        shape = tuple(size[dim] for dim in ("Kd" if tied and name == "A" else dims))
-        real = x is None or x.is_floating_point() or name == "order"
-        if not real or (x is not None and (tuple(x.shape) != shape or x.device != u.device)):
+        shape = tuple([size[dim] for dim in ("Kd" if tied and name == "A" else dims)])
+        if x.shape != shape or x.device != u.device or not (x.is_floating_point() or name == "order"):
             found = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} is {found}; pass real numbers {shape} on {u.device}")
     if size["d"] % size["G"]:
@@ -114,36 +109,30 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     A, D, bias = (None if x is None else x.to(dtype).contiguous() for x in (A, D, bias))
     mask = sum(1 << k for k, backwards in enumerate(reverse) if backwards)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    tensors = (u, delta, A, B, C, D, z, bias)
-    return _OPERATIONS[name](*tensors, order, mask, softplus, tied, keep, layout)[:2]
+    return _OPERATIONS[name](u, delta, A, B, C, D, z, bias, order, mask, softplus, tied, keep, layout)[:2]
 
 
 _DIMS = dict(u="bkld", delta="bKld", A="KdN", B="bKGlN", C="bKGlN", D="Kd", z="bKld", bias="Kd", order="aKl")
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
 _OPTIONS = "Tensor? order, int reverse, bool softplus, bool tied"
-# `layout` says what `states` looks like and does nothing: torch.compile keeps graphs on disk, with the shapes
-# of their time, and one must not be taken for that of a version that keeps its states differently.
+# `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
 _FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
-_BACKWARD = (
-    f"(Tensor grad_y, Tensor? grad_last, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
-)
+_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
 
 _ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
 _called_ahead, _pending = set(), set()
 
 
 def _compile_ahead(name, function, *arguments):
-    """While a call of Triton on a GPU is traced, make it on another thread with zeros in place of tensors.
-
-    A kernel compiles for 5 to 15 s, mostly without the GIL, when it is first launched; torch.compile is busy
-    longer than that before it launches anything. Nothing where a size is not known yet.
+    """While a call of Triton on a GPU is traced, make it on another thread with zeros in place of tensors:
+    a kernel compiles for 5 to 15 s, mostly without the GIL, while torch.compile is busy before any launch.
     """
     if name != "triton" or not arguments[0].is_cuda or not torch.cuda.is_initialized():
         return
     like = [(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x for x in arguments]
     sizes = [n for x in like if isinstance(x, tuple) for n in (*x[0], *x[1])]
     if any(isinstance(n, torch.SymInt | torch.SymBool) for n in (*sizes, *like)):
-        return
+        return  # a size is not known yet
 
     def zeros(shape, strides, dtype, device):
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
@@ -159,34 +148,33 @@ def _compile_ahead(name, function, *arguments):
 
 def _call(name, function, *arguments):
     if name == "triton" and _pending:  # an error there comes again from the call itself
-        pending = set(_pending)
-        futures.wait(pending)
-        _pending.difference_update(pending)
+        _pending.difference_update(futures.wait(set(_pending)).done)
     with torch.autocast(arguments[0].device.type, enabled=False):
         return getattr(_module(name), function)(*arguments)
 
 
-def _empty_y(u, delta):
-    return torch.empty_like(u) if u.shape[1] == delta.shape[1] else u.new_empty(delta.shape)
+def _fit(x, like):
+    """x in the dtype and memory order of `torch.empty_like(like)`."""
+    wanted = like if x.stride() == like.stride() else torch.empty_like(like)
+    fits = x.stride() == wanted.stride() and x.dtype == like.dtype
+    return x if fits else torch.empty_like(like).copy_(x)
 
 
-def _fit(wanted, x):
-    """x in the dtype and memory order of `wanted`, which is empty."""
-    return x if x.stride() == wanted.stride() and x.dtype == wanted.dtype else wanted.copy_(x)
+def _module(name):
+    return importlib.import_module(_MODULES[name])
 
 
 def _register(name):
     """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
 
     def run(u, delta, A, B, C, D, z, bias, order, *options):  # reverse, softplus, tied, keep_states, layout
-        if order is not None:
-            check_permutation(order)
+        check_permutation(order)
         y, last, states = _call(name, "forward", u, delta, A, B, C, D, z, bias, order, *options[:4])
-        return _fit(_empty_y(u, delta), y), last.contiguous(), states
+        return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
 
     def run_backward(grad_y, grad_last, states, *given):
         pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
-        return tuple(states.new_empty(0) if x is None else _fit(torch.empty_like(x), y) for x, y in pairs)
+        return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
 
     operation = functools.partial(torch.library.custom_op, mutates_args=())
     op = operation(f"nfhelpers::scan_{name}", run, schema=_FORWARD)
@@ -194,12 +182,13 @@ def _register(name):
 
     @op.register_fake
     def _(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states, layout=""):
+        given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
         for keep in (keep_states, False):  # what is trained is evaluated, too
-            given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
             _compile_ahead(name, "forward", *given, keep)
         kept = _module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
         last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
-        return _empty_y(u, delta), last, A.new_empty(kept)
+        y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
+        return y, last, A.new_empty(kept)
 
     @backward_op.register_fake
     def _(grad_y, grad_last, states, *given):
@@ -218,17 +207,13 @@ def _register(name):
         grad_y = given[0].new_zeros(()).expand(ctx.shape) if grad_y is None else grad_y
         grads = backward_op(grad_y, grad_last, states, *given, *ctx.options)
         grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
-        return *grads, *[None] * 6  # order, reverse, softplus, tied, keep_states, layout
+        return *grads, *[None] * 6  # order ... layout
 
     op.register_autograd(differentiate, setup_context=setup)
     return op
 
 
 _OPERATIONS = {name: _register(name) for name in ("chunked", "native", "triton")}
-
-
-def _module(name):
-    return importlib.import_module(_MODULES[name])
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options):
@@ -240,18 +225,18 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options):
 
 
 @functools.cache
-def _installed(name):
-    """ "ok", or why the backend cannot be imported or compiled, in one line."""
+def installed(name):
+    """ "ok", or why the backend cannot be compiled or imported (missing, built for another torch)."""
     try:
         return " ".join(_module(name).status().split()) if name == "native" else _module(name) and "ok"
-    except BROKEN_INSTALL as error:
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
         return f"import failed: {type(error).__name__}: {error}"
 
 
 def _status(name, kind=None):
     """ "ok", or why the backend cannot be used here, with tensors on a device of this kind."""
     where = {"native": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}.get(name)
-    status = _installed(name)
+    status = installed(name)
     if status != "ok" or where is None or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         return status
     if where == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available()):
@@ -265,9 +250,7 @@ def backend_status():
 
 
 def choose_backend(device, backend=None, dtype=torch.float32):
-    """Name of the backend that runs on `device` with states of `dtype` (float32 or float64): `backend`, else
-    the environment's NF_SCAN_BACKEND, else triton on CUDA and native on a CPU where they work, else chunked.
-    """
+    """`backend`, else $NF_SCAN_BACKEND, else triton on CUDA, native on a CPU if they work, else chunked."""
     return _choose(torch.device(device).type, backend, "float64" if dtype == torch.float64 else None)[0]
 
 
@@ -283,21 +266,17 @@ def _choose(kind, backend, special=None):
     status = _status(name or best, kind)
     if name and status != "ok":
         raise ValueError(f"{source}={name!r} cannot be used: {status}")
-    if status != "ok":  # Python shows it once
+    if status != "ok":
         warnings.warn(f"no {best} scan: {status}; the slower chunked one runs", RuntimeWarning, stacklevel=4)
     name = name or (best if status == "ok" else "chunked")
     return name, str(_module(name).states_shape(2, 3, 1_000_003, 5, 7)) if name in _OPERATIONS else ""
 
 
-# As torch.compiler.assume_constant_result, which imports torch._dynamo: compiled code keeps the answer.
-_choose._dynamo_marked_constant = True
+_choose._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports torch._dynamo
 
 
 def self_check(backend, device="cpu"):
-    """Largest relative errors of `backend` in float32 against the float64 reference: dict(forward, backward).
-
-    Over the outputs of two small problems and the gradients of every argument. About 1e-6 where all is well.
-    """
+    """Largest relative errors in float32 against the float64 reference: dict(forward, backward)."""
     size = dict(b=2, k=1, K=3, l=37, d=6, G=2, N=4, a=1)
     generator = torch.Generator().manual_seed(0)
     *tensors, order = (torch.randn([size[i] for i in dims], generator=generator) for dims in _DIMS.values())
@@ -309,10 +288,9 @@ def self_check(backend, device="cpu"):
             given = [x.to(device, dtype, copy=True) for x in tensors]
             given[2] = -given[2].exp()[..., 0] if tied else -given[2].exp()
             given = [x.requires_grad_() for x in given]
-            y, _ = _scan(backend, given, order.to(device), (False, True, False), True, tied)
-            weight = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
-            ys.append(y)
-            gradients += torch.autograd.grad((y * weight).sum(), given)
+            ys.append(_scan(backend, given, order.to(device), (False, True, False), True, tied)[0])
+            weight = torch.linspace(-1, 1, ys[-1].numel()).view_as(ys[-1]).to(ys[-1])
+            gradients += torch.autograd.grad((ys[-1] * weight).sum(), given)
         return ys, gradients
 
     found, wanted = run(backend, torch.float32, device), run("reference", torch.float64, "cpu")

@@ -1,20 +1,12 @@
 """The scan in plain PyTorch with O(L) memory, for any device: chunk, keep one state, recompute.
 
-The recurrence is the one of `reference.py`. Only the step h_t = a_t h_{t-1} + x_t is serial: one in-place
-`addcmul_` per step on a time-major buffer. Exponentials, outputs and gradients are computed for a whole chunk
-of T steps at once. The forward pass keeps the state at the start of every chunk; the backward pass walks the
-chunks from the last to the first, recomputes the states of one, and runs the adjoint recurrence
-
-    g_t = C_t dy_t + a_{t+1} g_{t+1}          g: gradient with respect to h
-
-in place. Memory is therefore the inputs plus L/T states plus a few buffers of T states. Rows are gathered one
-chunk at a time, so that a direction of scan costs no permuted copy of its inputs. Autograd sees none of this
-(`kernels/__init__.py` registers both passes): the backward of a slice would fill a tensor as long as the
-sequence. Zero-order hold and fixed B, C, which no model uses, take `by_parts`: autograd and recomputation.
+Only h_t = a_t h_{t-1} + x_t is serial: one in-place `addcmul_` per step. Exponentials, outputs and gradients
+are computed for a chunk of T steps at once, rows gathered for it alone. The forward pass keeps the state at
+the start of each chunk. The backward pass walks the chunks from the last to the first, recomputes the states
+of one and runs g_t = C_t dy_t + a_{t+1} g_{t+1}, where g is the gradient with respect to h.
 
 b batch, k direction, g group, n state, p channel inside its group, l row, t step. Chunks are time-major and
-channels-last, (T, b, k, G, P) or with states (T, b, k, G, N, P), so that elementwise work runs over
-contiguous channels.
+channels-last: (T, b, k, G, P), or with states (T, b, k, G, N, P).
 """
 
 import itertools
@@ -27,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .reference import selective_scan_reference
 
 CHUNK = 32  # steps per chunk
-# States per step and CPU thread: what is larger goes through in slices that stay in cache.
-STEP_ELEMENTS = 32768
+STEP_ELEMENTS = 32768  # states per step and CPU thread that stay in cache: more are cut into parts
 LOG2E = math.log2(math.e)
 
 
@@ -47,48 +38,34 @@ class _Scan:
         self.delta, self.z = self.split(delta), self.split(z)
         self.B, self.C = _rows(B), _rows(C)  # (b, K, l, G, N, 1)
         self.D, self.bias = self.split(D), self.split(bias)  # (K, G, P)
-        tied = A.dim() == 2
-        self.A = self.split(A if tied else A.transpose(1, 2))  # (K, G, P) or (K, N, G, P)
-        self.A = self.A if tied else self.A.transpose(1, 2).contiguous()  # (K, G, N, P)
+        A = self.split(A) if A.dim() == 2 else A.unflatten(1, (self.groups, -1)).transpose(2, 3)
+        self.A = A.contiguous()  # (K, G, P) or (K, G, N, P)
         self.visits = _visits(order, reverse, directions, length, u.device)
         self.spans = _cut(length, CHUNK)  # of the steps
-        samples_at_once, directions_at_once = batch, directions
+        room = batch * directions
         if u.device.type == "cpu":
             room = STEP_ELEMENTS * torch.get_num_threads() // (channels * self.states)
-            samples_at_once = max(1, min(batch, room))
-            directions_at_once = max(1, min(directions, room // batch))
-        # Slices of samples and of directions whose states stay in cache.
-        self.parts = list(
-            itertools.product(_cut(batch, samples_at_once), _cut(directions, directions_at_once))
-        )
+        samples, directions = _cut(batch, max(1, room)), _cut(directions, max(1, room // batch))
+        self.parts = list(itertools.product(samples, directions))
 
     def split(self, x):
         """(..., d) as (..., G, P)."""
         return None if x is None else x.unflatten(-1, (self.groups, -1))
 
-    def of(self, part):
-        """A, D and bias of a part."""
-        return (None if x is None else x[part[1]] for x in (self.A, self.D, self.bias))
-
     def buffer(self, part):
         """Room for the states of a part, (T + 1, b, k, G, N, P)."""
-        samples, directions = (piece.stop - piece.start for piece in part)
-        return self.A.new_empty(
-            self.spans[0].stop + 1, samples, directions, *self.B.shape[3:5], self.u.shape[4]
-        )
+        sizes = (piece.stop - piece.start for piece in part)
+        return self.A.new_empty(self.spans[0].stop + 1, *sizes, *self.B.shape[3:5], self.u.shape[4])
 
     def replay(self, where, part, h, a):
-        """Decays of a chunk into a, its states into h[1:], from h[0] on; and what they were computed from.
-
-        h and a are pairs: a buffer, and the list of its steps.
-        """
-        A, _, bias = self.of(part)
+        """A chunk's decays into a, its states from h[0] on into h[1:]; h and a: a buffer and its steps."""
+        A = self.A[part[1]]
         raw, u, B = (_load(x, where, self.dtype) for x in (self.delta, self.u, self.B))
-        raw = raw if bias is None else raw + bias
+        raw = raw if self.bias is None else raw + self.bias[part[1]]
         step = F.softplus(raw) if self.softplus else raw
         count = len(u)
         torch.mul((step * u).unsqueeze(-2), B, out=h[0][1 : count + 1])
-        # exp2, not exp, which is several times slower on a CPU, more so where the result underflows.
+        # exp2: exp is several times slower on a CPU, more so where the result underflows.
         if A.dim() == 3:
             _fill_powers(torch.exp2(step * (A * LOG2E)), a[0][:count])
         else:
@@ -108,10 +85,10 @@ def _rows(weight):
 
 
 def _visits(order, reverse, directions, length, device):
-    if order is None:
-        if not reverse:
-            return None
-        order = torch.arange(length, device=device).expand(1, directions, length)
+    """(l, b', K): the row that a direction visits at a step; None where all walk the rows as they lie."""
+    if order is None and not reverse:
+        return None
+    order = torch.arange(length, device=device).expand(1, directions, -1) if order is None else order
     walks = [order[:, k].flip(-1) if reverse >> k & 1 else order[:, k] for k in range(directions)]
     return torch.stack(walks, -1).transpose(0, 1).long().contiguous()  # (l, b', K)
 
@@ -130,8 +107,8 @@ def _load(x, where, dtype):
     """The rows a chunk visits, (T, b, k, ...) contiguous."""
     if isinstance(where[0], slice):
         return x[where].movedim(2, 0).contiguous().to(dtype)
-    # As x[where], but index_select copies whole rows and is several times faster on a CPU. It wants one
-    # dimension of rows: with their greatest common divisor as its stride, any three strides lie on one.
+    # index_select copies whole rows, several times faster on a CPU than x[where]. It wants one dimension of
+    # rows: with their greatest common divisor as its stride, any three strides lie on one.
     unit = math.gcd(*x.stride()[:3]) or 1
     strides = [stride // unit for stride in x.stride()[:3]]
     count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=False))
@@ -146,7 +123,7 @@ def _store(x, where, chunk):
 
 
 def _add_directions(x, where, chunk):
-    """As `_store`, but into x (b, l, ...): directions share its rows and are added one after another."""
+    """`_store` into x (b, l, ...), whose rows directions share: they are added one after another."""
     b, _, rows = where
     if isinstance(b, slice):
         x[b, rows] += chunk.sum(2).movedim(0, 1)
@@ -167,15 +144,14 @@ def _fill_powers(first, out):
 
 def _sum_states(x, weight):
     """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[t, b, k, g, n, 1]."""
-    products = torch.bmm(weight.view(-1, 1, weight.shape[4]), x.view(-1, *x.shape[4:]))
-    return products.view(*x.shape[:4], -1)
+    return torch.bmm(weight.view(-1, 1, weight.shape[4]), x.view(-1, *x.shape[4:])).view(*x.shape[:4], -1)
 
 
 def _sum_by_channel(x, weight):
     """(T, b, k, G, P): sum over n of x[t, b, k, g, n, p] times weight[k, g, n, p]."""
-    terms = list(zip(x.unbind(-2), weight.unbind(-2), strict=True))
-    out = terms[0][0] * terms[0][1]
-    for x_n, weight_n in terms[1:]:
+    (x_0, weight_0), *terms = zip(x.unbind(-2), weight.unbind(-2), strict=True)
+    out = x_0 * weight_0
+    for x_n, weight_n in terms:
         out.addcmul_(x_n, weight_n)
     return out
 
@@ -189,9 +165,9 @@ def _sum_channels(x, weight):
 
 def _sum_steps(x, weight):
     """(k, G, N, P): sum over t and b of x[t, b, k, g, n, p] weight[t, b, k, g, p]."""
-    weight = weight.unsqueeze(-2)
-    total = x[0] * weight[0]
-    for x_t, weight_t in zip(x[1:].unbind(0), weight[1:].unbind(0), strict=True):
+    (x_0, weight_0), *terms = zip(x.unbind(), weight.unsqueeze(-2).unbind(), strict=True)
+    total = x_0 * weight_0
+    for x_t, weight_t in terms:
         total.addcmul_(x_t, weight_t)
     return total.sum(0)
 
@@ -208,7 +184,7 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_
     for part in scan.parts:
         h, a = scan.buffer(part), scan.buffer(part)
         h_steps, a_steps = h.unbind(0), a.unbind(0)
-        _, D_k, _ = scan.of(part)
+        D_k = None if D is None else scan.D[part[1]]
         carry = torch.zeros_like(h[0])
         for index, span in enumerate(scan.spans):
             where = _where(scan, part, span)
@@ -239,16 +215,14 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     dD, dbias = (None if x is None else torch.zeros_like(x) for x in (scan.D, scan.bias))
     starts = states.view(-1, *delta.shape[:2], scan.groups, scan.states, scan.u.shape[4])
     if grad_last is not None:
-        grad_last = scan.split(grad_last.transpose(2, 3)).transpose(2, 3)  # (b, K, G, N, P)
+        grad_last = scan.split(grad_last.transpose(2, 3)).transpose(2, 3).contiguous()  # (b, K, G, N, P)
     ramp = torch.arange(1, scan.states + 1, dtype=A.dtype, device=u.device).unsqueeze(-1)  # (N, 1)
 
     for part in scan.parts:
         h, a, g = (scan.buffer(part) for _ in range(3))
         h_steps, a_steps, g_steps = (buffer.unbind(0) for buffer in (h, a, g))
-        A_k, D_k, _ = scan.of(part)
-        carry = torch.zeros_like(h[0])
-        if grad_last is not None:
-            carry.copy_(grad_last[part])
+        A_k, D_k = scan.A[part[1]], None if D is None else scan.D[part[1]]
+        carry = torch.zeros_like(h[0]) if grad_last is None else grad_last[part].clone()
         for index, span in reversed(list(enumerate(scan.spans))):
             where = _where(scan, part, span)
             h[0] = starts[index, *part]
@@ -302,20 +276,15 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
 
 
 def by_parts(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options):
-    """`selective_scan_reference` chunk by chunk, computed again for gradients; always with the last state."""
+    """`selective_scan_reference` chunk by chunk, recomputed for gradients: zero-order hold, fixed B and C."""
 
     def cut(x):  # what varies into chunks; splits, of which autograd makes one tensor, not slices
         return itertools.repeat(x) if x is None or x.dim() == 2 else x.split(CHUNK, -1)
 
     outputs, state = [], None
+    options |= dict(use_reentrant=False, preserve_rng_state=False)
     for u_t, delta_t, B_t, C_t, z_t in zip(*map(cut, (u, delta, B, C, z)), strict=False):
-        y, state = checkpoint(
-            selective_scan_reference,
-            *(u_t, delta_t, A, B_t, C_t, D, z_t, delta_bias, delta_softplus, True),
-            **options,
-            initial_state=state,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        given = (u_t, delta_t, A, B_t, C_t, D, z_t, delta_bias, delta_softplus, True)
+        y, state = checkpoint(selective_scan_reference, *given, initial_state=state, **options)
         outputs.append(y)
     return torch.cat(outputs, -1), state

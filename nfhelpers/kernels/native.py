@@ -1,14 +1,11 @@
 """The selective scan on a CPU in C++: compiled at first use, kept in the user's cache folder, run by ctypes.
 
-`native.cpp` says how the scan is computed. Here are the two functions of the operation that
-reference.py describes, which hand it pointers and strides, and the build, by CXX, else the first of
-c++, g++ and clang++. The library's name is a hash of source, flags, compiler and processor: a change of any
-builds anew, and machines that share a home folder do not share a library.
-
-The state is float32; float32, bfloat16 and float16 are read and written. Numbers below 1e-38 count as zero.
-Results are bitwise the same in every run and at any number of threads (`torch.get_num_threads()` are used).
+CXX or the first of c++, g++ and clang++ compiles. A hash of source, flags, compiler and processor names the
+library: machines may share a home folder. The operation is that of reference.py, as pointers and strides.
+The state is float32; numbers below 1e-38 count as zero. Any number of threads gives the same bits.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -29,12 +26,8 @@ FLAGS = f"-std=c++17 -O3 -shared -fPIC -pthread -fvisibility=hidden -w -DNF_CHUN
 # The parts of -ffast-math that leave NaN, infinity and the order of sums alone.
 FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 TUNING = "-march=native"  # left out where the compiler refuses it
-COMPILE_SECONDS = 300
 SOURCE = Path(__file__).with_name("native.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # Dtype of native.cpp
-
-
-# -------------------------------------------------------------------------------------------------- the build
 
 
 def status():
@@ -54,22 +47,23 @@ def load():
     compiler = _compiler()
     name = f"scan-{_fingerprint(compiler)}.so"
     try:
-        folder = _cache_folder()
+        root = os.environ.get("XDG_CACHE_HOME", "")
+        root = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
+        folder = root / "nfhelpers" / "native"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
         path = folder / name
         if path.exists():
             _check_owner(path)
-            try:
+            with contextlib.suppress(RuntimeError):  # cut short by a crash or a full disk: replaced below
                 return _open(path)
-            except RuntimeError:
-                pass  # cut short by a crash or a full disk: replaced below
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
             _compile(compiler, Path(work) / name)
             os.replace(Path(work) / name, path)  # whole or not at all, whoever else is building
         return _open(path)
     except OSError as error:
-        warnings.warn(
-            f"the native scan is compiled for this process only: {error}", RuntimeWarning, stacklevel=2
-        )
+        message = f"the native scan is compiled for this process only: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     with tempfile.TemporaryDirectory(prefix="nfhelpers-") as work:
         _compile(compiler, Path(work) / name)
         return _open(Path(work) / name)  # stays mapped when the file is gone
@@ -78,11 +72,10 @@ def load():
 def _compiler():
     """The command that compiles, as a list of words."""
     asked = shlex.split(os.environ.get("CXX", ""))
-    found = [asked] if asked else [[name] for name in COMPILERS]
-    found = next((command for command in found if shutil.which(command[0])), None)
-    if found is None:
-        raise RuntimeError(f"no compiler found: none of {', '.join(asked[:1] or COMPILERS)} is a command")
-    return found
+    for command in [asked] if asked else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
+    raise RuntimeError(f"no compiler found: none of {', '.join(asked[:1] or COMPILERS)} is a command")
 
 
 def _fingerprint(compiler):
@@ -98,15 +91,6 @@ def _fingerprint(compiler):
     return hashlib.sha256("\0".join([*parts, *processor]).encode()).hexdigest()[:20]
 
 
-def _cache_folder():
-    """The folder of kept libraries, made if needed. OSError when it is not the user's own."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(root if os.path.isabs(root) else Path("~/.cache").expanduser()) / "nfhelpers" / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    return folder
-
-
 def _check_owner(path):
     """Loading what someone else can write is running what someone else wrote."""
     found = path.stat()
@@ -115,20 +99,18 @@ def _check_owner(path):
 
 
 def _compile(compiler, path):
-    files = (str(SOURCE), "-o", str(path))
-    result = _run([*compiler, *FLAGS, TUNING, *files])
-    if result.returncode:
-        result = _run([*compiler, *FLAGS, *files])
-    if result.returncode:
-        lines = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()
-        raise RuntimeError("compile failed: " + "\n".join(lines[:5]))
+    for tuning in ([TUNING], []):
+        result = _run([*compiler, *FLAGS, *tuning, str(SOURCE), "-o", str(path)])
+        if result.returncode == 0:
+            return
+    lines = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()
+    raise RuntimeError("compile failed: " + "\n".join(lines[:5]))
 
 
 def _run(command):
+    options = dict(capture_output=True, text=True, errors="replace", timeout=300)
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
-        )
+        return subprocess.run(command, **options)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"compile failed: {error}") from error
 
@@ -143,29 +125,22 @@ def _open(path):
     return library
 
 
-# -------------------------------------------------------------------------------------------------- the calls
-
-
 class _View(ctypes.Structure):
     """View of native.cpp: a tensor (b, k, l, d), d or l side by side, strides in elements."""
 
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("b", "k", "l", "d", "dtype")),
-    ]
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in "b k l d dtype".split())]
 
 
 class _Problem(ctypes.Structure):
     """Problem of native.cpp."""
 
-    _numbers = (
-        "batch directions length channels states groups threads reverse shared softplus tied order_b pieces"
-    )
-    _views = "u delta z y grad_y du ddelta dz"
+    _numbers = "batch directions length channels states groups threads reverse shared softplus tied"
+    _numbers += " order_b pieces"
+    _views = tuple("u delta z y grad_y du ddelta dz".split())
     _pointers = "A B C D bias grad_last order last kept dA dB dC dD dbias"
     _fields_ = [
         *((name, ctypes.c_int64) for name in _numbers.split()),
-        *((name, _View) for name in _views.split()),
+        *((name, _View) for name in _views),
         *((name, ctypes.c_void_p) for name in _pointers.split()),
     ]
 
@@ -173,7 +148,7 @@ class _Problem(ctypes.Structure):
         """Point to tensors and keep them alive: views with rows or channels side by side, or contiguous."""
         self.held = [*getattr(self, "held", ()), tensors]
         for name, x in tensors.items():
-            if x is not None and name in self._views.split():
+            if x is not None and name in self._views:
                 strides = [0 if i == 1 and x.shape[1] == 1 else step for i, step in enumerate(x.stride())]
                 setattr(self, name, _View(x.data_ptr(), *strides, _DTYPES[x.dtype]))
             elif x is not None:
@@ -208,9 +183,8 @@ def _float(x):
 
 def _like(x, exact=False):
     """A tensor (b, k, l, d) like x for the library to write, in x's dtype and memory order where it can."""
-    new = torch.empty_like(x)
-    direct = x.dtype in _DTYPES and 1 in new.stride()[2:] and not exact
-    return new if direct else x.new_empty(x.shape, dtype=torch.float32)
+    new = torch.empty_like(x, dtype=x.dtype if x.dtype in _DTYPES and not exact else torch.float32)
+    return new if 1 in new.stride()[2:] else torch.empty_like(new, memory_format=torch.contiguous_format)
 
 
 def _call(name, problem):
@@ -221,12 +195,12 @@ def _call(name, problem):
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
     """(y, last, states) of the scan that reference.py describes."""
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-    y = _like(u.new_empty(delta.shape) if problem.shared else u)
+    y = _like(u.new_empty(()).expand(delta.shape) if problem.shared else u)
     last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)
     kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
     problem.give(y=y, last=last, kept=kept if keep_states else None)
     _call("nf_forward", problem)
-    return y, last, kept
+    return y.to(u.dtype), last, kept
 
 
 def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
@@ -234,15 +208,14 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
     problem.give(grad_y=_rows(grad_y), grad_last=_float(grad_last), kept=states)
     problem.pieces = load().nf_pieces(problem)
-
-    def terms(x, count):  # of a sum over samples, or over pieces of the channels
-        return None if x is None else A.new_empty(count, *x.shape)
-
     # Directions that share u add to du one after another: without rounding in between.
     rows = dict(du=_like(u, exact=problem.shared and u.dtype != torch.float32), ddelta=_like(delta))
     rows["dz"] = None if z is None else _like(z)
-    sums = {f"d{name}": terms(x, problem.batch) for name, x in dict(A=A, D=D, bias=bias).items()}
-    sums |= {f"d{name}": terms(x, problem.pieces) for name, x in dict(B=B, C=C).items()}
+    # Terms of a sum over samples, or over pieces of the channels.
+    sums = dict(dA=A, dD=D, dbias=bias, dB=B, dC=C)
+    for name, x in sums.items():
+        count = problem.pieces if name in ("dB", "dC") else problem.batch
+        sums[name] = None if x is None else A.new_empty(count, *x.shape)
     problem.give(**rows, **sums)
     _call("nf_backward", problem)
     # One term after another: the same bits at any number of threads.

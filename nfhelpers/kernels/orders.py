@@ -1,8 +1,7 @@
 """Orders in which a scan visits points of the plane or pixels of a grid, and their inverses.
 
-An order is a permutation `order` of the L token positions: token `order[k]` is visited at step k. So
-`x.gather(1, order[..., None].expand_as(x))` sorts tokens (B, L, D), and gathering with `inverse_order(order)`
-puts them back.
+An order is a permutation of the L token positions: the scan visits token `order[k]` at step k. So
+`x.gather(1, order[..., None].expand_as(x))` sorts tokens (B, L, D); `inverse_order(order)` puts them back.
 """
 
 import re
@@ -19,9 +18,8 @@ def point_order(coords, kind):
 
     "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
     that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
-    order. Points on a line of the scan are told from those on the next in float32, with a tolerance of four
-    rounding errors: a diagonal of a regular grid is one line although its sums differ in their last bits.
-    Grids of up to 700 x 700 pixels are safe. Coordinates on a GPU are not checked.
+    order. Lines of the scan are told apart in float32, safely on grids of up to 700 x 700 pixels. Coordinates
+    on a GPU are not checked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
@@ -54,21 +52,16 @@ def _sort_by(major, minor):
 
 
 def _lines(key):
-    """Number the distinct values of each row of key (B, L) in rising order; a gap of rounding size is no gap.
-
-    Rounding to a fixed raster would tear apart equal values that happen to lie at a raster boundary.
-    """
+    """Number the distinct values of each row of key (B, L) in rising order; rounding makes no gap."""
     ordered, order = key.sort(dim=-1)
     gap = torch.diff(ordered, dim=-1, prepend=ordered[:, :1]) > 4 * torch.finfo(key.dtype).eps
     return torch.empty_like(order).scatter_(-1, order, gap.cumsum(-1))
 
 
 def _hilbert_index(x, y):
-    """Position along the Hilbert curve of 2^16 x 2^16 cells: two bits a level, coarsest quadrant first.
-
-    Rounding (not flooring) to cells keeps pixel centres of grids below 2^16 off the cell boundaries.
-    """
+    """Position along the Hilbert curve of 2^16 x 2^16 cells: two bits a level, coarsest quadrant first."""
     side = 2**_HILBERT_BITS
+    # Rounding, not flooring, keeps pixel centres off the boundaries of cells.
     x, y = ((side * value).round().clamp(0, side - 1).int() for value in (x, y))
     index = torch.zeros_like(x, dtype=torch.int64)
     for bit in reversed(range(_HILBERT_BITS)):
@@ -91,9 +84,7 @@ def grid_order(height, width, kind):
     """
     match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
     if match is None:
-        raise ValueError(
-            f"kind={kind!r} is not an order of a grid; pass 'h', 'v' or 'w<N>' such as 'w7', or 'h_flip'"
-        )
+        raise ValueError(f"kind={kind!r} is no order of a grid; pass 'h', 'v' or 'w7', or one with '_flip'")
     pixels = torch.arange(height * width)
     if match[1] == "h":
         order = pixels
@@ -108,8 +99,8 @@ def grid_order(height, width, kind):
 
 
 def check_permutation(order):
-    """Raise ValueError unless order (..., L) on the CPU visits each of L tokens once. Others are not read."""
-    if not _is_read(order):
+    """Raise ValueError unless order (..., L), if any, visits each of L tokens once. A GPU's is not read."""
+    if order is None or not _is_read(order):
         return
     length = order.shape[-1]
     low, high = (bound.item() for bound in order.aminmax())
@@ -123,21 +114,3 @@ def inverse_order(order):
     check_permutation(order)
     steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order, memory_format=torch.contiguous_format).scatter_(-1, order, steps)
-
-
-def neighbour_steps(coords, orders, neighbours=4, among=None):
-    """(B, K, L, M): how far back in each order a scan has met the M points that lie nearest, nearest first.
-
-    n for a neighbour that the scan meets n steps before the point, -n for one that it meets n steps after it,
-    of which a causal scan knows nothing there. coords (B, L, 2); orders (B, K, L); among (B, L) bool: points
-    that may be neighbours. Of points that are equally near, the first in coords counts. O(B L^2).
-    """
-    apart = (coords[:, :, None].float() - coords[:, None].float()).norm(dim=-1)  # (B, L, L)
-    excluded = torch.eye(coords.shape[1], dtype=torch.bool, device=coords.device)
-    excluded = excluded if among is None else excluded | ~among[:, None]
-    apart = apart.masked_fill(excluded, torch.inf)
-    level = _lines(apart.flatten(0, 1)).view_as(apart)  # pixels equally far in exact arithmetic share one
-    nearest = level.argsort(dim=-1, stable=True)[..., :neighbours]  # (B, L, M)
-    position = inverse_order(orders)  # (B, K, L), the step at which a point is visited
-    there = position.gather(2, nearest.flatten(1)[:, None].expand(-1, orders.shape[1], -1))  # (B, K, L*M)
-    return position[..., None] - there.unflatten(2, nearest.shape[1:])  # (B, K, L, M)

@@ -6,7 +6,7 @@
 `discretization="mamba"` takes Bbar = delta B (Gu and Dao, "Mamba", 2023, and the kernel they released);
 `"zoh"` is the zero-order hold Bbar = (exp(delta A) - 1) / A * B, the exact solution for a constant input.
 
-The operation behind both public scans, which `as_groups` states by such a scan and the backends implement:
+The backends implement the operation behind both public scans, which `as_groups` states by such a scan:
 
     forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states) -> y, last, states
     backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
@@ -33,13 +33,11 @@ import torch.nn.functional as F
 
 from .orders import check_permutation
 
-SERIES_TERMS = 6
-# |delta A| below which a Taylor series replaces a quotient whose numerator cancels.
-SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.01}
+SERIES_BELOW = {torch.float32: 0.1, torch.float64: 0.01}  # |delta A| that a series takes: digits cancel
 
 
 def relative_error(found, wanted):
-    """Largest absolute difference over the largest magnitude in `wanted`; infinite when anything is NaN."""
+    """Largest absolute difference over the largest magnitude in `wanted`; infinite if anything is NaN."""
     found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
     error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-300)
     return float("inf") if not torch.isfinite(error) else error.item()
@@ -47,32 +45,23 @@ def relative_error(found, wanted):
 
 def compute_dtype(*tensors):
     """float64 when any tensor is float64, float32 otherwise: half precision is never the state's dtype."""
-    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    doubles = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if doubles else torch.float32
 
 
-def states_of(B):
-    """N of B (D, N), (B, N, L) or (B, G, N, L)."""
-    return B.shape[1] if B.dim() == 2 else B.shape[-2]
-
-
 def state_rates(A, states):
-    """Decay rates (..., D, N) that the tied rates A (..., D) stand for: state n decays at (n + 1) A."""
+    """The rates (..., D, N) of tied decays A (..., D): state n decays at (n + 1) A."""
     return A.unsqueeze(-1) * torch.arange(1, states + 1, dtype=A.dtype, device=A.device)
 
 
 def hold(delta, A):
-    """Zero-order hold weight (exp(delta A) - 1) / A, differentiable and right down to A = 0.
-
-    Equals delta * f(q), q = delta A, f(q) = expm1(q) / q = 1 + q/2 + q²/6 + ...
-    """
+    """Zero-order hold (exp(q) - 1) / A = delta (1 + q/2 + q²/6 + ...), q = delta A; smooth at A = 0."""
     q = delta * A
     near_zero = q.abs() < SERIES_BELOW[q.dtype]
     # Both branches of torch.where are differentiated, so the unused one must stay finite.
-    away = torch.where(near_zero, torch.ones_like(q), q)
-    near = torch.where(near_zero, q, torch.zeros_like(q))
-    series = torch.zeros_like(q)
-    for power in reversed(range(SERIES_TERMS + 1)):
+    away, near = torch.where(near_zero, 1, q), torch.where(near_zero, q, 0)
+    series = 0
+    for power in reversed(range(7)):
         series = series * near + 1 / math.factorial(power + 1)
     return delta * torch.where(near_zero, series, torch.expm1(away) / away)
 
@@ -82,50 +71,40 @@ def _step_by_step(weight, channels):
     if weight.dim() == 2:
         return weight  # (D, N)
     weight = (weight.unsqueeze(1) if weight.dim() == 3 else weight).permute(3, 0, 1, 2)  # (L, B, G, N)
-    groups = weight.shape[2]
-    return weight if groups == 1 else weight.repeat_interleave(channels // groups, dim=2)
+    return weight if weight.shape[2] == 1 else weight.repeat_interleave(channels // weight.shape[2], dim=2)
 
 
 def selective_scan_reference(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
     *, initial_state=None, discretization="mamba", tied_decay=False,
 ):  # fmt: skip
-    """Step-by-step selective scan. Arguments and result as `kernels.selective_scan`, which checks them.
-
-    Autograd differentiates it, any number of times; memory grows as B D L N. initial_state (B, D, N): h_{-1}.
-    """
+    """`kernels.selective_scan` step by step, from initial_state (B, D, N) on; autograd keeps O(B D L N)."""
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
-        A = state_rates(A.to(dtype), states_of(B)) if tied_decay else A.to(dtype)  # (D, N)
         x, step = (rows.to(dtype).permute(2, 0, 1) for rows in (u, delta))  # (L, B, D)
         step = step if delta_bias is None else step + delta_bias.to(dtype)
         step = (F.softplus(step) if delta_softplus else step).unsqueeze(-1)  # (L, B, D, 1)
         B, C = (_step_by_step(weight.to(dtype), x.shape[2]) for weight in (B, C))
+        A = state_rates(A.to(dtype), B.shape[-1]) if tied_decay else A.to(dtype)  # (D, N)
         weight = hold(step, A) if discretization == "zoh" else step
         state = x.new_zeros(*x.shape[1:], A.shape[1]) if initial_state is None else initial_state.to(dtype)
         states = []
         # unbind and stack, never h[l]: the backward of a slice fills a tensor of the size of the whole.
-        for decay, added in zip(
-            torch.exp(step * A).unbind(), (weight * B * x.unsqueeze(-1)).unbind(), strict=True
-        ):
+        steps = zip(torch.exp(step * A).unbind(), (weight * B * x.unsqueeze(-1)).unbind(), strict=True)
+        for decay, added in steps:
             state = decay * state + added  # (B, D, N)
             states.append(state)
         y = (torch.stack(states) * C).sum(-1)  # (L, B, D)
-        y = y if D is None else y + D.to(dtype) * x
-        y = y.permute(1, 2, 0)
+        y = (y if D is None else y + D.to(dtype) * x).permute(1, 2, 0)
         y = (y if z is None else y * F.silu(z.to(dtype))).to(u.dtype)
     return (y, state) if return_last_state else y
 
 
 def as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
-    """(y, last) of the operation by one selective scan of permuted copies.
-
-    Directions become groups of channels, as peers do it (VMamba's cross-scan). `scan` takes the arguments of
-    mamba_ssm's `selective_scan_fn`; `reverse` holds K bools.
-    """
+    """(y, last) by one `scan` of permuted copies, directions as groups of channels. reverse: K bools."""
     batch, directions, length, channels = delta.shape
+    check_permutation(order)
     if order is not None:
-        check_permutation(order)
         walks = [walk.flip(-1) if back else walk for walk, back in zip(order.unbind(1), reverse, strict=True)]
         walks = torch.stack(walks, 1).long().expand(batch, -1, -1)  # (b, K, l): row visited at each step
 

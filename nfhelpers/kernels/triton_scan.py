@@ -1,30 +1,21 @@
 """The scan in Triton: serial in time, parallel over batch, directions and channels, state in registers.
 
-A program is one warp. It owns a tile of channels of one direction of one sample and walks that direction's
-order; the gather is the address of each load, so no permuted copy exists and all directions go in one launch.
-The forward kernel saves the state every STEPS steps. The backward kernel walks groups of GROUP steps from the
-last to the first, recomputes the states of one group in registers and differentiates it. What several
-programs add to (gradients of B, C, A, D and bias) is written as one partial a program and summed afterwards:
-no atomics, so two backward runs agree bitwise. States and parameters are float32 whatever the inputs are.
+A program is one warp: it walks one direction of one sample for a tile of channels. The gather is the address
+of each load, so all directions go in one launch. The forward kernel saves the state every STEPS steps; the
+backward kernel walks groups of GROUP steps from the last to the first, recomputes the states of one group and
+differentiates it. Gradients that several programs add to are written as one partial a program and summed
+afterwards: no atomics, so two runs agree bitwise. States and parameters are float32. What makes it fast:
 
-Four things make it fast, each found by reading the compiled code and the stalls of the profiler:
-
-- A state tile is (N, D), and its addresses are kept from being vectorised along channels, so a thread holds
-  all N states of one channel (of N > 16, a part). The sum over states and all that a channel needs once
-  (softplus, gate, loads) then stay within a thread.
+- A state tile is (N, D), its addresses kept from being vectorised along channels: a thread holds all N states
+  of one channel (of N > 16, a part), so that sums over states, softplus and gate stay within it.
 - What a step needs is loaded well before, explicitly: the compiler moves no load past a store or a barrier.
-  The backward pass loads inputs two groups ahead: it recomputes states over those of the next.
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
-- The gradients of B and C are sums over channels, dC[n] = sum_d h[n, d] dy[d]. The matrix unit takes them,
-  those of several steps at once, from the registers in which the products are: a reduction across threads
-  would take most of the time, and a matrix product over d would move each product through shared memory.
+- The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
+  which the products are; a reduction across threads would take most of the time.
 
-Glossary
-    b, k, l, d, n  batch, direction, row, channel, state
-    g              group of channels that shares B and C
-    t              step of the walk; row_t is the row it visits
-    a              decay exp(delta A) of one step
+b, k, l, d, n are batch, direction, row, channel, state; g is a group of channels that shares B and C; t is a
+step of the walk; a is its decay exp(delta A).
 """
 
 # ruff: noqa: E741, RUF005 (Triton has no unpacking)
@@ -44,9 +35,6 @@ SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, 
 QUAD = tl.constexpr(4)  # B and C alternate by so many states
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-# ------------------------------------------------------------------------------------------ device functions
 
 
 @triton.jit
@@ -129,11 +117,10 @@ def sum_channels(xs, PRECISION: tl.constexpr):
     S = 32 / D lanes share a channel, R = min(16, N / S) rows, h counts the R S states of one pass;
     (R, N T / R), in bfloat16 with columns of zeros up to 8.
 
-    The matrix unit adds, and no number leaves its thread. Of operand B (k, column) of mma.m16n8 a lane holds
-    some k of one column, in packs of W neighbours, every fourth pack (PTX ISA, matrix fragments): as
-    k = (r / W, d % 4, r % W) and column = (h, t, s, d / 4) the tiles are this operand where they lie. Ones
-    and zeros on its left add over d % 4; what is left over d / 4. A NaN or infinity spreads over its column
-    and, in bfloat16, over the steps of its row.
+    Of operand B (k, column) of mma.m16n8 a lane holds some k of one column, in packs of W neighbours, every
+    fourth pack (PTX ISA, matrix fragments): as k = (r / W, d % 4, r % W) and column = (h, t, s, d / 4) the
+    tiles are this operand where they lie. Ones and zeros on its left add over d % 4; what is left over d / 4.
+    A NaN or infinity spreads over its column and, in bfloat16, over the steps of its row.
     """
     x = stack_steps(xs)
     D: tl.constexpr = x.shape[1]
@@ -205,13 +192,9 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(ptr + n)[:, None]
 
 
-# --------------------------------------------------------------------------------------------------- kernels
-
-
 @triton.jit
 def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B and C (b, k, g, l, n), or one of them, as rows of which one load takes a step's weights: four of B,
-    four of C, four of B ..."""
+    """B and C (b, k, g, l, n) as rows of which one load takes a step's weights: four of B, four of C, ..."""
     l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     l = l[:, None].to(tl.int64)  # (L, 1)
     n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
@@ -441,8 +424,7 @@ def backward_kernel(
                 delta, _ = step_size(deltas2[i], bias, HAS_BIAS, SOFTPLUS)
                 h = advance(h, delta, us2[i].to(tl.float32), B0[i], A2, TIED, BLOCK_N)
 
-        # ... then within it. B and C are read well before their use: at two warps a scheduler nothing else
-        # hides the latency, and neither a store nor a barrier lets a load pass.
+        # ... then within it. B and C are read well before their use: nothing else hides the latency.
         Bs = ()
         for i in tl.static_range(GROUP):
             Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N),)
@@ -568,10 +550,7 @@ def backward_kernel(
 
 @triton.jit
 def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns of out = x.sum(0), in float32 whatever their dtypes; x (rows, columns).
-
-    Each thread adds columns of its own, ROWS rows loaded before they are added.
-    """
+    """One block of columns of out = x.sum(0), in float32, ROWS rows loaded before they are added."""
     j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     j_mask = j < columns
     at = x_ptr + j
@@ -597,27 +576,19 @@ def sum_kernel(xs, outs, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexp
         block -= blocks
 
 
-# ----------------------------------------------------------------------------------- the canonical operation
-
-
 def states_shape(batch, directions, length, channels, states):
     """Shape of what `forward` saves for `backward`: the state before every STEPS-th step."""
     return (batch, directions, triton.cdiv(length, STEPS), states, channels)
 
 
 def _channels_last(x):
-    """x (b, k, l, d) with neighbouring channels side by side in memory: as it is, else a copy."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(**tensors):
-    """{"u_b": ..., "u_k": ...} for names such as u_bkl, one entry a dimension; 0 for None."""
-    found = {}
-    for name, x in tensors.items():
-        prefix, dims = name.split("_")
-        steps = (0,) * len(dims) if x is None else x.stride()[: len(dims)]
-        found |= {f"{prefix}_{dim}": step for dim, step in zip(dims, steps, strict=True)}
-    return found
+    """{"u_b": ..., "u_k": ..., "u_l": ...} for each of these tensors (b, k, l, d) or None."""
+    dims = [(name, x, i) for name, x in tensors.items() for i in range(3)]
+    return {f"{name}_{'bkl'[i]}": 0 if x is None else x.stride(i) for name, x, i in dims}
 
 
 def _is_wide(length, *widths):
@@ -631,7 +602,7 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     batch, directions, length, channels = delta.shape
     groups, states = B.shape[2], B.shape[4]
     u, delta, z = (_channels_last(x) for x in (u, delta, z))
-    u = u.expand(delta.shape)
+    u, order = u.expand(delta.shape), None if order is None else order.contiguous()
     block_n = triton.next_power_of_2(states)
     block_d = 32 if min(TILE // block_n, triton.next_power_of_2(channels // groups)) >= 32 else 16
     block_n = max(block_n, 128 // block_d)  # four states of a thread, the fewest that the matrix unit adds
@@ -643,8 +614,7 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     )
     arguments = dict(
         u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(), rows_ptr=rows,
-        D_ptr=D, z_ptr=z, bias_ptr=bias,
-        order_ptr=order, **_strides(u_bkl=u, dt_bkl=delta, z_bkl=z),
+        D_ptr=D, z_ptr=z, bias_ptr=bias, order_ptr=order, **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
         L=length, dim=channels, group_dim=channels // groups, num_state=states, reverse=reverse,
@@ -659,7 +629,6 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
 def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
     """(y, last, states) of the operation that reference.py describes."""
     batch, directions, length, channels = delta.shape
-    order = None if order is None else order.contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     y = new(delta.shape, dtype=u.dtype)
     last = new(batch, directions, B.shape[4], channels)
@@ -677,18 +646,15 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     """Its gradients: (du, ddelta, dA, dB, dC, dD, dz, dbias), None for an argument that is None."""
     batch, directions, length, channels = delta.shape
     groups, num_state = B.shape[2], B.shape[4]
-    order = None if order is None else order.contiguous()
     grad_y = _channels_last(grad_y)
     grad_last = None if grad_last is None else grad_last.transpose(2, 3).contiguous()
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     du, ddelta = (new(delta.shape, dtype=x.dtype) for x in (u, delta))
     dz = None if z is None else new(z.shape, dtype=z.dtype)
-    # Gradients of B and C that are bfloat16 themselves take partial sums and products in bfloat16, those in
-    # float16 products cut to the 11 bits of tf32.
+    # bfloat16 B and C: partial sums and products in bfloat16; float16 ones: products cut to tf32's 11 bits.
     partial = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
     precision = "tf32x3" if torch.float32 in (B.dtype, C.dtype) else "tf32"
-    if partial is torch.bfloat16:
-        precision = "bf16"
+    precision = "bf16" if partial is torch.bfloat16 else precision
     per_channel = (batch, directions, channels)
     with torch.cuda.device_of(u):
         arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
@@ -700,7 +666,7 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
         backward_kernel[grid](
             **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
-            dbias_ptr=dbias, one=1.0, **_strides(dy_bkl=grad_y, du_bkl=du, ddt_bkl=ddelta, dz_bkl=dz),
+            dbias_ptr=dbias, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
             HAS_DLAST=grad_last is not None, PRECISION=precision,
             PARTS=4 if precision == "bf16" else 2,  # steps whose sums over channels are taken at once
             GROUP=GROUP, maxnreg=255,

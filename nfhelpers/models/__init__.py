@@ -1,4 +1,10 @@
-"""Models: velocity fields over sparse pixels, of grids and of latents. `load_model` opens any saved one."""
+"""Models: velocity fields over sparse pixels, of grids and of latents. `load_model` opens any saved one.
+
+Letters of shapes: B batch; I observed points, Q query points, L tokens in the order they are scanned (I, then
+Q); D width of the model, E inner width of a scan, N states a channel, R rank of its step size; K directions
+of a scan; H heads and C channels a head; F Fourier frequencies; W windows. In `diffae`: M cosines a side, C
+channels of the latent. In `local_mamba`: H, W rows and columns, C channels of the grid, M of the condition.
+"""
 # ruff: noqa: F401
 
 import json
@@ -10,8 +16,6 @@ from nfhelpers.models.diffae import (
     LatentVelocityNetworkConfig,
     MambaDiffusionAutoencoder,
     MambaDiffusionAutoencoderConfig,
-    MinimalLatentMamba,
-    MinimalLatentMambaConfig,
     first_phase,
     fit_latent_statistics,
     fit_linear_code,
@@ -19,8 +23,6 @@ from nfhelpers.models.diffae import (
 )
 from nfhelpers.models.local_mamba import LocalMamba2D, LocalMamba2DConfig
 from nfhelpers.models.sparse_fields import (
-    LocalImplicitField,
-    LocalImplicitFieldConfig,
     MambaDiffusion,
     MambaDiffusionConfig,
     MambaDiffusionV2,
@@ -37,9 +39,7 @@ FIELD_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
     "multidir": (MultiDirectionalMambaDiffusion, MultiDirectionalMambaDiffusionConfig),
     "v2": (MambaDiffusionV2, MambaDiffusionV2Config),
     "field": (MambaField, MambaFieldConfig),
-    "local": (LocalImplicitField, LocalImplicitFieldConfig),
     "diffae": (MambaDiffusionAutoencoder, MambaDiffusionAutoencoderConfig),
-    "minimal": (MinimalLatentMamba, MinimalLatentMambaConfig),
 }  # models of sparse fields, by their type
 
 OTHER_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {

@@ -2,9 +2,6 @@
 
 Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top.
 
-Glossary: b batch, q query points, i observed (input) points, d model width (d_model), f Fourier frequencies,
-k directions of a scan, m cosines along x and along y (num_cosines), c channels of the latent (latent_dim).
-
 Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
@@ -36,14 +33,11 @@ from nfhelpers.models.layers import (
 )
 from nfhelpers.models.sparse_fields import (
     MultiDirectionalConfig,
-    MultiDirectionalMambaDiffusion,
-    MultiDirectionalMambaDiffusionConfig,
     SparseField,
     check_points,
     directional_blocks,
     joint_orders,
     residual_decoder,
-    split_tokens,
 )
 
 SMALLEST_STD = 1e-6  # that a latent channel is divided by: one that never changes normalises to 0
@@ -61,10 +55,7 @@ OPPONENT /= OPPONENT.norm(dim=1, keepdim=True)
 
 
 def point_areas(coords):
-    """The share of the image that each of the points (B, I, 2) stands for -> (B, I), which sums to 1.
-
-    Every cell of a grid of `AREA_CELLS` a side goes to the points near it, the nearest most.
-    """
+    """The share of the image that each of the points (B, I, 2) stands for -> (B, I), which sums to 1."""
     centres = (torch.arange(AREA_CELLS, device=coords.device, dtype=coords.dtype) + 0.5) / AREA_CELLS
     grid = torch.cartesian_prod(centres, centres).expand(len(coords), -1, -1)  # (B, G, 2)
     sharpness = min(4 * coords.shape[1], 2 * AREA_CELLS**2)  # near 1 / area of a point, or of a cell
@@ -102,15 +93,10 @@ def filled_share(coords):
 
 
 def fit_spectrum(coords, values, count):
-    """Amplitudes of the `cosines` of a field known at points (B, I, 2), values (B, I, 3) -> (B, count^2, 3).
+    """Amplitudes a of the `cosines` C of a field at points (B, I, 2), values v (B, I, 3) -> (B, count^2, 3).
 
-    Ridge regression: the posterior mean of a Gaussian field with the spectrum of images (Wahba 1990).
-
-        a = argmin |values - cosines a|^2 / noise + sum of a_j^2 / power_j
-
-    For all pixels of a grid it is close to the discrete cosine transform. Where points are missing, higher
-    frequencies act as noise; over a whole grid they cancel, as errors of sampling without replacement do
-    (Cochran 1977): noise = SPECTRUM_NOISE + (1 - `filled_share`) SPECTRUM_TAIL.
+    The posterior mean of a Gaussian field: argmin |v - C a|^2 / noise + sum of a_j^2 / power_j (Wahba 1990).
+    Where points are missing, frequencies beyond the last cosine act as noise; over a whole grid they cancel.
     """
     coords, values = coords.double(), values.double()
     root = spectrum_power(count, coords.device).double().sqrt()  # (M^2,)
@@ -127,10 +113,8 @@ def fit_spectrum(coords, values, count):
 class LinearCode(nn.Module):
     """A linear code of spectra, and its inverse on what the code keeps; not trained.
 
-        code = components (spectrum - mean) / scale          spectrum = mean + (scale code) components
-
-    The orthonormal components start as the cosines of opponent colours that have the most power in images,
-    close to the principal components (Ahmed et al. 1974); `fit_linear_code` puts these in their place.
+    The orthonormal components start as the cosines of opponent colours that have the most power in images
+    (Ahmed et al. 1974); `fit_linear_code` puts principal components in their place.
     """
 
     def __init__(self, count, channels):
@@ -155,10 +139,7 @@ class LinearCode(nn.Module):
 
 
 class GatedEmbedding(nn.Module):
-    """gate(features) * projection(values). Its mean over the points is a linear functional of the field.
-
-    So is a coefficient of PCA or of a Fourier series; the mean of a sum of two embeddings has no such part.
-    """
+    """gate(features) * projection(values): its mean over the points is a linear functional of the field."""
 
     def __init__(self, num_features, num_values, dim):
         super().__init__()
@@ -166,7 +147,6 @@ class GatedEmbedding(nn.Module):
         self.value_proj = nn.Linear(num_values, dim)
 
     def forward(self, features, values):
-        """Features (B, L, num_features) and values (B, L, num_values) -> (B, L, dim)."""
         return self.gate(features) * self.value_proj(values)  # (B, L, dim)
 
 
@@ -178,7 +158,6 @@ class FiLM(nn.Module):
         self.proj = nn.Linear(num_conditions, 2 * d_model)
 
     def forward(self, tokens, condition):
-        """Tokens (B, L, D) and conditions (B, num_conditions) -> (B, L, D)."""
         scale, shift = self.proj(condition)[:, None].chunk(2, dim=-1)  # (B, 1, D) each
         return tokens * (1 + scale) + shift  # (B, L, D)
 
@@ -187,11 +166,10 @@ class FiLM(nn.Module):
 class MambaDiffusionAutoencoderConfig(MultiDirectionalConfig):
     """Settings of `MambaDiffusionAutoencoder`.
 
-    `phase` is 1, encoder and deterministic decoder, or 2, these two frozen and a velocity network on top,
-    with `num_decoder_layers`, too. The latent is a code of a spectrum of `num_cosines` a side, with MLPs of
-    `spectrum_width` between the two. `residual_std` is the standard deviation of the data around the
-    deterministic decoding, in values of [-1, 1]. `fourier_scale` is low, as the encoder takes a mean over the
-    image, and fast waves average out.
+    `phase` 1 has encoder and decoder, 2 these two frozen and a velocity network, with `num_decoder_layers`,
+    too. `spectrum_width`: of the MLPs between latent and spectrum, of `num_cosines` a side. `residual_std`:
+    standard deviation of the data around the decoding. `fourier_scale` is low: a mean over the image, as the
+    encoder takes it, has nothing of fast waves.
     """
 
     phase: int = 1
@@ -216,8 +194,7 @@ class MambaDiffusionAutoencoderConfig(MultiDirectionalConfig):
 class FieldEncoder(nn.Module):
     """What networks add to the linear code of observed points; zero to begin with.
 
-    An MLP sees the spectrum of the field; scans see the values and what the linear code misses of them. Their
-    mean over the points, by area, is one of products with functions of the place (`GatedEmbedding`).
+    An MLP sees the spectrum; scans see the values and what the linear code misses of them.
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -253,8 +230,7 @@ class FieldEncoder(nn.Module):
 class LatentDecoder(nn.Module):
     """The linear decoding of a latent at any points, and what networks add to it; zero to begin with.
 
-    An MLP adds to the spectrum, scans over the points to the values. Tokens are functions of the place and of
-    the value decoded there, scaled and shifted by the latent.
+    An MLP adds to the spectrum, scans over the points to the values.
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -314,16 +290,10 @@ class VelocityRefiner(nn.Module):
 class MambaDiffusionAutoencoder(SparseField):
     """Semantic autoencoder of sparse fields, with a flow on top.
 
-    `encode` makes one latent vector of the observed points; `decode` makes of it, at any query points, the
-    deterministic decoding m, which phase 1 trains, or the velocity at x_t of a flow from noise to the field
-    given the latent, which phase 2 trains while m stays as it is. The velocity is preconditioned around m as
-    that of `MambaField` around its spline, with s = `config.residual_std` and V = (1 - t)^2 + t^2 s^2:
-
-        velocity = m + skip_weight(t, s) r + s / sqrt(V) network(r / sqrt(V), m, t, latent),    r = x_t - t m
-
-    In phase 1 there is no network. At t = 0 the velocity is then m - x_0 and its target data - x_0: the loss
-    at t = 0, where phase 1 takes it (`loss_times`), is the mean squared error of m. Buffers `latent_mean`,
-    `latent_std` (C,) are NaN until `fit_latent_statistics`.
+    `encode` makes one latent of the observed points. `decode` makes of it, anywhere, the decoding m, which
+    phase 1 trains, or the velocity of a flow given the latent, which phase 2 trains while m stays. As in
+    `MambaField`, with m for the spline; phase 1 has no network there, so its velocity at t = 0 is m - x_0,
+    and the loss at t = 0, where phase 1 takes it, is the squared error of m.
     """
 
     def __init__(self, config: MambaDiffusionAutoencoderConfig):
@@ -349,7 +319,7 @@ class MambaDiffusionAutoencoder(SparseField):
         return self
 
     def encode(self, coords, values):
-        """Latent (B, C), not normalised, of values (B, Ni, 3) in [-1, 1] observed at (B, Ni, 2) in [0, 1]."""
+        """Latent (B, C), not normalised, of values (B, Ni, 3) observed at coords (B, Ni, 2)."""
         check_points(None, (coords, values))
         order = point_order(coords, "row")  # (B, I): sums are then the same however the points are listed
         coords, values = gather_tokens(coords, order), gather_tokens(values, order)
@@ -388,11 +358,10 @@ class MambaDiffusionAutoencoder(SparseField):
         return self.decode(query_coords, latent, t, noisy_values, start)
 
     def loss_times(self, t):
-        """Times at which training takes the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
+        """Times of the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
         return torch.zeros_like(t) if self.config.phase == 1 else t
 
     def loss_weight(self, t):
-        """Weight of the loss at t (B,) -> (B,): in phase 2 V / s^2, as that of `MambaField`."""
         return torch.ones_like(t) if self.config.phase == 1 else loss_weight(t, self.config.residual_std)
 
     def normalise(self, latent):
@@ -411,30 +380,6 @@ class MambaDiffusionAutoencoder(SparseField):
         return self.latent_mean.to(device), self.latent_std.clamp_min(SMALLEST_STD).to(device)  # (C,) each
 
 
-@dataclass(frozen=True, kw_only=True)
-class MinimalLatentMambaConfig(MultiDirectionalMambaDiffusionConfig):
-    """Settings of `MinimalLatentMamba`: each token passes through `latent_dim` channels."""
-
-    latent_dim: int = 256
-    mlp_ratio: float = 2.0
-    model_type: ClassVar[str] = "minimal"
-
-
-class MinimalLatentMamba(MultiDirectionalMambaDiffusion):
-    """`MultiDirectionalMambaDiffusion` with a bottleneck in every token: does compression change anything?"""
-
-    def __init__(self, config: MinimalLatentMambaConfig):
-        super().__init__(config)
-        self.to_latent = nn.Linear(config.d_model, config.latent_dim)
-        self.from_latent = nn.Linear(config.latent_dim, config.d_model)
-
-    def mix(self, tokens, c):
-        latent = self.to_latent(self.blocks(tokens, c.scans))  # (B, L, C)
-        tokens = self.from_latent(latent).to(tokens.dtype)  # (B, L, D)
-        inputs, queries = split_tokens(tokens, c.inputs.shape[1])
-        return queries + self.cross_attention(queries, c.query_coords, inputs, c.input_coords)  # (B, Q, D)
-
-
 class LatentBlock(nn.Module):
     """Residual MLP on vectors, scaled and shifted by the time; zero to begin with."""
 
@@ -446,7 +391,6 @@ class LatentBlock(nn.Module):
         zero(self.mlp[-1])
 
     def forward(self, x, time):
-        """x (B, 1, W) and time (B, W) -> (B, 1, W)."""
         return x + self.mlp(self.film(self.norm(x), time))  # (B, 1, W)
 
 
@@ -484,7 +428,6 @@ class LatentVelocityNetwork(FieldModel):
         return skip_weight(time, 1.0) * noisy_latent + self.out(x[:, 0]) / scale  # (B, C)
 
     def loss_weight(self, t):
-        """Weight of the loss at t (B,) -> (B,): what makes the error of the velocity that of the network."""
         return loss_weight(t, 1.0)
 
 

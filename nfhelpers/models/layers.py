@@ -1,11 +1,4 @@
-"""Embeddings and small parts that every model uses.
-
-Glossary
-    b  batch
-    l  tokens (points of a field)
-    f  random Fourier frequencies
-    d  model width (d_model)
-"""
+"""Embeddings and small parts that every model uses."""
 
 import math
 
@@ -16,9 +9,8 @@ from torch import nn
 class FourierFeatures(nn.Module):
     """Random Fourier features of coordinates (Tancik et al. 2020).
 
-    The frequencies are drawn once from N(0, scale^2), in cycles per image side, and saved with the weights.
-    The inner product of two feature vectors approaches ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how
-    far apart two points may be and still look alike to the network.
+    Frequencies are drawn from N(0, scale^2), in cycles per image side. The product of two feature vectors is
+    about ``exp(-2 pi^2 scale^2 |p - q|^2)``: `scale` sets how far apart two points still look alike.
     """
 
     def __init__(self, num_features, scale):
@@ -37,8 +29,7 @@ class FourierFeatures(nn.Module):
 class PointEmbedding(nn.Module):
     """Tokens of points: a projection of the Fourier features of where they are, plus one of their values.
 
-    This is one linear map of the concatenation, but each part starts at the scale of its own fan-in:
-    otherwise three values drown among hundreds of features, and training idles until they surface.
+    Each part starts at the scale of its own fan-in: three values would drown among hundreds of features.
     """
 
     def __init__(self, num_features, d_model, num_values=3):
@@ -51,15 +42,12 @@ class PointEmbedding(nn.Module):
         return self.place(features) + self.value_proj(values)  # (B, L, D)
 
     def place(self, features):
-        """The part of the tokens that says where they are, (B, L, D), of Fourier features."""
+        """The part of the tokens that says where they are."""
         return self.coord_proj(features.to(self.coord_proj.weight.dtype))  # (B, L, D)
 
 
 def sinusoidal_embedding(t, dim):
-    """Sinusoidal embedding of the flow time (Vaswani et al. 2017), at ``1000 t`` so that [0, 1] is resolved.
-
-    t (B,) in [0, 1] -> (B, dim); `dim` is even. Periods run geometrically from 2 pi to 20,000 pi.
-    """
+    """Sinusoids (B, dim) of ``1000 t``, t (B,) (Vaswani et al. 2017); periods from 2 pi to 20,000 pi."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (dim/2,)
     phase = 1000 * t.float()[:, None] * frequencies  # (B, dim/2)

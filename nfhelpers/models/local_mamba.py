@@ -6,19 +6,6 @@
 A stage is a stack of `ConditionedVSSBlock`: the tokens of its grid are scanned in several directions at once
 (`SS2D`), each scan an S6 of its own. What the network knows of time, class and caption reaches every block
 through a mapping network and `AdaRMSNorm`.
-
-Glossary
-    b  batch
-    c  channels of the grid; in attention, channels per head
-    h, w  height (frequency bins) and width (frames); of a stage, rows and columns of its tokens
-    l  tokens of a stage, row by row: h * w
-    d  width of a stage (dims)
-    e  inner width of its scans (ssm_ratio * d)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection
-    k  directions of the scan
-    m  width of the conditioning vector (mapping_width)
-    s  stages
 """
 
 import functools
@@ -53,11 +40,7 @@ def _places(height, width, stages, directions, device):
 
 
 def stage_places(height, width, stages, directions, device):
-    """What the mixers take beside their grid, for each stage, each with half the side of the one before.
-
-    Orders (K, L) of the directions, or for None, which is attention, centres of tokens (1, L, 2). "x_flip"
-    has the order of "x": `SS2D` walks it backwards.
-    """
+    """What mixers take beside their grid, a stage: orders (K, L), or for attention centres (1, L, 2)."""
     return _places(height, width, stages, directions, device)
 
 
@@ -77,10 +60,7 @@ def spread_patches(grid):
 
 
 def tag_mapping(module):
-    """Mark a module's parameters as of the mapping network, trained at a third of the others' learning rate.
-
-    They move everything at once (Crowson et al. 2024).
-    """
+    """Mark parameters as of the mapping network: they learn at a third of the rate (Crowson et al. 2024)."""
     for parameter in module.parameters():
         parameter._mapping = True
     return module
@@ -98,7 +78,6 @@ class MappingNetwork(nn.Module):
         tag_mapping(self)
 
     def forward(self, features):
-        """Features (B, parts * M) -> condition (B, M)."""
         condition = self.in_proj(features).to(self.out_norm.weight.dtype)  # (B, M)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             condition = condition + layer(norm(condition))  # (B, M)
@@ -106,11 +85,7 @@ class MappingNetwork(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose scale and shift are linear in the condition; a plain RMSNorm to begin with.
-
-    Source: Crowson et al., "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion
-    Transformers", 2024.
-    """
+    """RMSNorm whose scale and shift are linear in the condition (Hourglass, Crowson et al. 2024)."""
 
     EPS = 1e-6
 
@@ -120,7 +95,6 @@ class AdaRMSNorm(nn.Module):
         tag_mapping(self)
 
     def forward(self, grid, condition):
-        """Grid (B, H, W, D), condition (B, M) -> (B, H, W, D)."""
         scale, shift = self.head(condition)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, D) each
         return F.rms_norm(grid, grid.shape[-1:], eps=self.EPS) * (1 + scale) + shift  # (B, H, W, D)
 
@@ -133,7 +107,6 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch):
-        """(B, ...) -> (B, ...), the expected value kept."""
         if not self.training or self.rate == 0:
             return branch
         kept = torch.rand(branch.shape[0], device=branch.device) >= self.rate  # (B,)
@@ -142,12 +115,9 @@ class DropPath(nn.Module):
 
 
 class BiAttn(nn.Module):
-    """Fuse the directions of a scan: each is weighed by channel, from its mean, and by place.
+    """Fuse the directions of a scan: y = sum over k of y_k * channel_k * place_k, both weights in (0, 1).
 
-        y = sum over k of y_k * channel_k * place_k                 both weights in (0, 1)
-
-    The weights depend on what a direction found; the maps that make them serve all directions. Source: Huang
-    et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024, section 3.3.
+    They depend on what a direction found. Source: Huang et al., "LocalMamba", 2024, section 3.3.
     """
 
     REDUCTION = 8
@@ -171,14 +141,12 @@ class BiAttn(nn.Module):
 
 
 class SS2D(nn.Module):
-    """The tokens of a grid scanned in several directions at once, and fused.
+    """The tokens of a grid scanned in several directions at once, each by its own S6, and fused.
 
         u, z = W_in grid          y_k = S6 of x in direction k
         x = silu(conv u)          result = W_out (norm(BiAttn(y_1 .. y_K)) * silu(z))
 
-    Each direction has its own S6 (`SelectiveSSM`). Its delta, B and C are token-wise, so they are computed in
-    the tokens' own order and `directional_scan` follows the orders: the numbers are those of K separate scans
-    of permuted copies. Sources: Liu et al., "VMamba: Visual State Space Model", 2024; Huang et al. 2024.
+    Sources: Liu et al., "VMamba: Visual State Space Model", 2024; Huang et al. 2024.
     """
 
     def __init__(self, dim, d_state, ssm_ratio, directions):
@@ -228,10 +196,7 @@ class SS2D(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """Attention among all tokens of a grid, the mixer of the twin: quadratic in their number.
-
-    Queries, keys and values are turned by where their tokens lie (`RotaryCoordinates`).
-    """
+    """Attention among all tokens of a grid: the mixer of the twin without scans."""
 
     def __init__(self, dim, head_dim):
         super().__init__()
@@ -250,10 +215,7 @@ class GridAttention(nn.Module):
 
 
 class ConditionedVSSBlock(nn.Module):
-    """A residual block: a mixer of the grid, then a token-wise MLP, each after an AdaRMSNorm.
-
-    It is the VSS block of Liu et al. 2024, with the norm of Crowson et al. 2024.
-    """
+    """The VSS block (Liu et al. 2024): a mixer of the grid, then a token-wise MLP, each after AdaRMSNorm."""
 
     def __init__(self, mixer, dim, mapping_width, mlp_ratio, dropout, drop_path):
         super().__init__()
@@ -297,10 +259,7 @@ class PatchMerging2D(nn.Module):
 
 
 class TokenSplit(nn.Module):
-    """The step up: a token as 2 x 2, joined with what the stage there made on the way down.
-
-    skip "concat" concatenates and projects both; skip "lerp" mixes them with one learned weight (Hourglass).
-    """
+    """The step up: a token as 2 x 2, joined with the stage's skip by a projection or one weight ("lerp")."""
 
     def __init__(self, dim_below, dim, skip):
         super().__init__()
@@ -365,10 +324,9 @@ class LocalMamba2DConfig(ModelConfig):
 class LocalMamba2D(FieldModel):
     """Velocity field over grids, conditioned on time, class and caption.
 
-    Grids of any height and width are padded with zeros to multiples of 2^S, at the bottom and on the right,
-    and the result is cropped. The network predicts what is left of the velocity after its linear part in x
-    (`flow.skip_weight`), and starts at zero. A condition that is dropped is exactly zero in place of its
-    embedding. Sources: Huang et al. 2024; Liu et al. 2024; Crowson et al. 2024.
+    Grids of any size are padded with zeros to multiples of 2^S, and the result is cropped. The network
+    predicts what is left of the velocity after its linear part in x (`flow.skip_weight`), and starts at zero.
+    A condition that is dropped is exactly zero. Sources: Huang et al. 2024; Crowson et al. 2024.
     """
 
     launch_bound = True

@@ -1,14 +1,4 @@
-"""Attention from query points to observed points, and among query points.
-
-Glossary
-    b  batch
-    q  query points
-    i  observed (input) points
-    w  windows of queries
-    h  attention heads
-    c  channels per head
-    d  model width (d_model = h * c)
-"""
+"""Attention from query points to observed points, and among query points."""
 
 import math
 from functools import partial
@@ -25,13 +15,9 @@ from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
 class RotaryCoordinates(nn.Module):
     """Rotary embedding of points of the plane: attention sees where points lie from one another.
 
-    Pairs of channels of a token at p are turned by the angle 2 pi f . p, each pair by its own frequency f.
-    Then the product of a query at p and a key at q depends on their content and on q - p, and values turned
-    at q and turned back at p carry q - p along. The frequencies (cycles per image side) have random
-    directions and log-uniform lengths between `LOWEST` and `HIGHEST`; they are saved with the weights.
-
-    Sources: Su et al., "RoFormer", 2021; of values too: Miyato et al., "GTA: A Geometry-Aware Attention
-    Mechanism for Multi-View Transformers", ICLR 2024.
+    Pairs of channels at p are turned by the angle 2 pi f . p, so that products of a query at p and a key at q
+    depend on q - p. The frequencies f, in cycles per image side, have random directions and log-uniform
+    lengths. Sources: Su et al., "RoFormer", 2021; of values, too: Miyato et al., "GTA", ICLR 2024.
     """
 
     LOWEST, HIGHEST = 0.25, 16.0
@@ -59,10 +45,9 @@ def rotate(x, cos, sin):
 
 
 def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_attention):
-    """Attention of q (B, H, Q, C) to k, v (B, H, I, C) that sees where they lie -> (B, H, Q, C).
+    """Attention of q (B, H, Q, C) to k, v (B, H, I, C) at places of `RotaryCoordinates` -> (B, H, Q, C).
 
-    at_query, at_key: cosines and sines of their points (`RotaryCoordinates`); attend: of q, k, v. Half of the
-    values' channels are turned, the others are the same wherever they come from.
+    Half of the values' channels are turned, the others are the same wherever they come from.
     """
     pairs = v.shape[-1] // 4
     q, k = rotate(q, *at_query), rotate(k, *at_key)
@@ -75,10 +60,8 @@ def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_at
 class CrossAttention(nn.Module):
     """Multi-head attention from queries to observed points that sees where they lie from one another.
 
-    Each head adds ``-|p - q|^2 / (2 sigma_h^2)`` to its logits. With flat keys a head is then a
-    Gaussian-kernel interpolation (Nadaraya-Watson) of the observations, which is what the field looks like at
-    zeroth order; the keys correct it. The widths sigma_h are learned, starting log-spaced between `NEAREST`
-    and `WIDEST`. Queries, keys and values are turned by their points (`RotaryCoordinates`).
+    Each head adds ``-|p - q|^2 / (2 sigma_h^2)`` to its logits: with flat keys it is a Gaussian-kernel
+    interpolation (Nadaraya-Watson) of the observations, which the keys correct. The widths are learned.
     """
 
     NEAREST, WIDEST = 0.015, 0.3  # in image sides: half a pixel to ten pixels of a 32 px field
@@ -131,11 +114,10 @@ class CrossAttention(nn.Module):
 
 
 class QuerySelfAttention(nn.Module):
-    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows along a scan.
+    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows.
 
-    More than `FULL` queries are dealt out like cards, in `order`, to windows of about `WINDOW` of them, so
-    that time and memory per query stay flat. A window is then every n-th query of the scan: it covers the
-    plane as thinly as the queries did in training, where a window of neighbours would show one corner.
+    Queries are dealt out like cards, in `order`: a window covers the plane as thinly as queries did in
+    training, where a window of neighbours would show one corner. Time and memory per query stay flat.
     """
 
     FULL, WINDOW = 4096, 1024
@@ -151,11 +133,7 @@ class QuerySelfAttention(nn.Module):
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
     def places(self, coords):
-        """Windows of the points (B, Q, 2) and the angles there: they serve all calls with these points.
-
-        The order of the queries (B, Q), window after window, and its inverse, both None for a single window;
-        then, for the windows of each length, how many there are and their angles (`RotaryCoordinates`).
-        """
+        """Order of the queries (B, Q) by windows, its inverse, (count, angles) of windows of each length."""
         length = coords.shape[1]
         if length <= self.FULL:
             return None, None, [(1, self.rotary(coords))]
@@ -182,7 +160,6 @@ class QuerySelfAttention(nn.Module):
         return y if back is None else gather_tokens(y, back)  # (B, Q, D)
 
     def _attend(self, x, windows, at):
-        """Queries, keys and values (B, L, 3D) in so many equal windows, with their angles -> (B, L, D)."""
         heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
         q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
@@ -201,7 +178,6 @@ class PerceiverLayer(nn.Module):
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
     def places(self, query_coords, input_coords):
-        """What the two attentions compute from the points (B, Q, 2) and (B, I, 2) alone."""
         across = self.cross_attention.places(query_coords, input_coords)
         return across, self.self_attention.places(query_coords)
 
@@ -214,9 +190,8 @@ class PerceiverLayer(nn.Module):
 
 
 class LightweightPerceiver(nn.Module):
-    """Refine queries in a few iterations of cross-attention, self-attention and MLP.
+    """Refine queries in a few iterations, each with its own weights and, for windows, its own order.
 
-    Each iteration has its own weights, and where self-attention is windowed, the next of `WINDOW_ORDERS`.
     Source: Jaegle et al., "Perceiver: General Perception with Iterative Attention", 2021.
     """
 
@@ -230,7 +205,7 @@ class LightweightPerceiver(nn.Module):
         )
 
     def places(self, query_coords, input_coords):
-        """What the layers compute from the points (B, Q, 2) and (B, I, 2) alone, for calls with the same."""
+        """What the layers compute from the points alone, for calls with the same."""
         return [layer.places(query_coords, input_coords) for layer in self.layers]
 
     def forward(self, queries, query_coords, inputs, input_coords, places=None):

@@ -1,16 +1,5 @@
-"""Velocity fields that reconstruct an image from sparse pixels.
+"""Velocity fields that reconstruct an image from sparse pixels."""
 
-Glossary
-    b  batch
-    q  query points, where the field is wanted
-    i  observed (input) points, where the field is known
-    l  tokens of the sequence, i then q
-    d  model width (d_model)
-    f  random Fourier frequencies
-    k  directions of a scan; in `LocalImplicitField`, the nearest observed points a query attends to
-"""
-
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,25 +8,20 @@ from torch import nn
 
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.kernels.orders import inverse_order, point_order
-from nfhelpers.models.base import FieldModel, Layers, ModelConfig
+from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import (
     FourierFeatures,
     PointEmbedding,
     TimeEmbedding,
     gather_tokens,
     mlp,
-    squared_distances,
     zero,
 )
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
 from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalMambaBlock, stack
 
-POSTERIOR_STD = 0.15
-"""Standard deviation of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`."""
-
-MOST_SEQUENCES = 2**16 - 1
-"""The most that cuDNN's attention takes at once (pytorch/pytorch#181235)."""
+POSTERIOR_STD = 0.15  # of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`
 
 
 def check_points(t, *fields):
@@ -78,46 +62,28 @@ def directional_blocks(c, num_layers, bidirectional):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldConfig(ModelConfig):
-    """Settings that all models of sparse fields have.
+    """Settings that all models of sparse fields have."""
 
-    `d_model` is the width of the tokens; `fourier_scale` that of the random frequencies, in cycles per image
-    side; `mlp_ratio` times d_model the inner width of a block's MLP.
-    """
-
-    d_model: int = 512
+    d_model: int = 512  # width of the tokens
     num_fourier_features: int = 256
-    fourier_scale: float = 10.0
-    mlp_ratio: float = 2.0
+    fourier_scale: float = 10.0  # of their random frequencies, in cycles per image side
+    mlp_ratio: float = 2.0  # times d_model: inner width of a block's MLP
     dropout: float = 0.0
+    d_state: int = 16  # states a channel
+    expand: int = 2  # times d_model: width inside a scan
+    tied_decay: bool = True  # see `SelectiveSSM`
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanConfig(FieldConfig):
-    """Settings of models with selective scans.
-
-    `d_state` is the state's size a channel, `expand` times d_model the width inside a scan; `tied_decay` ties
-    the decays of a channel (`SelectiveSSM`).
-    """
-
-    d_state: int = 16
-    expand: int = 2
-    tied_decay: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultiDirectionalConfig(ScanConfig):
-    """Settings of models that scan in several directions of the plane.
-
-    `orders` are names of `kernels.orders.POINT_ORDERS`; with `shared_weights` one S6 and a linear fusion
-    serve all of them, in place of one S6 each and an MLP.
-    """
+class MultiDirectionalConfig(FieldConfig):
+    """Settings of models that scan in several directions of the plane."""
 
     orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    shared_weights: bool = False
+    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaDiffusionConfig(ScanConfig):
+class MambaDiffusionConfig(FieldConfig):
     """Settings of `MambaDiffusion`, v1; `order` sorts the observed points, and the queries after them."""
 
     num_layers: int = 6
@@ -155,9 +121,8 @@ class MambaDiffusionV2Config(MambaDiffusionConfig):
 class MambaFieldConfig(MultiDirectionalConfig):
     """Settings of `MambaField`.
 
-    With `bidirectional` every order is walked both ways. `spline_source` starts the flow from
-    the thin-plate spline, else from zero. `residual_std` is the standard deviation of the data around that
-    start, in values of [-1, 1]: 0.15 is what a spline of 20% of the pixels leaves, 0.5 about what zero does.
+    `residual_std` is the standard deviation of the data around the flow's start, in values of [-1, 1]: 0.15
+    is what a spline of 20% of the pixels leaves, 0.5 about what zero does.
     """
 
     d_model: int = 256
@@ -166,23 +131,10 @@ class MambaFieldConfig(MultiDirectionalConfig):
     perceiver_iterations: int = 2
     num_fourier_features: int = 128
     fourier_scale: float = 4.0
-    bidirectional: bool = True
-    spline_source: bool = True
+    bidirectional: bool = True  # every order is walked both ways
+    spline_source: bool = True  # the flow starts from the thin-plate spline, else from zero
     residual_std: float = 0.15
     model_type: ClassVar[str] = "field"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalImplicitFieldConfig(FieldConfig):
-    """Settings of `LocalImplicitField`: `neighbours` is how many observed pixels a query attends to."""
-
-    d_model: int = 256
-    neighbours: int = 16
-    num_layers: int = 2
-    num_heads: int = 8
-    num_fourier_features: int = 64
-    fourier_scale: float = 4.0
-    model_type: ClassVar[str] = "local"
 
 
 class Conditions(NamedTuple):
@@ -205,9 +157,8 @@ class SparseField(FieldModel):
     def forward(self, noisy_values, query_coords, t, input_coords, input_values, conditions=None):
         """Velocity (B, Nq, 3) of the field at the query points.
 
-        noisy_values (B, Nq, 3): x_t, in about [-1, 1]; query_coords (B, Nq, 2), input_coords (B, Ni, 2):
-        (x, y) in [0, 1]; t (B,): 0 is noise, 1 data; input_values (B, Ni, 3) in [-1, 1]. conditions: what
-        `prepare` made of these points, at hand in a sampling run.
+        noisy_values (B, Nq, 3): x_t, in about [-1, 1]; query_coords (B, Nq, 2), input_coords (B, Ni, 2): (x,
+        y) in [0, 1]; t (B,): 0 is noise; input_values (B, Ni, 3) in [-1, 1]. conditions: of `prepare`.
         """
         check_points(t, (query_coords, noisy_values), (input_coords, input_values))
         if conditions is None:
@@ -215,16 +166,15 @@ class SparseField(FieldModel):
         return self.velocity(noisy_values, t, conditions)  # (B, Q, 3)
 
     def loss_weight(self, t):
-        """Weight of the loss at t (B,) -> (B,)."""
         return loss_weight(t, POSTERIOR_STD)
 
 
 class TokenField(SparseField):
     """Base of the velocity fields that see observed points and queries as the tokens of one sequence.
 
-    Both point sets are sorted, so the result does not depend on how a caller lists the points. Subclasses mix
-    the tokens and end with `self.decoder`. It predicts what is left of the velocity after its linear part in
-    x_t (`flow.skip_weight`): at t = 0 the noise cancels exactly, and one step estimates the posterior mean.
+    Both point sets are sorted: the result does not depend on how they are listed. Subclasses mix the tokens.
+    They predict what is left of the velocity after its linear part in x_t (`flow.skip_weight`): at t = 0 the
+    noise cancels, and one step estimates the posterior mean.
     """
 
     def __init__(self, config: FieldConfig, order="row", query_values=3):
@@ -339,25 +289,16 @@ class MambaDiffusionV2(TokenField):
 
 
 class MambaField(TokenField):
-    """The flagship: scans of the plane in several orders, both ways, a perceiver, and a flow that starts from
-    the thin-plate spline of the observed pixels.
+    """The flagship: scans in several orders, both ways, a perceiver, and a flow that starts from a spline.
 
-    The source of the flow depends on the data (Albergo et al., "Stochastic Interpolants with Data-Dependent
-    Couplings", ICML 2024), and yet path, loss and samplers are those of `nfhelpers.flow`. With m the spline
-    at the queries, clamped to [-1, 1], let the data be m + d, d of mean zero and standard deviation s
-    (`config.residual_std`). Then r = x_t - t m = (1 - t) noise + t d has the variance
-    V = (1 - t)^2 + t^2 s^2, and the best linear prediction of the velocity m + d - noise is
+    With m the thin-plate spline of the observed pixels, let the data be m + d, d of standard deviation s
+    (`config.residual_std`), r = x_t - t m and V = (1 - t)^2 + t^2 s^2, the variance of r. Then
 
-        m + Cov(d - noise, r) / V * r = m + skip_weight(t, s) (x_t - t m)
+        velocity = m + skip_weight(t, s) r + s / sqrt(V) network(r / sqrt(V), m, ...)
 
-    What remains, ((1 - t) d - t s^2 noise) / V, has the standard deviation s / sqrt(V) at all t; the network
-    predicts it from r / sqrt(V) and m, all three of unit scale (the preconditioning of Karras et al. 2022):
-
-        velocity = m + skip_weight(t, s) (x_t - t m) + s / sqrt(V) network(r / sqrt(V), m, ...)
-
-    The network starts at zero: one step from t = 0, the posterior mean, is then the spline itself, and a
-    solver of many steps draws from N(m, s^2). The loss is weighed by V / s^2 (`flow.loss_weight`), which
-    makes it the squared error of the network.
+    where the first two terms are the best linear prediction and all that the network sees or predicts is of
+    unit scale (Karras et al. 2022; data-dependent source: Albergo et al., "Stochastic Interpolants", 2024).
+    It starts at zero: one step from t = 0 is then the spline. The loss is weighed by V / s^2.
     """
 
     def __init__(self, config: MambaFieldConfig):
@@ -394,56 +335,10 @@ class MambaField(TokenField):
         return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
 
 
-class LocalImplicitField(SparseField):
-    """The baseline without a state space: every query attends to its nearest observed pixels only.
-
-    A local implicit field in the manner of LIIF (Chen et al. 2021), with attention for its fixed neighbour
-    ensemble. Time and memory of the search are O(Nq * Ni). Queries do not see one another.
-    """
-
-    def __init__(self, config: LocalImplicitFieldConfig):
-        super().__init__()
-        self.config = config
-        d = config.d_model
-        self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
-        self.neighbour_embedding = PointEmbedding(2 * config.num_fourier_features, d)
-        self.query_proj = nn.Linear(3, d)
-        self.time = TimeEmbedding(d)
-        sizes = (d, config.num_heads, int(config.mlp_ratio * d), config.dropout)
-        options = dict(activation="gelu", batch_first=True, norm_first=True)
-        self.layers = Layers(nn.TransformerEncoderLayer(*sizes, **options) for _ in range(config.num_layers))
-        self.decoder = residual_decoder(d, config.dropout)
-
-    def prepare(self, query_coords, input_coords, input_values):
-        """What `forward` computes from these alone: tokens of each query's neighbours (B, Q, K, D)."""
-        k = min(self.config.neighbours, input_coords.shape[1])
-        # On a grid many points are equally near: which are the k nearest is well defined only in a canonical
-        # order, and by distances without the rounding of a matrix product.
-        order = point_order(input_coords, "row")  # (B, I)
-        input_coords, input_values = (gather_tokens(x, order) for x in (input_coords, input_values))
-        distance = squared_distances(query_coords, input_coords)  # (B, Q, I)
-        nearest = distance.topk(k, largest=False).indices.flatten(1)  # (B, Q*K)
-        values = gather_tokens(input_values, nearest)  # (B, Q*K, 3)
-        offsets = gather_tokens(input_coords, nearest) - query_coords.repeat_interleave(k, dim=1)
-        neighbours = self.neighbour_embedding(self.fourier(offsets), values)  # (B, Q*K, D)
-        return neighbours.unflatten(1, (-1, k))  # (B, Q, K, D)
-
-    def velocity(self, noisy_values, t, neighbours):
-        query = self.query_proj(noisy_values) + self.time(t)[:, None]  # (B, Q, D)
-        tokens = torch.cat([query[:, :, None], neighbours], dim=2).flatten(0, 1)  # (B*Q, 1+K, D)
-        tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        parts = tokens.chunk(math.ceil(len(tokens) / MOST_SEQUENCES))
-        query = torch.cat([self.layers(part)[:, 0] for part in parts])  # (B*Q, D)
-        residual = self.decoder(query).unflatten(0, noisy_values.shape[:2])  # (B, Q, 3)
-        return residual + skip_weight(t)[:, None, None] * noisy_values  # (B, Q, 3)
-
-
 def initialise_from_v1(model: FieldModel, v1: MambaDiffusion) -> list[str]:
-    """Start a model from the weights it shares with a trained v1; returns their names.
+    """Start a model from the weights it shares with a trained v1 by name and shape; returns their names.
 
-    These are all that have one name and one shape in both, such as the Fourier frequencies and the
-    embeddings of points and of time, without the decoder's last layer: that stays at zero, so that the model
-    still starts as its linear prediction. ValueError when nothing fits.
+    The decoder's last layer stays at zero, so that the model still starts as its linear prediction.
     """
     source, own = v1.state_dict(), model.state_dict()
     last = f"decoder.{len(v1.decoder) - 1}."

@@ -1,24 +1,14 @@
-"""Thin-plate splines of batches of point sets: the smoothest surface through the observed pixels.
-
-Glossary: b batch, q query points, i observed (input) points, c channels.
-"""
+"""Thin-plate splines of batches of point sets: the smoothest surface through the observed pixels."""
 
 import torch
 from torch.nn import functional as F
 
 from nfhelpers.models.layers import solve_positive, squared_distances
 
-RIDGE = 1e-8
-"""Added to the diagonal of the system, whose entries are of order 1 for points of the unit square."""
-
-SHIFT = 2.0
-"""k of `thin_plate_spline`: from about 0.7 on, S is positive definite for points of the unit square."""
-
-LEVEL = 1e-13
-"""Mean squared distance from a line below which points are on it."""
-
-BASIS_AT_ONCE = 2**18
-"""Basis functions of a sample evaluated together: those of all queries, (Q, I), are far beyond a cache."""
+RIDGE = 1e-8  # added to the diagonal of the system, whose entries are of order 1
+SHIFT = 2.0  # k of `thin_plate_spline`: from about 0.7 on, S is positive definite in the unit square
+LEVEL = 1e-13  # mean squared distance from a line below which points are on it
+BASIS_AT_ONCE = 2**18  # basis functions of a sample evaluated together, as many as a cache holds
 
 
 def thin_plate_spline(
@@ -29,16 +19,10 @@ def thin_plate_spline(
         s(p) = sum over i of w_i phi(|p - p_i|) + c_0 + c_1 x + c_2 y        phi(r) = r^2 log r
         (Phi + ridge) w + P c = values        P^T w = 0
 
-    Of all surfaces through the values it bends least. The ridge averages points that coincide; elsewhere it
-    changes less than 1e-4 of the values' range. S = Phi + ridge + k P P^T is positive definite, which
-    Cholesky factors solve:
-
-        (P^T S^-1 P) c = P^T S^-1 values        w = S^-1 (values - P c)
-
-    Across points on a line, or a single one, the surface is level: N adds (slope)^2 where P has no say. All
-    is in float64, as the condition grows with the fourth power of the points' density. Time is O(I^3 + Q I) a
-    sample. Sources: Duchon 1977; Wahba, "Spline Models for Observational Data", 1990.
-    `scipy.interpolate.RBFInterpolator` is the same on a CPU and without a batch.
+    The ridge averages points that coincide. S = Phi + ridge + k P P^T is positive definite, so that Cholesky
+    factors solve (P^T S^-1 P) c = P^T S^-1 values, w = S^-1 (values - P c). Across points on a line the
+    surface is level: N adds (slope)^2 where P has no say. Float64, time O(I^3 + Q I) a sample. On a CPU and
+    without a batch it is `scipy.interpolate.RBFInterpolator`. Source: Wahba 1990.
     """
     points, values = input_coords.double(), input_values.double()
     P = _affine(points)  # (B, I, 3)

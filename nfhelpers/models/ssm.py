@@ -1,16 +1,4 @@
-"""Selective state-space mixers and the block around them.
-
-Glossary
-    b  batch
-    l  tokens, in the order they are scanned
-    d  model width (d_model)
-    e  inner width (expand * d_model)
-    n  state size per channel (d_state)
-    r  rank of the step-size projection (dt_rank)
-    o  orders in which the tokens are scanned
-    k  directions: the orders, and where both ways are taken the same orders backwards after them
-    s  sets of weights: one for each direction, or one for all
-"""
+"""Selective state-space mixers and the block around them."""
 
 import math
 
@@ -90,10 +78,8 @@ class MultiDirectionalSSM(nn.Module):
         u, z = W_in tokens        y_k = S6 of x in direction k
         x = silu(u)               result = W_out (norm(x + fusion(y_1 .. y_O)) * silu(z))
 
-    What depends on a token alone (x, delta, B, C) is computed in the tokens' own order; `directional_scan`
-    follows the orders. With `shared_weights` one S6 serves all directions and the fusion is one linear map;
-    otherwise each direction has its own, and the fusion is an MLP. With `bidirectional` each order is walked
-    both ways and the two results are added, before the fusion.
+    With `shared_weights` one S6 serves all directions and the fusion is linear; otherwise each direction has
+    its own, and the fusion is an MLP. With `bidirectional` both ways of an order are added before the fusion.
     """
 
     def __init__(
@@ -167,16 +153,12 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens, *orders):
-        """(B, L, D) -> (B, L, D); `orders`: what the mixer takes beside the tokens."""
         tokens = tokens + self.dropout(self.mixer(self.mixer_norm(tokens), *orders))
         return tokens + self.dropout(self.mlp(self.mlp_norm(tokens)))
 
 
 def stack(blocks):
-    """Residual blocks one after the other, that pass their tokens on unchanged to begin with.
-
-    What a block mixes in before it has learned anything is noise to the layers after it.
-    """
+    """Residual blocks one after the other, that pass their tokens on unchanged to begin with."""
     blocks = Layers(blocks)
     for block in blocks:
         zero(block.mixer.out_proj)
@@ -201,8 +183,7 @@ class MultiDirectionalMambaBlock(ResidualBlock):
 class BidirectionalMamba(nn.Module):
     """A stack of blocks that reads the sequence forwards and one that reads it backwards.
 
-    Both start from the same tokens; their results are concatenated and projected. A stack that walks
-    backwards is one that walks forwards over the flipped sequence: it is flipped once, not in each block.
+    Both start from the same tokens; their results are concatenated and projected.
     """
 
     def __init__(self, d_model, num_layers, d_state, expand, tied_decay, mlp_ratio, dropout):
