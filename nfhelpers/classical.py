@@ -71,8 +71,7 @@ class Wiener:
     def fill(self, observed, size=None):
         """Fields (N, H, W, 3) of an `evaluate.Observed`, or resampled to (N, size, size, 3)."""
         fields = np.stack([self._fill(*p) for p in zip(observed.images, observed.mask, strict=True)])
-        shape = (self.height, self.width) if size is None else (size, size)
-        return resize(fields, *shape).astype(np.float32)
+        return resize(fields, size or self.height, size or self.width).astype(np.float32)
 
     def _fill(self, image, mask):
         row, column = mask.nonzero()  # (Ni,) each

@@ -162,9 +162,7 @@ def read_wav(file) -> tuple[np.ndarray, int]:
                 raise ValueError(f"it is cut, with {there} of {size} bytes of sound")
             size = min(size, there) if size or name != b"data" else there
             chunks += name + struct.pack("<I", size) + data[at : at + size] + bytes(size % 2)
-            at += size + (
-                size % 2 and data[at + size : at + size + 1] == b"\0"
-            )  # the pad byte may be missing
+            at += size + (size % 2 and data[at + size : at + size + 1] == b"\0")  # may lack the pad byte
         data = b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks if chunks else data
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         if not (len(samples) and np.isfinite(samples).all()):

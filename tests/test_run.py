@@ -159,7 +159,8 @@ def test_field_datasets_are_of_train_and_validation(tmp_path):
     data = run.load_settings("v1", "smoke")["data"]
     data |= {"source": str(tmp_path), "size": 16, "train_images": 50, "validation_images": 3}
     train_data, validation_data = run.field_datasets(data, seed=7)
-    splits = [images.load_images(tmp_path, split, 16) for split in ("train", "validation", "test")]
+    splits = ("train", "validation", "test")
+    splits = [images.open_images(tmp_path, split, 16, held_out=True)[:] for split in splits]
     np.testing.assert_array_equal(validation_data.images[:3], splits[1][:3])
     np.testing.assert_array_equal(train_data.images[:50], splits[0])
     assert sum(len({image.tobytes() for image in split}) for split in splits) == 40  # no two share one
