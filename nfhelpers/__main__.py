@@ -41,7 +41,7 @@ def parser():
     train.add_argument("--data", help=f"{', '.join(SOURCES)}, a folder or an .npz, in place of the preset's")
     train.add_argument("--output", type=Path, help="folder of the run (default: runs/MODEL/PRESET)")
     train.add_argument("--init", type=Path, metavar="FOLDER", help="start from a model's weights, or a v1's")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=3, ...")
+    train.add_argument("--set", type=setting, action="append", default=[], metavar="train.epochs=3")
     train.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU")
     evaluate = commands.add_parser("evaluate", help="scores of models, and of classical interpolation")
     evaluate.set_defaults(function=evaluate_models)
@@ -77,7 +77,7 @@ def check_paths(*models, source=None, output=None):
 
 def train_model(options):
     """Train or go on; 130 if interrupted."""
-    name, overrides = options.model, dict(map(parse_override, options.set))
+    name, overrides = options.model, dict(options.set)
     overrides |= {"data.source": options.data} if options.data else {}
     run.load_settings(name, "smoke", overrides)  # before torch; all presets have the same keys
     check_paths(options.init, source=options.data)
@@ -117,11 +117,9 @@ def train_model(options):
     return 130 if result.interrupted else 0
 
 
-def parse_override(pair):
+def setting(pair):
     """ "train.epochs=3" -> ("train.epochs", 3): values in TOML's syntax, anything else is text."""
-    key, equals, text = pair.partition("=")
-    if not equals:
-        raise ValueError(f"--set {pair!r} has no '='; write --set train.epochs=3")
+    key, text = pair.split("=", 1)
     try:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -53,9 +53,8 @@ def save_model(model, folder, card):
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        (temporary / "README.md").write_text(card, encoding="utf-8")
         model.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():
             _sync(file)
         if not folder.exists():

@@ -38,7 +38,6 @@ class Run:
     device: object  # torch.device
     precision: str  # "bf16" or "fp32"
     backend: str  # of the selective scan
-    figures: Path
     runs: Path  # under "smoke" a new folder each time, so that every test trains
 
 
@@ -52,9 +51,9 @@ def start(notebook, preset=None, overrides=None):
 
     from nfhelpers import kernels
 
-    preset, device, root = resolve_preset(preset), default_device(), repository_root()
+    preset, device = resolve_preset(preset), default_device()
     settings = load_settings(SECTIONS.get(notebook, notebook), preset, overrides)
-    seed, runs = settings["seed"], root / "runs" / notebook / preset
+    seed, runs = settings["seed"], repository_root() / "runs" / notebook / preset
     for seed_library in (random.seed, np.random.seed, torch.manual_seed):
         seed_library(seed)
     if preset == "smoke":
@@ -63,7 +62,7 @@ def start(notebook, preset=None, overrides=None):
     precision, backend = default_precision(device), kernels.choose_backend(device)
     print(f"preset    {preset}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
     print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
-    return Run(notebook, preset, settings, seed, device, precision, backend, root / "build/figures", runs)
+    return Run(notebook, preset, settings, seed, device, precision, backend, runs)
 
 
 def resolve_preset(preset=None):
@@ -181,7 +180,7 @@ def title(run, text):
 
 def save_figure(run, figure, name):
     """Write a figure as <notebook>_<name>.png into build/figures; returns it, for a cell to show."""
-    folder = run.runs if run.preset == "smoke" else run.figures
+    folder = run.runs if run.preset == "smoke" else repository_root() / "build" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{run.notebook}_{name}.png", dpi="figure", bbox_inches="tight")
     return figure

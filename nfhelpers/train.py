@@ -168,16 +168,11 @@ class _Run:
             print(f"{folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
         self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
-        keys = (
-            [(step, place) for place in part] for step in range(start, total) for part in self.steps.places
-        )
-        options = {
-            "num_workers": config.num_workers,
-            "worker_init_fn": _start_worker,
-            "pin_memory": self.cuda,
-        }
+        steps, places = range(start, total), self.steps.places
+        keys = ([(step, place) for place in part] for step in steps for part in places)
         # With a generator of its own the loader takes nothing from the global one.
-        batches = iter(DataLoader(self.steps, batch_sampler=keys, generator=torch.Generator(), **options))
+        options = {"generator": torch.Generator(), "pin_memory": self.cuda, "num_workers": config.num_workers}
+        batches = iter(DataLoader(self.steps, batch_sampler=keys, worker_init_fn=_start_worker, **options))
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
@@ -290,7 +285,7 @@ class _Run:
                 loss = objective({name: x.to(self.device) for name, x in batch.items()})
                 total += float(loss) * len(t) / len(data)
             if hasattr(data, "images"):  # one-step posterior means of the first ones, (k, H, W, 3) in [0, 1]
-                images = np.asarray(data.images[:6])
+                images = np.asarray(data.images[:8])
                 observed = evaluate.observe(images, data.num_inputs / images[0, ..., 0].size, data.seed or 0)
                 made = evaluate.reconstruct(self.ema, observed, seed=seed)
                 sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # else grey
@@ -359,8 +354,10 @@ class _Steps(Dataset):
             check_field(*(item[name][None] for name in ("query_coords", "input_coords", "input_values")))
         if self.dropped is None and self.config.vary_queries:
             queries = len(item["query_values"])
-            which = torch.randint(QUERY_COUNTS, (), generator=_generator(seed, _STEP, step))  # of the batch
-            count = int(torch.linspace(max(1, queries // 4), queries, QUERY_COUNTS)[which].round())
+            share = torch.randint(
+                1, QUERY_COUNTS + 1, (), generator=_generator(seed, _STEP, step)
+            )  # all alike
+            count = math.ceil(queries * int(share) / QUERY_COUNTS)
             keep = torch.randperm(queries, generator=generator)[:count].sort().values
             item |= {name: item[name][keep] for name in ("query_coords", "query_values")}
         return item | {"noise": torch.randn(item[self.key].shape, generator=generator)}

@@ -110,7 +110,7 @@ def test_names_and_overrides():
     assert set(cli.SAMPLERS) == set(samplers.SAMPLERS)
     pairs = ["a.b=3", "c=1e-3", "e=[1, 2]", "f=photos", "h=../data=1"]
     parsed = [("a.b", 3), ("c", 1e-3), ("e", [1, 2]), ("f", "photos"), ("h", "../data=1")]
-    assert list(map(cli.parse_override, pairs)) == parsed
+    assert list(map(cli.setting, pairs)) == parsed
 
 
 # ---------------------------------------------------------------- train
