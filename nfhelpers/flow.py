@@ -4,9 +4,7 @@
 
 A network trained by mean squared error on v predicts E[v | x_t]. noise, data, x_t, velocity: (B, ...); t: a
 number, a scalar tensor or (B,). Sources: Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023;
-Liu et al., "Flow Straight and Fast", ICLR 2023; Karras et al., "Elucidating the Design Space of
-Diffusion-Based Generative Models", NeurIPS 2022 (loss_weight); Ho and Salimans, "Classifier-Free Diffusion
-Guidance", 2022 (dropped conditions).
+Karras et al., 2022 (loss_weight); Ho and Salimans, 2022 (dropped conditions).
 """
 
 import torch

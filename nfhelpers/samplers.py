@@ -8,8 +8,7 @@ average of all draws: it has half the squared error of a sample (about 3 dB more
     rk4                  order 4, four
 
 Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022 (heun, sde);
-Song et al., ICLR 2021 (ddim; sde); Preechakul et al., "Diffusion Autoencoders", 2022 (latents); Ho and
-Salimans, "Classifier-Free Diffusion Guidance", 2022 (guided_velocity).
+Song et al., ICLR 2021 (ddim; sde); Preechakul et al. 2022 (latents); Ho and Salimans 2022 (guidance).
 """
 
 import math
@@ -148,19 +147,10 @@ def _field_velocity(model, query_coords, input_coords, input_values, max_batch, 
 
 @torch.no_grad()
 def sample(
-    model,
-    query_coords,
-    input_coords,
-    input_values,
-    *,
-    method="heun",
-    steps=50,
-    generator=None,
-    temperature=1.0,
-    max_batch=None,
-    callback=None,
+    model, query_coords, input_coords, input_values,
+    *, method="heun", steps=50, generator=None, temperature=1.0, max_batch=None, callback=None,
     progress=False,
-):
+):  # fmt: skip
     """Draw one posterior sample of the field at the query points -> (B, Nq, 3) in [-1, 1].
 
     query_coords (B, Nq, 2) and input_coords (B, Ni, 2) are in [0, 1], input_values (B, Ni, 3) in [-1, 1].
@@ -183,18 +173,9 @@ def sample(
 
 @torch.no_grad()
 def posterior_mean(
-    model,
-    query_coords,
-    input_coords,
-    input_values,
-    *,
-    draws=1,
-    steps=1,
-    generator=None,
-    max_batch=None,
-    callback=None,
-    progress=False,
-):
+    model, query_coords, input_coords, input_values,
+    *, draws=1, steps=1, generator=None, max_batch=None, callback=None, progress=False,
+):  # fmt: skip
     """Mean and standard deviation over draws of the field at the query points -> two (B, Nq, 3).
 
     steps=1 is one evaluation at t = 0: the best velocity there is E[data | observed] - noise, so that noise
@@ -284,20 +265,10 @@ def guided_velocity(model, labels=None, captions=None, guidance=1.0):
 
 @torch.no_grad()
 def sample_grids(
-    model,
-    count,
-    height,
-    width,
-    *,
-    labels=None,
-    captions=None,
-    guidance=1.0,
-    method="heun",
-    steps=25,
-    generator=None,
-    callback=None,
+    model, count, height, width,
+    *, labels=None, captions=None, guidance=1.0, method="heun", steps=25, generator=None, callback=None,
     progress=False,
-):
+):  # fmt: skip
     """Draw grids (count, C, height, width) in [-1, 1]; see `guided_velocity` and `sample` for the options."""
     integrate, options = _sampler(method), dict(callback=callback, progress=progress)
     x = draw(torch.randn, (count, model.config.channels, height, width), next(model.parameters()), generator)

@@ -141,12 +141,6 @@ def to_audio(spectrograms, meta, *, reference=None, iterations=64, generator=Non
     return griffin_lim(magnitude, meta.n_fft, meta.hop, iterations=iterations, generator=generator)
 
 
-def spectral_convergence(magnitude, samples, hop) -> torch.Tensor:
-    """How far a sound (N, S) is from magnitudes (N, H, W): | magnitude - |STFT| | / | magnitude |, (N,)."""
-    found = stft(samples, 2 * (magnitude.shape[1] - 1), hop).abs()
-    return (magnitude - found).flatten(1).norm(dim=1) / magnitude.flatten(1).norm(dim=1)
-
-
 def read_wav(file) -> tuple[np.ndarray, int]:
     """Samples (S,) float32 in [-1, 1], channels averaged, and the rate of a wav file, a path or opened."""
     import soundfile

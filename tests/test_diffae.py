@@ -180,7 +180,7 @@ def test_phase_2_keeps_encoder_decoding_and_statistics_bit_by_bit(tmp_path):
     torch.testing.assert_close(first.denormalise(first.normalise(latents)), latents)
     latent, coords = encoded(first, arguments), arguments["query_coords"]
     first.save_pretrained(tmp_path)
-    for origin in (first, tmp_path):
+    for origin in (first, load_model(tmp_path)):
         second = second_phase(origin, residual_std=0.3).train()
         optimizer = torch.optim.SGD((p for p in second.parameters() if p.requires_grad), lr=0.1)
         second(**arguments).square().mean().backward()

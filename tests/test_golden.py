@@ -1,6 +1,6 @@
-"""Shipped checkpoints and scans give the numbers in tests/golden/ (written by make_golden.py)."""
+"""Shipped checkpoints and scans give the numbers in tests/golden/ (written by benchmarks/golden.py)."""
 
-import make_golden as golden
+import golden
 import pytest
 from safetensors.torch import load_file
 

@@ -114,13 +114,12 @@ def test_patches_are_2_x_2_and_undone():
     assert torch.equal(spread_patches(patches), grid)
 
 
-def test_token_split_concatenates_or_mixes():
+def test_token_split_concatenates():
     torch.manual_seed(0)
     below, cached = torch.randn(1, 2, 3, 6), torch.randn(1, 4, 6, 4)
-    concat, lerp = TokenSplit(6, 4, "concat"), TokenSplit(6, 4, "lerp")
-    both = torch.cat([spread_patches(concat.proj(below)), cached], -1)
-    torch.testing.assert_close(concat(below, cached), concat.fuse(both))
-    torch.testing.assert_close(lerp(below, cached), (spread_patches(lerp.proj(below)) + cached) / 2)
+    split = TokenSplit(6, 4)
+    both = torch.cat([spread_patches(split.proj(below)), cached], -1)
+    torch.testing.assert_close(split(below, cached), split.fuse(both))
 
 
 def test_ada_rms_norm_starts_plain_and_scales_and_shifts():
@@ -167,10 +166,9 @@ def test_the_loss_drops_the_condition_of_a_share_of_training_samples():
 
 
 @mixers
-@pytest.mark.parametrize("skip", ["concat", "lerp"])
 @pytest.mark.parametrize(("channels", "height", "width"), [(1, 31, 18), (2, 1, 3)])
-def test_any_size_and_number_of_channels(mixer, skip, channels, height, width):
-    model = tiny_model(mixer=mixer, skip=skip, channels=channels)
+def test_any_size_and_number_of_channels(mixer, channels, height, width):
+    model = tiny_model(mixer=mixer, channels=channels)
     velocity = model(**arguments(channels=channels, height=height, width=width))
     assert velocity.shape == (2, channels, height, width) and velocity.isfinite().all()
 
@@ -248,7 +246,7 @@ def test_the_mapping_network_and_what_it_drives_are_marked():
 
 
 def test_a_saved_model_loads_bitwise(tmp_path):
-    model = tiny_model(num_classes=3, caption_dim=5, skip="lerp", scan_directions=("h", "w2_flip"))
+    model = tiny_model(num_classes=3, caption_dim=5, scan_directions=("h", "w2_flip"))
     model.save_pretrained(tmp_path)
     opened, given = load_model(tmp_path), arguments(classes=3, captions=5)
     assert opened.config == model.config and torch.equal(opened(**given), model(**given))

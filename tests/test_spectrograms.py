@@ -93,12 +93,11 @@ def test_the_scale_is_undone_within_the_range_and_clipped_outside():
 def test_griffin_lim_finds_a_sine(hop):
     samples = torch.from_numpy(tone(500, 39 * hop).astype(np.float32))[None]
     magnitude = stft(samples, 62, hop).abs()
-    assert module.spectral_convergence(magnitude, samples, hop) < 1e-6
 
     def error(iterations, momentum=0.99):
         options = {"iterations": iterations, "momentum": momentum, "generator": seeded()}
         sound = module.griffin_lim(magnitude, 62, hop, **options)
-        return module.spectral_convergence(magnitude, sound, hop).item()
+        return ((magnitude - stft(sound, 62, hop).abs()).norm() / magnitude.norm()).item()
 
     assert error(1) > 0.2 and error(256) < 0.03  # with four seeds: 0.31 and up to 0.024
     assert error(64) < min(0.06, error(64, momentum=0.0))

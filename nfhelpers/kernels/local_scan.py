@@ -5,8 +5,6 @@ the right and lower edge are cut short. Pixel (r, q) lies in window (i, j) = (r 
 its step, which the Triton kernel computes and undoes (a CPU keeps an order for each grid), is
 
     l = i K W + j h K + (r - i K) w + (q - j K)          bands above, windows to the left, rows above, columns
-
-Models need no scanned copy: `nfhelpers.directional_scan` gathers inside its kernel.
 """
 
 import functools

@@ -18,8 +18,7 @@ def point_order(coords, kind):
 
     "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
     that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
-    order. Lines of the scan are told apart in float32, safely on grids of up to 700 x 700 pixels. Coordinates
-    on a GPU are not checked.
+    order. Lines are told apart in float32, safely up to 700 x 700 pixels. A GPU's coordinates go unchecked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
@@ -79,8 +78,7 @@ def grid_order(height, width, kind):
     """Scan order (height * width,) int64 of the pixels of a grid, whose positions count row by row.
 
     kind: "h" row by row, "v" column by column, "w<N>" windows of N x N pixels, row by row inside a window and
-    from window to window, cut short at the far edges; each with "_flip", which walks backwards. Source: Huang
-    et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan", 2024.
+    from window to window; each with "_flip", which walks backwards. Source: Huang et al., "LocalMamba", 2024.
     """
     match = re.fullmatch(r"(h|v|w([1-9]\d*))(_flip)?", kind)
     if match is None:

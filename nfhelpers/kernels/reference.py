@@ -12,8 +12,7 @@ The backends implement the operation behind both public scans, which `as_groups`
     backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
         -> the gradients of u, delta, A, B, C, D, z, bias, None for None
 
-b batch, k direction (K of them), l token (row), d channel, n state, g group of channels that share B and C
-
+b batch, k direction, l token (row), d channel, n state, g group of channels that share B and C
     u           (b, K, l, d), or (b, 1, l, d) when the directions share one input
     delta, z    (b, K, l, d)
     A           (K, d, N); tied (K, d), where state n decays at the rate (n + 1) A
@@ -21,8 +20,7 @@ b batch, k direction (K of them), l token (row), d channel, n state, g group of 
     D, bias     (K, d); they and A come contiguous in the state's dtype, the rest in any dtype and strides
     order       None, or (1 or b, K, l): row visited at step t
     reverse     bit k set: direction k walks its order from the last step to the first
-    y           (b, K, l, d) in the order of the rows
-    last        (b, K, d, N) state after the last step
+    y, last     (b, K, l, d) in the order of the rows, (b, K, d, N) state after the last step
     states      what the backend keeps for its backward pass; (0,) when keep_states is False
 """
 

@@ -13,9 +13,7 @@ afterwards: no atomics, so two runs agree bitwise. States and parameters are flo
   than holding them, and keeps the states of four steps, not eight.
 - The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
   which the products are; a reduction across threads would take most of the time.
-
-b, k, l, d, n are batch, direction, row, channel, state; g is a group of channels that shares B and C; t is a
-step of the walk; a is its decay exp(delta A).
+ Letters are those of `reference`; t is a step of the walk, a its decay exp(delta A).
 """
 
 # ruff: noqa: E741, RUF005 (Triton has no unpacking)
@@ -118,9 +116,8 @@ def sum_channels(xs, PRECISION: tl.constexpr):
     (R, N T / R), in bfloat16 with columns of zeros up to 8.
 
     Of operand B (k, column) of mma.m16n8 a lane holds some k of one column, in packs of W neighbours, every
-    fourth pack (PTX ISA, matrix fragments): as k = (r / W, d % 4, r % W) and column = (h, t, s, d / 4) the
-    tiles are this operand where they lie. Ones and zeros on its left add over d % 4; what is left over d / 4.
-    A NaN or infinity spreads over its column and, in bfloat16, over the steps of its row.
+    fourth pack (PTX ISA): as k = (r / W, d % 4, r % W), column = (h, t, s, d / 4) the tiles are this operand
+    where they lie. Ones and zeros on its left add over d % 4. NaN spreads over its column.
     """
     x = stack_steps(xs)
     D: tl.constexpr = x.shape[1]

@@ -1,9 +1,8 @@
 """Models: velocity fields over sparse pixels, of grids and of latents. `load_model` opens any saved one.
 
-Letters of shapes: B batch; I observed points, Q query points, L tokens in the order they are scanned (I, then
-Q); D width of the model, E inner width of a scan, N states a channel, R rank of its step size; K directions
-of a scan; H heads and C channels a head; F Fourier frequencies; W windows. In `diffae`: M cosines a side, C
-channels of the latent. In `local_mamba`: H, W rows and columns, C channels of the grid, M of the condition.
+Letters of shapes: B batch; I observed points, Q queries, L tokens of a scan (I, then Q); D width of a model,
+E of a scan, N states a channel, R rank of its step size; K directions; H heads of C channels; F frequencies.
+In `diffae`: M cosines a side, C channels of the latent; in `local_mamba` M is the width of the condition.
 """
 # ruff: noqa: F401
 

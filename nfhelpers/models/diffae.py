@@ -1,13 +1,11 @@
 """A diffusion autoencoder of sparse fields: a field as one latent vector, and back at any coordinates.
 
-Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top.
-
-Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
+Phase 1 trains `encode` and the deterministic `decode`; phase 2 freezes them and trains a flow on top. Source:
+Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", CVPR 2022.
 """
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -130,11 +128,9 @@ class LinearCode(nn.Module):
         self.register_buffer("scale", scale)  # (C,)
 
     def encode(self, spectrum):
-        """Spectrum (B, M^2, 3) -> code (B, C)."""
         return (spectrum.flatten(1) - self.mean) @ self.components.T / self.scale
 
     def decode(self, code):
-        """Code (B, C) -> spectrum (B, M^2, 3)."""
         return (self.mean + (self.scale * code) @ self.components).unflatten(1, (-1, 3))
 
 
@@ -361,7 +357,6 @@ class MambaDiffusionAutoencoder(SparseField):
         return (latent - mean) / std
 
     def denormalise(self, latent):
-        """The inverse of `normalise`: what `decode` takes."""
         mean, std = self._statistics(latent.device)
         return latent * std + mean
 
@@ -477,12 +472,8 @@ def first_phase(model: MambaDiffusionAutoencoder) -> MambaDiffusionAutoencoder:
     return twin.eval()
 
 
-def second_phase(
-    first: MambaDiffusionAutoencoder | str | Path, *, residual_std: float = 0.15
-) -> MambaDiffusionAutoencoder:
-    """A model of phase 2 on a trained one of phase 1, or its folder: its weights and statistics, frozen."""
-    if not isinstance(first, MambaDiffusionAutoencoder):
-        first = MambaDiffusionAutoencoder.from_pretrained(Path(first))
+def second_phase(first: MambaDiffusionAutoencoder, *, residual_std=0.15) -> MambaDiffusionAutoencoder:
+    """A model of phase 2 on a trained one of phase 1: its weights and statistics, frozen."""
     if first.config.phase != 1:
         raise ValueError(f"this model is of phase {first.config.phase}; pass one of phase 1")
     model = MambaDiffusionAutoencoder(replace(first.config, phase=2, residual_std=residual_std))

@@ -38,11 +38,9 @@ class PointEmbedding(nn.Module):
         self.value_proj = nn.Linear(num_values, d_model)
 
     def forward(self, features, values):
-        """Fourier features (B, L, num_features) and values (B, L, num_values) -> tokens (B, L, D)."""
         return self.place(features) + self.value_proj(values)  # (B, L, D)
 
     def place(self, features):
-        """The part of the tokens that says where they are."""
         return self.coord_proj(features.to(self.coord_proj.weight.dtype))  # (B, L, D)
 
 
@@ -63,7 +61,6 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        """t (B,) in [0, 1] -> (B, D)."""
         return self.mlp(sinusoidal_embedding(t, self.dim).to(self.mlp[0].weight.dtype))  # (B, D)
 
 
@@ -86,7 +83,6 @@ def solve_positive(A, b):
 
 
 def mlp(dim, hidden, out, dropout=0.0):
-    """Linear, GELU, dropout, linear: the token-wise network of every block."""
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
 
 

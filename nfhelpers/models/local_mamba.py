@@ -132,7 +132,6 @@ class BiAttn(nn.Module):
         self.whole_score = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, y):
-        """Directions (B, K, L, E) -> (B, L, E)."""
         seen = self.norm(y.to(self.norm.weight.dtype))  # (B, K, L, E)
         whole = F.gelu(self.whole_proj(seen.mean(2, keepdim=True)))  # (B, K, 1, hidden)
         place = self.place_score(F.gelu(self.place_proj(seen))) + self.whole_score(whole)  # (B, K, L, 1)
@@ -253,23 +252,16 @@ class PatchMerging2D(nn.Module):
 
 
 class TokenSplit(nn.Module):
-    """The step up: a token as 2 x 2, joined with the stage's skip by a projection or one weight ("lerp")."""
+    """The step up: a token as 2 x 2, concatenated with the stage's skip and projected."""
 
-    def __init__(self, dim_below, dim, skip):
+    def __init__(self, dim_below, dim):
         super().__init__()
         self.proj = nn.Linear(dim_below, 4 * dim, bias=False)
-        self.skip = skip
-        if skip == "concat":
-            self.fuse = nn.Linear(2 * dim, dim)
-        else:
-            self.weight = nn.Parameter(torch.full((1,), 0.5))  # of what comes from below
+        self.fuse = nn.Linear(2 * dim, dim)
 
     def forward(self, grid, cached):
         """Grid (B, H, W, D below), skip (B, 2H, 2W, D) -> (B, 2H, 2W, D)."""
-        grid = spread_patches(self.proj(grid))  # (B, 2H, 2W, D)
-        if self.skip == "concat":
-            return self.fuse(torch.cat([grid, cached], dim=-1))
-        return cached + self.weight * (grid - cached)
+        return self.fuse(torch.cat([spread_patches(self.proj(grid)), cached], dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +277,7 @@ class LocalMamba2DConfig(ModelConfig):
     scan_directions: tuple[str, ...] = ("h", "v", "w7")  # "h", "v", "w<N>", each with "_flip" or without
     mixer: str = "ssm"  # or "attention", with heads of head_dim channels
     head_dim: int = 32
-    skip: str = "concat"  # or "lerp", see `TokenSplit`
+    skip: str = "concat"  # of the way down, at the step up: see `TokenSplit`
     mapping_width: int = 256
     mapping_depth: int = 2
     num_classes: int = 0  # 0: no such condition
@@ -300,7 +292,7 @@ class LocalMamba2DConfig(ModelConfig):
         super().__post_init__()
         if len(self.dims) != len(self.depths):
             raise ValueError(f"dims={self.dims} and depths={self.depths} differ in their number of stages")
-        if self.mixer not in ("ssm", "attention") or self.skip not in ("concat", "lerp"):
+        if self.mixer not in ("ssm", "attention") or self.skip != "concat":
             raise ValueError(f"mixer={self.mixer!r} or skip={self.skip!r} is unknown")
         if self.mixer == "attention" and any(dim % self.head_dim for dim in self.dims):
             raise ValueError(f"dims={self.dims} are not multiples of head_dim={self.head_dim}")
@@ -337,9 +329,7 @@ class LocalMamba2D(FieldModel):
         self.mergings = nn.ModuleList(PatchMerging2D(dims[s], dims[s + 1]) for s in range(stages - 1))
         self.bottleneck_norm = nn.RMSNorm(dims[-1])
         self.bottleneck_conv = nn.Conv2d(dims[-1], dims[-1], 3, padding=1)
-        self.splits = nn.ModuleList(
-            TokenSplit(dims[s + 1], dims[s], config.skip) for s in reversed(range(stages - 1))
-        )
+        self.splits = nn.ModuleList(TokenSplit(dims[s + 1], dims[s]) for s in reversed(range(stages - 1)))
         self.out_norm = nn.RMSNorm(dims[0])
         self.out_proj = zero(nn.Linear(dims[0], 4 * config.channels))
 

@@ -85,7 +85,6 @@ class CrossAttention(nn.Module):
         self.log_sigma = nn.Parameter(widths)  # (H,)
 
     def places(self, query_coords, input_coords):
-        """The angles at the points (B, Q, 2) and (B, I, 2): they serve all calls with these points."""
         return self.rotary(query_coords), self.rotary(input_coords)
 
     def forward(self, queries, query_coords, inputs, input_coords, places=None):
@@ -205,7 +204,6 @@ class LightweightPerceiver(nn.Module):
         )
 
     def places(self, query_coords, input_coords):
-        """What the layers compute from the points alone, for calls with the same."""
         return [layer.places(query_coords, input_coords) for layer in self.layers]
 
     def forward(self, queries, query_coords, inputs, input_coords, places=None):

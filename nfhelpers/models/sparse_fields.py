@@ -54,7 +54,6 @@ def joint_orders(coords, kinds, bidirectional):
 
 
 def directional_blocks(c, num_layers, bidirectional):
-    """Blocks that scan in the orders of a config."""
     scan = (c.d_state, c.expand, len(c.orders), c.shared_weights, bidirectional, c.tied_decay)
     rest = dict(mlp_ratio=c.mlp_ratio, dropout=c.dropout)
     return stack(MultiDirectionalMambaBlock(c.d_model, *scan, **rest) for _ in range(num_layers))
@@ -188,7 +187,6 @@ class TokenField(SparseField):
         self.time = TimeEmbedding(d)
 
     def prepare(self, query_coords, input_coords, input_values):
-        """What `forward` computes from these arguments alone, for calls with the same."""
         input_order = point_order(input_coords, self.order)  # (B, I)
         query_order = point_order(query_coords, self.order)  # (B, Q)
         input_coords, input_values = (gather_tokens(x, input_order) for x in (input_coords, input_values))
@@ -311,7 +309,6 @@ class MambaField(TokenField):
         self.decoder = residual_decoder(c.d_model, c.dropout)
 
     def prepare(self, query_coords, input_coords, input_values):
-        """As `TokenField.prepare`, and where the flow starts."""
         if self.config.spline_source:
             start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
         else:

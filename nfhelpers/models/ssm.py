@@ -27,10 +27,8 @@ def initial_log_rates(*shape, d_state, tied_decay):
 class SelectiveSSM(nn.Module):
     """Input-dependent state-space layer, S6 (Gu & Dao 2023, section 3), without the convolution.
 
-    The tokens of a sparse field are not evenly spaced, so a fixed stencil over the sequence means nothing.
-    ``A = -exp(A_log)`` and ``delta = softplus(.) > 0`` keep every decay ``exp(delta A)`` in (0, 1): the state
-    needs no clamping. A starts as the S4D-real spectrum -1 .. -N. With `tied_decay` it keeps that shape,
-    ``-(n + 1) a`` with one a per channel: the scan takes one exponential a step and channel in place of N.
+    ``A = -exp(A_log)`` and ``delta = softplus(.) > 0`` keep every decay ``exp(delta A)`` in (0, 1). A starts
+    as -1 .. -N; with `tied_decay` it stays ``-(n + 1) a``: one exponential a step and channel in place of N.
     """
 
     def __init__(self, d_model, d_state, expand, tied_decay=False):
@@ -46,14 +44,12 @@ class SelectiveSSM(nn.Module):
 
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         self.dt_bias = nn.Parameter(initial_step_bias(d_inner))  # (E,)
-        self.A_log = nn.Parameter(
-            initial_log_rates(d_inner, d_state=d_state, tied_decay=tied_decay)
-        )  # (E, N), tied (E,)
+        rates = initial_log_rates(d_inner, d_state=d_state, tied_decay=tied_decay)
+        self.A_log = nn.Parameter(rates)  # (E, N), tied (E,)
         self.A_log._no_weight_decay = True  # a log decay rate, not a matrix
         self.D = nn.Parameter(torch.ones(d_inner))  # (E,)
 
     def forward(self, tokens):
-        """Mix tokens (B, L, D) along the sequence, first to last -> (B, L, D)."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
         x = F.silu(x)
         delta, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
@@ -99,9 +95,8 @@ class MultiDirectionalSSM(nn.Module):
         bound = self.dt_rank**-0.5
         self.dt_weight = nn.Parameter(torch.empty(self.sets, e, self.dt_rank).uniform_(-bound, bound))
         self.dt_bias = nn.Parameter(initial_step_bias(self.sets, e))  # (S, E)
-        self.A_log = nn.Parameter(
-            initial_log_rates(self.sets, e, d_state=d_state, tied_decay=tied_decay)
-        )  # (S, E, N), tied (S, E)
+        rates = initial_log_rates(self.sets, e, d_state=d_state, tied_decay=tied_decay)
+        self.A_log = nn.Parameter(rates)  # (S, E, N), tied (S, E)
         self.D = nn.Parameter(torch.ones(self.sets, e))  # (S, E)
         for parameter in (self.dt_bias, self.A_log, self.D):
             parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
@@ -197,7 +192,6 @@ class BidirectionalMamba(nn.Module):
         self.combine = nn.Linear(2 * d_model, d_model)
 
     def forward(self, tokens):
-        """(B, L, D) -> (B, L, D)."""
         ahead = self.forward_blocks(tokens)  # (B, L, D)
         back = self.backward_blocks(tokens.flip(1)).flip(1)  # (B, L, D)
         return self.combine(torch.cat([ahead, back], dim=-1)).to(tokens.dtype)  # (B, L, D)
