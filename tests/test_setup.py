@@ -1,7 +1,6 @@
 """The package's declarations agree with one another and with what the code imports."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -197,38 +196,6 @@ def test_public_names_resolve():
 # ---------------------------------------------------------------- shipped models and what is said of them
 
 FIELDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
-
-
-def results(repository, name):
-    record = json.loads((repository / f"benchmarks/results/{name}.json").read_text())
-    return record["command"], record["rows"]
-
-
-def page(path):
-    """(text, words of it) of a page; a command may be broken over lines."""
-    text = path.read_text()
-    return text, " ".join(text.replace("\\", " ").split())
-
-
-@pytest.mark.parametrize("name", ["means-photos", "means-cifar10", "samples-photos", "samples-cifar10"])
-def test_quoted_results_are_the_measured_ones(repository, name):
-    """PSNR of every model, and its distance to biharmonic inpainting, stand on the pages as in results/."""
-    command, rows = results(repository, name)
-    paths = [
-        repository / "docs/results.md",
-        *(repository / f"checkpoints/{model}/README.md" for model in FIELDS),
-    ]
-    for path in paths:
-        text, words = page(path)
-        for row in rows:
-            here = path.parent.name in ("docs", row["model"]) and row["model"] in FIELDS
-            if not here or (row["kind"] == "mean") != name.startswith("means"):
-                continue
-            if path.parent.name == "docs" or command in words:
-                assert f"{row['psnr']:.2f} ± {row['psnr_se']:.2f}" in text, (path, row["model"], row["kind"])
-            if row["kind"] == "mean" and path.parent.name == "docs":
-                gap, error = row["versus_biharmonic"], row["versus_biharmonic_se"]
-                assert f"{gap:+.2f} ± {error:.2f}" in text, row["model"]
 
 
 def test_every_checkpoint_has_a_card_and_is_small(repository):
