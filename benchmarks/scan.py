@@ -1,4 +1,4 @@
-"""Speed, memory and growth of the selective scan: the speed table of seed 002, measured.
+"""Speed, memory and growth of the selective scan: the speed table of v1's document, measured.
 
     python benchmarks/scan.py [--quick] [--device cuda] [--shapes v1 length] [--backends chunked native]
 
@@ -6,8 +6,8 @@ Every row computes the same layer: softplus(delta + bias), decays exp(delta A), 
 sequence, skip D. That is checked first, output and every gradient, against the float64 reference.
 
 Rows other than the backends of `nfhelpers.selective_scan`:
-    loop          one step after another under autograd (the seed's "old" version)
-    einsum        the decay between every pair of positions (the seed's "fast" version): B·D·N·L² numbers
+    loop          one step after another under autograd (v1's document: "old")
+    einsum        the decay between every pair of positions (v1's document: "fast"): B·D·N·L² numbers
     blelloch      associative scan, log2(L) levels of pairs, under autograd
     pscan         the same with in-place sweeps and a backward of its own, as packages write it
     ... tied      decays A[d, n] = (n + 1) A[d]: one exponential a step and channel instead of N
@@ -612,7 +612,7 @@ def growth(records, name, key):
 
 
 def make_targets(records, growths, device, quick):
-    """The issue's targets: (what, limit, measured value or None). quick measures none of them."""
+    """Targets: (what, limit, measured value or None). quick measures none of them."""
 
     def value(case, name, key="forward_backward"):
         found = [record.get(key) for record in records if record["case"] == case and record["row"] == name]

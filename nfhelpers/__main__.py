@@ -93,11 +93,12 @@ def train_model(options):
     fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
     config = train.TrainConfig(output, **fixed, **settings["train"])
     datasets = load_datasets(name, settings["data"], seed)
-    if name == "localmamba" and options.data and "model.num_classes" not in overrides:
+    if name == "localmamba" and "data.source" in overrides and "model.num_classes" not in overrides:
         settings["model"]["num_classes"] = len(datasets[0].meta.class_names)
     torch.manual_seed(seed)
-    model = build_model(name, preset, settings["model"], options.init)
-    if name == "diffae_phase1":
+    chosen = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
+    model = build_model(name, preset, settings["model"], options.init, chosen)
+    if name == "diffae_phase1" and options.init is None:  # else the code is that of the networks
         models.fit_linear_code(model, datasets[0].images[:20_000])
     about = {
         "command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]),
@@ -112,7 +113,7 @@ def train_model(options):
     if main_process and name == "diffae_phase1":  # phase 2 needs the statistics of the latents
         for folder in {result.best, result.latest} - {None}:
             trained = models.load_model(folder).to(device)
-            models.fit_latent_statistics(trained, datasets[0])
+            models.fit_latent_statistics(trained, datasets[0], progress=True)
             checkpoint.save_model(trained, folder, (folder / "README.md").read_text(encoding="utf-8"))
     return 130 if result.interrupted else 0
 
@@ -136,24 +137,28 @@ def load_datasets(name, data, seed):
     return tuple(load_spectrograms(data["source"], s, limit=data[f"{s}_images"], **options) for s in splits)
 
 
-def build_model(name, preset, settings, init=None):
-    """The model to train: new, with the weights in `init`, or with what it shares with a v1 there."""
+def build_model(name, preset, settings, init=None, chosen=()):
+    """The model to train: new; or with the weights in `init` and its sizes, but for the `chosen` settings; or
+    with what it shares with a v1 there."""
     from nfhelpers import models
 
     if name == "diffae_phase2":  # built on phase 1
         first = models.load_model(init or Path("runs/diffae_phase1", preset, "best"))
         return models.second_phase(first, **settings) if first.config.phase == 1 else first
     model_class, config = (models.FIELD_MODELS | models.OTHER_MODELS)[name.removesuffix("_phase1")]
-    model = model_class(config(**settings))
     if init is None:
-        return model
+        return model_class(config(**settings))
     source = models.load_model(init)
-    if type(source) is model_class:
+    source = models.first_phase(source) if name == "diffae_phase1" else source
+    if same := type(source) is model_class:
+        settings = vars(source.config) | {key: settings[key] for key in chosen}
+    model = model_class(config(**settings))
+    if same:
         copied = source.state_dict()
         try:
             model.load_state_dict(copied)
         except RuntimeError as error:
-            raise ValueError(f"--init {init}: {' '.join(str(error).split())}") from error
+            raise ValueError(f"--init {init} does not fit: {str(error).splitlines()[1].strip()}") from error
     elif isinstance(source, models.MambaDiffusion):
         copied = models.initialise_from_v1(model, source)
     else:
@@ -199,7 +204,7 @@ def evaluate_models(options):
         table.to_csv(options.out / "scores.csv", index=False)
         rows = {"target": [truth[size][0] for size in sizes]}
         for (name, kind, _), x in made.items():
-            rows.setdefault(f"{Path(name).name}, {kind}", []).append(x[0])
+            rows.setdefault(f"{name}, {kind}", []).append(x[0])
         plots.image_grid(rows, [f"{size} px" for size in sizes]).savefig(options.out / "fields.png")
     return 0
 

@@ -28,7 +28,7 @@ def one_run(folder):
 
 
 def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # which Windows asks for
     try:
         os.fsync(descriptor)
     finally:

@@ -115,7 +115,7 @@ def compare(
             jobs += [(name, kind, size) for kind in (kinds if neural else ("classical",))]
     for name, kind, size in (bar := tqdm(jobs, disable=not progress)):
         bar.set_description(f"{name}, {kind}, {size} px")
-        options = {"kind": kind, "steps": steps, "sampler": sampler} if kind == "sample" else {}
+        options = dict(kind=kind, steps=steps, sampler=sampler, progress=progress) if kind == "sample" else {}
         start = time.perf_counter()
         made = fields[name, kind, size] = reconstruct(methods[name], seen, size, seed=seed, **options)
         seconds = (time.perf_counter() - start) / len(made)

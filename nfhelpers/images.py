@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from nfhelpers.files import data_folder, source_path, split_files, split_of, take_split
 
@@ -75,7 +76,8 @@ class FolderImages:
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return np.stack([*self._read(self.files[index])])
+            files = tqdm(self.files[index], "read images", delay=3, leave=False)
+            return np.stack([*self._read(files)])
         start = range(len(self))[index]
         return next(self._read(self.files[start:] + self.files[:start]), None)
 
@@ -143,9 +145,7 @@ def _upright_windows(names):
     for name in names:
         photo, tiles = _photo(name)[0], []
         for side in (128, 160, 192, 224, 256):
-            spares = [
-                (length // side, length - side) for length in photo.shape[:2]
-            ]  # windows that fit, pixels
+            spares = [(n // side, n - side) for n in photo.shape[:2]]  # windows that fit, pixels beside one
             rows, columns = ([i * s // (n - 1) for i in range(n)] if n > 1 else [s // 2] for n, s in spares)
             for top, left in itertools.product(rows, columns):
                 if photo[top : top + side, left : left + side].std(axis=(0, 1)).max() > 10:  # no empty sky

@@ -64,7 +64,5 @@ def _pair(made, target, dims=4):
     """Both in float64. NumPy would broadcast other shapes."""
     made, target = to_unit(made, np.float64), to_unit(target, np.float64)
     if made.ndim != dims or made.shape[-4:] != target.shape or (dims == 5 and len(made) < 2):
-        raise ValueError(
-            f"{made.shape}, {target.shape}: pass (N, H, W, 3), and K >= 2 draws as (K, N, H, W, 3)"
-        )
+        raise ValueError(f"{made.shape}, {target.shape}: pass (N, H, W, 3), K >= 2 draws (K, N, H, W, 3)")
     return made, target

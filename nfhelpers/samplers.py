@@ -31,7 +31,7 @@ def over_times(step):
     def integrate(velocity, x, times, *, callback=None, progress=False, **options):
         if len(times) < 2:
             raise ValueError(f"times has {len(times)} entries; pass two or more, such as linspace(0, 1, 51)")
-        for index in tqdm(range(1, len(times)), desc="steps", disable=not progress):
+        for index in tqdm(range(1, len(times)), desc="steps", leave=None, disable=not progress):
             x = step(velocity, x, times[index - 1], times[index], **options)
             if callback is not None:
                 callback(index, float(times[index]), x)

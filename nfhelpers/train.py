@@ -312,9 +312,7 @@ class _Run:
         seconds = self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
         lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
-        lines |= {
-            name: f"{x[-1]:.4f}" for name, x in self.history.items() if x and name in ("loss", *_SCORES)
-        }
+        lines |= {name: f"{x[-1]:.4f}" for name in ("loss", *_SCORES) if (x := self.history[name])}
         text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
         return f"# {type(self.model).__name__}\n\n{text}\n"
 
@@ -354,9 +352,8 @@ class _Steps(Dataset):
             check_field(*(item[name][None] for name in ("query_coords", "input_coords", "input_values")))
         if self.dropped is None and self.config.vary_queries:
             queries = len(item["query_values"])
-            share = torch.randint(
-                1, QUERY_COUNTS + 1, (), generator=_generator(seed, _STEP, step)
-            )  # all alike
+            of_step = _generator(seed, _STEP, step)  # the whole batch keeps as many
+            share = torch.randint(1, QUERY_COUNTS + 1, (), generator=of_step)
             count = math.ceil(queries * int(share) / QUERY_COUNTS)
             keep = torch.randperm(queries, generator=generator)[:count].sort().values
             item |= {name: item[name][keep] for name in ("query_coords", "query_values")}
