@@ -54,6 +54,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -458,20 +459,6 @@ def best_times(runs, device, budget):
     return {name: float(pick(values)) for name, values in times.items()}
 
 
-def peak_bytes(run, device):
-    """Most bytes that tensors made by `run` hold at one time."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return int(max(np.cumsum([event.nbytes() for event in events])))
-
-
 def why_skip(row, case, rows, device):
     """Reason not to measure this row here, by formula or by what earlier sizes took, or None."""
     limit = MEMORY_LIMIT
@@ -553,7 +540,7 @@ def _tried(run, device):
     try:
         if device.type == "cuda":  # compile, so that the peak is the scan's own
             run()
-        return peak_bytes(run, device)
+        return common.peak_bytes(run, device)
     except Exception as error:  # reported in the row's place; the others go on
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     torch.cuda.empty_cache()  # what an out-of-memory error left behind

@@ -31,14 +31,19 @@ def velocity_to_noise(velocity, x_t, t):
     return x_t - _column(t, x_t) * velocity
 
 
+def path_variance(t, std):
+    """Variance of x_t at time t, for zero-mean data of this std."""
+    return (1 - t) ** 2 + (std * t) ** 2
+
+
 def skip_weight(t, data_std=0.5):
     """Cov(v, x_t) / Var(x_t) of zero-mean data: v's best linear prediction is this times x_t. -1 at t = 0."""
-    return (t * data_std**2 - (1 - t)) / ((1 - t) ** 2 + (t * data_std) ** 2)
+    return (t * data_std**2 - (1 - t)) / path_variance(t, data_std)
 
 
 def loss_weight(t, std):
     """1 / Var(v | x_t), for data of this std around its posterior mean: all times then count alike."""
-    return ((1 - t) ** 2 + (std * t) ** 2) / std**2
+    return path_variance(t, std) / std**2
 
 
 def check_unit_range(name, x, what="values"):

@@ -276,6 +276,8 @@ class _Run:
     @torch.no_grad()
     def validate(self):
         """(loss over the validation set, with the same times and noise every time; whole fields or None)."""
+        from nfhelpers.plots import observed_pixels  # matplotlib
+
         data, seed, size, total = self.validation_data, self.config.seed, self.config.batch_size, 0.0
         generator, objective, fields = _generator(seed, _VALIDATION), _Objective(self.ema), None
         times = (torch.randperm(len(data), generator=generator) + 0.5) / len(data)  # less variance than draws
@@ -288,7 +290,7 @@ class _Run:
                 images = np.asarray(data.images[:8])
                 observed = evaluate.observe(images, data.num_inputs / images[0, ..., 0].size, data.seed or 0)
                 made = evaluate.reconstruct(self.ema, observed, seed=seed)
-                sparse = np.where(observed.mask[..., None], observed.images, np.float32(0.75))  # else grey
+                sparse = observed_pixels(observed.images, observed.mask)
                 fields = {"sparse": sparse, "reconstruction": made, "target": observed.images}
         return total, fields
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
+from nfhelpers.flow import check_unit_range, loss_weight, path_variance, skip_weight
 from nfhelpers.images import grid_coords, to_model
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, Layers, ModelConfig, evaluation_mode
@@ -331,7 +331,7 @@ class MambaDiffusionAutoencoder(SparseField):
         velocity = start + skip_weight(time, s) * rest  # (B, Q, 3)
         if self.refiner is None:
             return velocity
-        scale = ((1 - time) ** 2 + (s * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
+        scale = path_variance(time, s).sqrt()  # (B, 1, 1), sqrt(V)
         seen = torch.cat([rest / scale, start], dim=-1)  # (B, Q, 6)
         return velocity + s / scale * self.refiner(seen, coords, t, latent)  # (B, Q, 3)
 
@@ -408,7 +408,7 @@ class LatentVelocityNetwork(FieldModel):
         """Velocity (B, C) at noisy latents (B, C) of `normalise`, t (B,) in [0, 1], 0 is noise."""
         check_unit_range("t", t, "times")
         time = t[:, None]  # (B, 1)
-        scale = ((1 - time) ** 2 + time**2).sqrt()  # (B, 1)
+        scale = path_variance(time, 1.0).sqrt()  # (B, 1)
         x = self.in_proj(noisy_latent / scale)[:, None]  # (B, 1, W)
         x = self.blocks(x, F.silu(self.time(t)))  # (B, 1, W)
         return skip_weight(time, 1.0) * noisy_latent + self.out(x[:, 0]) / scale  # (B, C)
@@ -425,9 +425,8 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
     """
     code, count, channels = model.linear_code, model.config.num_cosines, model.config.latent_dim
     if min(len(images), len(code.mean)) <= channels or min(images.shape[1:3]) < count:
-        raise ValueError(
-            f"images {images.shape} are too few, or too small, for latent_dim={channels}, num_cosines={count}"
-        )
+        sizes = f"latent_dim={channels}, num_cosines={count}"
+        raise ValueError(f"images {images.shape} are too few, or too small, for {sizes}")
     basis = cosines(grid_coords(*images.shape[1:3])[None].to(code.mean.device), count)[0]  # (P, M^2)
     spectra = []
     for start in range(0, len(images), batch_size):
@@ -435,9 +434,8 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray, *, bat
         spectra.append(basis.T @ values.flatten(1, 2) / len(basis))  # (b, M^2, 3): they are orthonormal
     spectra = torch.cat(spectra).flatten(1).double()  # (N, 3 M^2)
     mean = spectra.mean(0)
-    powers, axes = torch.linalg.eigh(
-        spectra.T @ spectra / len(spectra) - torch.outer(mean, mean)
-    )  # ascending
+    covariance = spectra.T @ spectra / len(spectra) - torch.outer(mean, mean)  # (3 M^2, 3 M^2)
+    powers, axes = torch.linalg.eigh(covariance)  # ascending
     code.mean.copy_(mean)
     code.components.copy_(axes[:, -channels:].flip(1).T)
     code.scale.copy_(powers[-channels:].flip(0).clamp_min(SMALLEST_STD**2).sqrt())

@@ -142,11 +142,8 @@ class QuerySelfAttention(nn.Module):
         size, longer = divmod(length, windows)  # so many windows hold one query more
         counts = (longer, windows - longer)
         parts = gather_tokens(coords, order).split([longer * (size + 1), counts[1] * size], dim=1)
-        groups = [
-            (n, self.rotary(part.unflatten(1, (n, -1)).flatten(0, 1)))
-            for n, part in zip(counts, parts, strict=True)
-            if n
-        ]
+        filled = [(n, part) for n, part in zip(counts, parts, strict=True) if n]
+        groups = [(n, self.rotary(part.unflatten(1, (n, -1)).flatten(0, 1))) for n, part in filled]
         return order, inverse_order(order), groups
 
     def forward(self, queries, coords, places=None):

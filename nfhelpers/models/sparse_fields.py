@@ -6,17 +6,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
+from nfhelpers.flow import check_unit_range, loss_weight, path_variance, skip_weight
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
-from nfhelpers.models.layers import (
-    FourierFeatures,
-    PointEmbedding,
-    TimeEmbedding,
-    gather_tokens,
-    mlp,
-    zero,
-)
+from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, gather_tokens, mlp, zero
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
 from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalMambaBlock, stack
@@ -321,7 +314,7 @@ class MambaField(TokenField):
 
     def velocity(self, noisy_values, t, c):
         m, s, time = c.start, self.config.residual_std, t[:, None, None]  # (B, Q, 3), number, (B, 1, 1)
-        scale = ((1 - time) ** 2 + (s * time) ** 2).sqrt()  # (B, 1, 1), sqrt(V)
+        scale = path_variance(time, s).sqrt()  # (B, 1, 1), sqrt(V)
         rest = noisy_values - time * m  # (B, Q, 3), r
         residual = self.predict(torch.cat([rest / scale, m], dim=-1), t, c)  # (B, Q, 3)
         return m + skip_weight(time, s) * rest + s / scale * residual
