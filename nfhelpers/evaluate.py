@@ -39,7 +39,7 @@ def observe(images, fraction=0.2, seed=0) -> Observed:
 
 
 def reconstruct(
-    method, observed: Observed, size=None, *, kind="mean", draws=1, steps=None, sampler="heun",
+    method, observed: Observed, size=None, *, kind="mean", draws=1, steps=None, sampler=None,
     temperature=1.0, seed=0, progress=False,
 ) -> np.ndarray:  # fmt: skip
     """Whole fields of observed pixels: (N, h, w, 3) float32 in [0, 1].
@@ -47,7 +47,7 @@ def reconstruct(
     method: a model of sparse fields or an autoencoder; one of `classical.METHODS`; or a `classical.Wiener`.
     size: side of the square fields; None: that of the images, where observed pixels are kept, unless all are.
     kind: "mean", the posterior mean over `draws`, by one step each or `steps` of Heun's method; or "sample",
-        by 50 or `steps`: for several draws (draws, N, h, w, 3). Of samples sampler, temperature: `samplers`.
+        as `samplers.sample` draws it: for several draws (draws, N, h, w, 3).
     """
     if kind not in ("mean", "sample"):
         raise ValueError(f"kind={kind!r} is unknown; pass 'mean' or 'sample'")
@@ -65,8 +65,9 @@ def reconstruct(
     query = grid_coords(*shape).expand(*asked.shape, 2)[asked].reshape(len(asked), -1, 2)  # (N, Nq, 2)
     device = next(method.parameters(), query).device
     batch = [part.to(device) for part in (query, observed.input_coords, observed.input_values)]
-    steps = steps or (1 if kind == "mean" else 50)
-    options = dict(steps=steps, generator=torch.Generator().manual_seed(seed), progress=progress)
+    options = dict(generator=torch.Generator().manual_seed(seed), progress=progress)
+    if getattr(method, "takes_footprint", False):
+        options["footprint"] = (shape[0] * shape[1]) ** -0.5
     options["max_batch"] = max(1, TOKENS_PER_FORWARD // (query.shape[1] + observed.input_coords.shape[1]))
 
     def complete(values):  # (N, Nq, 3) -> (N, h, w, 3)
@@ -77,8 +78,12 @@ def reconstruct(
         return fields.reshape(-1, *shape, 3).numpy()
 
     if kind == "mean":
-        return complete(samplers.posterior_mean(method, *batch, draws=draws, **options)[0])
-    options |= {"method": sampler, "temperature": temperature}
+        return complete(
+            samplers.posterior_mean(
+                method, *batch, draws=draws, steps=1 if steps is None else steps, **options
+            )[0]
+        )
+    options |= {"method": sampler, "steps": steps, "temperature": temperature}
     fields = np.stack([complete(samplers.sample(method, *batch, **options)) for _ in range(draws)])
     return fields if draws > 1 else fields[0]
 
@@ -94,7 +99,7 @@ def score(prediction, target, **labels):
 
 
 def compare(
-    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler="heun",
+    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler=None,
     seed=0, progress=False,
 ):  # fmt: skip
     """Reconstruct the same observed pixels of images (N, S, S, 3), with the same noise, by a dict of methods.

@@ -6,6 +6,7 @@ average of all draws: it has half the squared error of a sample (about 3 dB more
     euler, ddim          order 1, one evaluation a step; the same numbers on the straight path
     heun, midpoint, sde  order 2, two; sde is heun that replaces a part of the noise in each step but the last
     rk4                  order 4, four
+    shortcut             one; for networks that were trained on whole steps (Frans et al., ICLR 2025)
 
 Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022 (heun, sde);
 Song et al., ICLR 2021 (ddim; sde); Preechakul et al. 2022 (latents); Ho and Salimans 2022 (guidance).
@@ -103,14 +104,29 @@ def sde(velocity, x, t, t_next, *, temperature=1.0, generator=None):
     return heun.step(velocity, x, back, t_next)
 
 
+@over_times
+def shortcut(velocity, x, t, t_next):
+    """Euler's method, with a network that is told where the step ends and answers with the mean velocity."""
+    return x + (t_next - t) * velocity(x, t, t_next)
+
+
 SAMPLERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4, "ddim": ddim, "sde": sde}
-EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2}  # a step
+SAMPLERS["shortcut"] = shortcut
+EVALUATIONS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "ddim": 1, "sde": 2, "shortcut": 1}  # a step
 
 
-def _sampler(method):
-    if method not in SAMPLERS:
-        raise ValueError(f"method={method!r} is unknown; pass one of {sorted(SAMPLERS)}")
+def _sampler(method, legal=SAMPLERS):
+    if method not in legal:
+        raise ValueError(f"method={method!r} is unknown here; pass one of {sorted(legal)}")
     return SAMPLERS[method]
+
+
+def _field_sampler(model, method, steps):
+    """Name and steps of a sampler, if None the ones that the model is made for."""
+    able = getattr(model, "shortcut", False)
+    method = method or ("shortcut" if able else "heun")
+    _sampler(method, SAMPLERS if able else SAMPLERS.keys() - {"shortcut"})
+    return method, (4 if method == "shortcut" else 50) if steps is None else steps
 
 
 def _times(steps, x):
@@ -128,18 +144,27 @@ def _parts(batch, max_batch):
 
 
 def _in_parts(evaluate, parts):
-    """velocity(x, t) of evaluate(part, x[part], t (b,)) for each part of the batch in turn."""
-    return lambda x, t: torch.cat([evaluate(p, x[p], t.expand(len(x[p]))) for p in parts]).to(x.dtype)
+    """velocity(x, t, ...) of evaluate(part, x[part], t (b,), ...) for each part of the batch in turn."""
+
+    def velocity(x, *times):
+        return torch.cat([evaluate(p, x[p], *(t.expand(len(x[p])) for t in times)) for p in parts]).to(
+            x.dtype
+        )
+
+    return velocity
 
 
-def _field_velocity(model, query_coords, input_coords, input_values, max_batch, evaluations):
-    """The model as velocity(x, t); if the batch is not split, prepared once, and maybe a CUDA graph."""
-    parts, prepared = _parts(len(query_coords), max_batch), {}
+def _field_velocity(model, query_coords, input_coords, input_values, max_batch, evaluations, footprint):
+    """The model as velocity(x, t, ...); if the batch is not split, prepared once, and maybe a CUDA graph."""
+    parts, options = _parts(len(query_coords), max_batch), {}
+    if footprint is not None:
+        options["footprint"] = footprint
     if len(parts) == 1 and hasattr(model, "prepare"):
-        prepared["conditions"] = model.prepare(query_coords, input_coords, input_values)
+        options = {"conditions": model.prepare(query_coords, input_coords, input_values, **options)}
 
-    def evaluate(p, x, t):
-        return model(x, query_coords[p], t, input_coords[p], input_values[p], **prepared)
+    def evaluate(p, x, t, until=None):
+        more = options if until is None else {**options, "until": until}
+        return model(x, query_coords[p], t, input_coords[p], input_values[p], **more)
 
     velocity = _in_parts(evaluate, parts)
     return recorded_velocity(model, velocity, evaluations) if len(parts) == 1 else velocity
@@ -148,18 +173,20 @@ def _field_velocity(model, query_coords, input_coords, input_values, max_batch, 
 @torch.no_grad()
 def sample(
     model, query_coords, input_coords, input_values,
-    *, method="heun", steps=50, generator=None, temperature=1.0, max_batch=None, callback=None,
-    progress=False,
+    *, method=None, steps=None, generator=None, temperature=1.0, footprint=None, max_batch=None,
+    callback=None, progress=False,
 ):  # fmt: skip
     """Draw one posterior sample of the field at the query points -> (B, Nq, 3) in [-1, 1].
 
     query_coords (B, Nq, 2) and input_coords (B, Ni, 2) are in [0, 1], input_values (B, Ni, 3) in [-1, 1].
-    method: of SAMPLERS, in equal steps. generator: of all noise, on any device. temperature: of "sde", how
-    much noise a step replaces; else a factor on the initial noise, 1 for a posterior sample. max_batch: most
-    samples in the model at once; noise is drawn for all, so that it does not change the result.
+    method: of SAMPLERS, in equal steps; None: "shortcut" in 4 steps where the model can, else "heun" in 50.
+    generator: of all noise, on any device. temperature: of "sde", how much noise a step replaces; else a
+    factor on the initial noise, 1 for a posterior sample. footprint: side of the queried pixels, as 1 / 96,
+    for models of several sizes. max_batch: most samples in the model at once; the result is the same.
     """
     check_field(query_coords, input_coords, input_values)
-    integrate, options = _sampler(method), dict(callback=callback, progress=progress)
+    method, steps = _field_sampler(model, method, steps)
+    integrate, options = SAMPLERS[method], dict(callback=callback, progress=progress)
     field = _as_parameters(model, query_coords, input_coords, input_values)
     x = draw(torch.randn, (*query_coords.shape[:2], input_values.shape[-1]), field[2], generator)
     if method == "sde":
@@ -167,14 +194,16 @@ def sample(
     else:
         x = temperature * x
     with evaluation_mode(model):
-        velocity = _field_velocity(model, *field, max_batch, steps * EVALUATIONS[method])
-        return integrate(velocity, x, _times(steps, x), **options).clamp(-1, 1)
+        evaluations = 0 if method == "shortcut" else steps * EVALUATIONS[method]
+        velocity = _field_velocity(model, *field, max_batch, evaluations, footprint)
+        times = model.shortcut_times(steps).to(x) if method == "shortcut" else _times(steps, x)
+        return integrate(velocity, x, times, **options).clamp(-1, 1)
 
 
 @torch.no_grad()
 def posterior_mean(
     model, query_coords, input_coords, input_values,
-    *, draws=1, steps=1, generator=None, max_batch=None, callback=None, progress=False,
+    *, draws=1, steps=1, generator=None, footprint=None, max_batch=None, callback=None, progress=False,
 ):  # fmt: skip
     """Mean and standard deviation over draws of the field at the query points -> two (B, Nq, 3).
 
@@ -187,7 +216,7 @@ def posterior_mean(
     integrate, evaluations = (euler, draws) if steps == 1 else (heun, 2 * steps * draws)
     mean = squares = torch.zeros((), dtype=field[2].dtype, device=field[2].device)
     with evaluation_mode(model):
-        velocity = _field_velocity(model, *field, max_batch, evaluations)
+        velocity = _field_velocity(model, *field, max_batch, evaluations, footprint)
         for count in tqdm(range(1, draws + 1), desc="draws", disable=not progress):
             x = draw(torch.randn, (*query_coords.shape[:2], input_values.shape[-1]), field[2], generator)
             x = integrate(velocity, x, _times(steps, x)).clamp(-1, 1)

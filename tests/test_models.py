@@ -1,5 +1,6 @@
 """Velocity fields of sparse pixels and their parts: embeddings, selective scans, attention, the spline."""
 
+import itertools
 import json
 import math
 from dataclasses import FrozenInstanceError
@@ -12,10 +13,10 @@ from torch.nn import functional as F
 
 from nfhelpers.flow import flow_matching_loss, skip_weight
 from nfhelpers.images import grid_coords
-from nfhelpers.kernels.orders import point_order
 from nfhelpers.kernels.reference import selective_scan_reference
 from nfhelpers.models import FIELD_MODELS, MambaDiffusion, initialise_from_v1, load_model
 from nfhelpers.models.base import Layers, evaluation_mode
+from nfhelpers.models.field import Hats
 from nfhelpers.models.layers import FourierFeatures
 from nfhelpers.models.perceiver import (
     CrossAttention,
@@ -33,18 +34,20 @@ ARGUMENTS = ("noisy_values", "query_coords", "t", "input_coords", "input_values"
 SMALL = dict(d_model=16, num_layers=2, num_fourier_features=8, fourier_scale=2.0, num_heads=2)
 SIZES = dict(latent_dim=6, d_model=16, num_cosines=4, spectrum_width=8, d_state=4, num_fourier_features=8)
 AUTOENCODER = dict(SIZES, num_encoder_layers=1, num_decoder_layers=1, fourier_scale=2.0, dropout=0.0)
+LATTICE = dict(nodes=8, scans=2, d_scan=8, d_state=4, d_time=16)
 TINY = {
     "v1": dict(SMALL, d_state=4),
     "multidir": dict(SMALL, d_state=4),
     "multidir shared": dict(SMALL, d_state=4, shared_weights=True),
     "v2": dict(SMALL, d_state=4),
-    "field": dict(SMALL, d_state=4),
-    "field plain": dict(SMALL, d_state=4, bidirectional=False, spline_source=False, residual_std=0.5),
+    "field": dict(LATTICE, widths=(8, 12), blocks=(1, 2)),
+    "field finer": dict(LATTICE, widths=(6, 8, 12), blocks=(1, 1, 2), finer=1),
     "diffae": AUTOENCODER,
     "diffae second": dict(AUTOENCODER, phase=2),
 }
 """Settings of each model, by its type and, after a blank, a variant of it."""
 every_model = pytest.mark.parametrize("kind", sorted(TINY))
+DROPOUT = [kind for kind in sorted(TINY) if "field" not in kind]
 every_network = pytest.mark.parametrize("kind", [kind for kind in sorted(TINY) if "diffae" not in kind])
 
 
@@ -88,7 +91,7 @@ def points_of(arguments):
 
 def start_of(kind, arguments):
     """Where the flow of an untrained model ends."""
-    if kind != "field":
+    if "field" not in kind:
         return torch.zeros_like(arguments["noisy_values"])
     return thin_plate_spline(*points_of(arguments)).clamp(-1, 1)
 
@@ -96,7 +99,7 @@ def start_of(kind, arguments):
 def linear_part(kind, arguments):
     """The velocity of an untrained model."""
     start, t = start_of(kind, arguments), arguments["t"][:, None, None]
-    return start + skip_weight(t, 0.15 if kind == "field" else 0.5) * (arguments["noisy_values"] - t * start)
+    return start + skip_weight(t, 0.15 if "field" in kind else 0.5) * (arguments["noisy_values"] - t * start)
 
 
 def reached(layer, *rest, length=10, width=6):
@@ -278,8 +281,8 @@ def test_attention_sees_where_points_lie_from_one_another(channels):
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
 
 
-def self_attention(layer, queries, coords, mask):
-    """Written out in float64; mask (B, Q, Q) says who sees whom."""
+def self_attention(layer, queries, coords):
+    """Written out in float64."""
     x = queries.double()
     x = x * (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt()
     weights = (p.double() for p in layer.to_query_key_value.parameters())
@@ -288,30 +291,22 @@ def self_attention(layer, queries, coords, mask):
     cos, sin = (part.double() for part in layer.rotary(coords))
     half = cos[..., : v.shape[-1] // 4], sin[..., : v.shape[-1] // 4]
     q, k, v = rotate(q, cos, sin), rotate(k, cos, sin), rotate(v, *half)
-    logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~mask[:, None], -math.inf)
-    y = rotate(logits.softmax(-1) @ v, half[0], -half[1])
+    y = rotate((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v, half[0], -half[1])
     return y.transpose(1, 2).flatten(2) @ layer.to_out.weight.double().T
 
 
-@pytest.mark.parametrize("length", [1, 8, 9, 23, 25])
-def test_self_attention_is_full_at_first_and_windowed_beyond(monkeypatch, length):
-    monkeypatch.setattr(QuerySelfAttention, "FULL", 8)
-    monkeypatch.setattr(QuerySelfAttention, "WINDOW", 5)
+@pytest.mark.parametrize("length", [1, 23])
+def test_self_attention_is_that_of_turned_queries_keys_and_values(length):
     torch.manual_seed(0)
-    layer = QuerySelfAttention(12, 3, "column", 0.0)
+    layer = QuerySelfAttention(12, 3, 0.0)
     queries, coords = torch.randn(2, length, 12), torch.rand(2, length, 2)
-    windows = 1 if length <= 8 else -(-length // 5)
-    window = torch.arange(length) % windows  # by rank: every so many of the scan
-    rank = point_order(coords, "column").argsort(-1)
-    mask = window[rank][:, :, None] == window[rank][:, None]
-    expected = self_attention(layer, queries, coords, mask)
+    expected = self_attention(layer, queries, coords)
     torch.testing.assert_close(layer(queries, coords).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_perceiver_gathers_then_exchanges_then_refines():
     torch.manual_seed(0)
     perceiver = LightweightPerceiver(12, 3, 3, 2.0, 0.0)
-    assert [layer.self_attention.order for layer in perceiver.layers] == ["hilbert", "row", "hilbert"]
     queries, coords = torch.randn(2, 5, 12), torch.rand(2, 5, 2)
     inputs, input_coords = torch.randn(2, 4, 12), torch.rand(2, 4, 2)
     expected = queries
@@ -408,10 +403,7 @@ def test_a_new_model_is_the_linear_prediction(kind):
 
 
 @every_model
-@pytest.mark.parametrize("windows", [False, True])
-def test_observed_points_are_a_set_and_queries_keep_their_places(monkeypatch, kind, windows):
-    monkeypatch.setattr(QuerySelfAttention, "FULL", 8 if windows else 4096)
-    monkeypatch.setattr(QuerySelfAttention, "WINDOW", 5)
+def test_observed_points_are_a_set_and_queries_keep_their_places(kind):
     model, arguments = tiny_model(kind), field(queries=20, inputs=30)
     velocity = model(**arguments)
     shuffle, places = torch.randperm(30), torch.randperm(20)
@@ -431,15 +423,12 @@ def test_samples_of_a_batch_are_independent_and_one_point_is_enough(kind):
 
 
 @every_model
-@pytest.mark.parametrize("queries", [9, 33])  # in one window, and in several
-def test_prepared_conditions_serve_every_evaluation(monkeypatch, kind, queries):
-    monkeypatch.setattr(QuerySelfAttention, "FULL", 8 if queries > 9 else 4096)
-    monkeypatch.setattr(QuerySelfAttention, "WINDOW", 5)
-    model, arguments = tiny_model(kind), field(queries=queries, inputs=20)
+def test_prepared_conditions_serve_every_evaluation(kind):
+    model, arguments = tiny_model(kind), field(inputs=20)
     points = points_of(arguments)
     conditions = model.prepare(*points)
     for t in (0.1, 0.6):
-        arguments |= {"t": torch.full((2,), t), "noisy_values": torch.randn(2, queries, 3)}
+        arguments |= {"t": torch.full((2,), t), "noisy_values": torch.randn(2, 9, 3)}
         assert torch.equal(model(**arguments, conditions=conditions), model(**arguments))
     other = model.prepare(points[0], points[1], -points[2])
     assert (model(**arguments, conditions=other) - model(**arguments)).abs().max() > 1e-3  # they are used
@@ -455,7 +444,9 @@ def test_every_argument_matters_and_every_parameter_gets_a_gradient(kind):
     for name in ARGUMENTS:
         changed = {**arguments, name: (arguments[name] * 0.9).contiguous()}
         assert (residual(changed) - residual(arguments)).abs().max() > 1e-5, name
-    model(**arguments).square().sum().backward()
+    for footprint in (1 / 8, 1 / 16) if kind == "field finer" else (None,):  # each enters at its own level
+        more = {} if footprint is None else {"footprint": footprint}
+        model(**arguments, **more).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -464,7 +455,7 @@ def test_every_argument_matters_and_every_parameter_gets_a_gradient(kind):
 def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(kind):
     grads = {}
     for recompute in (False, True):
-        model, calls = tiny_model(kind, dropout=0.2).train(), []
+        model, calls = tiny_model(kind, **({"dropout": 0.2} if kind in DROPOUT else {})).train(), []
         model.gradient_checkpointing = recompute
         assert model.gradient_checkpointing == recompute
         stacks = [part for part in model.modules() if isinstance(part, Layers) and part.training]
@@ -472,13 +463,14 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_gradient(kind):
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(3)
-        model(**field()).square().sum().backward()
+        finest = {"footprint": 1 / 16} if kind == "field finer" else {}  # where all layers have a part
+        model(**field(), **finest).square().sum().backward()
         assert len(calls) == len(layers) * (2 if recompute else 1) > 0
-        grads[recompute] = [p.grad for p in model.parameters() if p.requires_grad]
+        grads[recompute] = [p.grad for p in model.parameters() if p.grad is not None]
     torch.testing.assert_close(grads[True], grads[False], rtol=1e-6, atol=1e-7)
 
 
-@every_network
+@pytest.mark.parametrize("kind", [kind for kind in DROPOUT if "diffae" not in kind])
 def test_dropout_acts_in_training_only(kind):
     model, arguments = tiny_model(kind, dropout=0.5).train(), field()
     assert not torch.allclose(model(**arguments), model(**arguments))
@@ -493,21 +485,24 @@ def test_dropout_acts_in_training_only(kind):
 
 @every_network
 def test_autocast_keeps_a_float32_stream_and_finite_gradients(kind):
-    model, arguments, dtypes, lost = tiny_model(kind, fourier_scale=10.0), field(), [], []
+    tokens = "field" not in kind  # whose stream is that of its convolutions
+    model, dtypes, lost = tiny_model(kind, **({"fourier_scale": 10.0} if tokens else {})), [], []
+    arguments = field()
 
     def look(_, given):
         dtypes.append(given[0].dtype)
         lost.append((given[0] - given[0].bfloat16()).abs().max().item())
 
     exact = model(**arguments)
-    for layers in (part for part in model.modules() if isinstance(part, Layers)):
+    for layers in (part for part in model.modules() if tokens and isinstance(part, Layers)):
         layers.register_forward_pre_hook(look)
-    model.decoder.register_forward_pre_hook(look)
+    (model.decoder if tokens else model.time).register_forward_pre_hook(look)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model.train()(**arguments)
     assert (rough - exact).norm() < 0.03 * (exact - linear_part(kind, arguments)).norm()
     rough.square().sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in model.parameters())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in grads)
     assert {*dtypes, rough.dtype} == {torch.float32} and lost[-1] > 0  # not bfloat16 numbers in float32
 
 
@@ -568,18 +563,19 @@ def test_the_loss_of_a_field_is_that_of_its_network_on_inputs_of_unit_scale(t):
     """Of an untrained model and data around the spline it is 1 at every t; unweighted it is s^2 / V."""
     model, arguments = tiny_model("field", trained=False), field(batch=400, queries=20, inputs=20)
     batch, seen = {name: x for name, x in arguments.items() if name not in ("noisy_values", "t")}, []
-    model.query_embedding.value_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.query_embeddings[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     start = start_of("field", arguments)
     batch["query_values"] = start + 0.15 * torch.randn_like(start)
     options = dict(t=torch.full((400,), t), noise=torch.randn_like(start))
     weighted = flow_matching_loss(model, batch, **options, weight=model.loss_weight).item()
     assert weighted == pytest.approx(1, abs=0.05)  # of 24,000 values: standard error 0.01
-    assert seen[0][..., :3].std().item() == pytest.approx(1, abs=0.03)
+    signal = math.sin(math.atan2(0.15 * t, 1 - t))  # none at t = 0
+    assert seen[0][..., :3].std().item() == pytest.approx(signal, abs=0.03)
     variance = (1 - t) ** 2 + (0.15 * t) ** 2
     assert flow_matching_loss(model, batch, **options).item() == pytest.approx(weighted * 0.15**2 / variance)
 
 
-@pytest.mark.parametrize("kind", ["multidir", "v2", "field"])
+@pytest.mark.parametrize("kind", ["multidir", "v2"])
 def test_shared_components_are_copied_from_v1(kind):
     v1, model = tiny_model("v1"), tiny_model(kind, trained=False)
     for x in v1.state_dict().values():
@@ -587,7 +583,6 @@ def test_shared_components_are_copied_from_v1(kind):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     copied = initialise_from_v1(model, v1)
     assert {"fourier.frequencies", "input_embedding.value_proj.weight", "time.mlp.0.weight"} <= set(copied)
-    assert ("query_embedding.value_proj.weight" in copied) == (kind != "field")  # it takes the spline, too
     for name, x in model.state_dict().items():
         assert torch.equal(x, v1.state_dict()[name] if name in copied else before[name]), name
     arguments = field()
@@ -660,3 +655,45 @@ def test_wrong_folders_and_configs_are_errors(tmp_path, monkeypatch):
     for missing in ("checkpoints/missing", "./x", "/no/such", tmp_path / "x"):
         with pytest.raises(ValueError):
             MambaDiffusion.from_pretrained(missing)
+
+
+def test_hats_read_linear_fields_exactly_and_gather_means():
+    coords = 0.0625 + 0.875 * torch.rand(2, 40, 2)  # between the outermost centres of 8 x 8
+    hats, grid = Hats.of(coords, 8), grid_coords(8, 8)
+    plane = (grid @ torch.tensor([[2.0, -1], [0.5, 3]]) + 1).reshape(1, 8, 8, 2).expand(2, -1, -1, -1)
+    torch.testing.assert_close(hats.read(plane), coords @ torch.tensor([[2.0, -1], [0.5, 3]]) + 1)
+    x, field = torch.randn(2, 40, 3), torch.randn(2, 8, 8, 3)
+    evidence = Hats.of(coords, 8).gather(torch.ones(2, 40, 1)).squeeze(-1)  # 1 where points crowd
+    assert 0 <= evidence.min() and evidence.max() == pytest.approx(1)
+    dense = torch.zeros(2, 64, 40).scatter_add(1, hats.index, hats.weight)
+    mean = (dense @ x) / dense.sum(-1, keepdim=True).clamp_min(1)
+    torch.testing.assert_close(hats.gather(x), mean.unflatten(1, (8, 8)))
+    torch.testing.assert_close(hats.read(field), dense.mT @ field.flatten(1, 2))
+    own = Hats.of(grid[None], 8).gather(grid[None])  # pixel centres are nodes
+    torch.testing.assert_close(own.flatten(1, 2), grid[None])
+
+
+def test_a_short_step_has_the_velocity_and_an_untrained_one_keeps_z():
+    arguments = {name: x.double() for name, x in field().items()}
+    model, until = tiny_model("field", shortcut=True).double(), arguments["t"] + 1e-8
+    velocity = model(**arguments)
+    torch.testing.assert_close(model(**arguments, until=until), velocity, rtol=1e-4, atol=1e-4)
+    model, t = tiny_model("field", trained=False), field()["t"][:, None, None]
+    arguments, start, end = field(), start_of("field", field()), torch.tensor([0.4, 1.0])
+    x = arguments["noisy_values"]
+    moved = x + (end[:, None, None] - t) * model(**arguments, until=end)
+    std = [((1 - time) ** 2 + (0.15 * time) ** 2).sqrt() for time in (t, end[:, None, None])]
+    expected = end[:, None, None] * start + std[1] / std[0] * (x - t * start)
+    torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-5)
+    tau = torch.atan2(0.15 * model.shortcut_times(4), 1 - model.shortcut_times(4)) / (math.pi / 2)
+    torch.testing.assert_close(tau, (torch.arange(5, dtype=torch.float64) / 4) ** 1.4)
+
+
+def test_finer_queries_enter_finer_lattices_and_see_their_own_footprint():
+    model, arguments = tiny_model("field finer"), field()
+    assert model.prepare(*points_of(arguments)).queries.nodes == 8
+    sides = {1 / 4: 8, 1 / 8: 8, 1 / 12: 16, 1 / 16: 16, 1 / 32: 16}
+    for side, nodes in sides.items():
+        assert model.prepare(*points_of(arguments), footprint=side).queries.nodes == nodes
+    answers = [model(**arguments, footprint=side) for side in sides]
+    assert min((a - b).abs().max() for a, b in itertools.combinations(answers, 2)) > 1e-4

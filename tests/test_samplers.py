@@ -37,6 +37,24 @@ class GaussianField(nn.Module):
         return gaussian(noisy_values, t[:, None, None], mean, self.std)
 
 
+class ShortcutField(GaussianField):
+    """The same, and the mean of that velocity over a step."""
+
+    shortcut = True
+
+    def shortcut_times(self, steps):
+        return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2
+
+    def forward(self, noisy_values, query_coords, t, *points, conditions=None, until=None):
+        if until is None:
+            return super().forward(noisy_values, query_coords, t, *points, conditions)
+        self.calls.append(("forward" if conditions is None else "prepared", len(noisy_values), self.training))
+        mean = points[1].mean(1, keepdim=True)
+        t, end = t[:, None, None], until[:, None, None]
+        ratio = (((1 - end) ** 2 + (self.std * end) ** 2) / ((1 - t) ** 2 + (self.std * t) ** 2)).sqrt()
+        return (end * mean + ratio * (noisy_values - t * mean) - noisy_values) / (end - t)
+
+
 def field_of(samples=3, queries=5, dtype=torch.float32):
     shapes = (queries, 2), (7, 2), (7, 3)
     drawn = [torch.rand(samples, *shape, generator=seeded(), dtype=dtype) for shape in shapes]
@@ -134,15 +152,30 @@ def test_sde_draws_from_the_data_and_follows_the_path(temperature):
     assert few.std().item() > 0.2  # of 0.5: a last step from t = 0 would return the mean
 
 
+def field_model(method):
+    return ShortcutField() if method == "shortcut" else GaussianField()
+
+
+def test_shortcuts_are_exact_in_any_number_of_steps_and_what_such_a_model_is_sampled_with():
+    field, noise = field_of(), torch.randn(3, 5, 3, generator=seeded())
+    exact = (field[2].mean(1, keepdim=True) + 0.1 * noise).clamp(-1, 1)
+    for steps in (1, 3, None):
+        drawn = sample(ShortcutField(), *field, steps=steps, generator=seeded())
+        torch.testing.assert_close(drawn, exact, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError):
+        sample(GaussianField(), *field, method="shortcut")
+
+
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_samples_of_a_gaussian_posterior_have_its_mean_and_std(method):
-    model, field, seen = GaussianField(), field_of(queries=4000), []
+    model, field, seen = field_model(method), field_of(queries=4000), []
     options = dict(method=method, steps=100, callback=lambda *given: seen.append(given[:2]))
     model.train().frozen.eval()
     x = sample(model, *field, **options, generator=seeded())
     torch.testing.assert_close(x.mean(1), field[2].mean(1), atol=0.008, rtol=0)
     torch.testing.assert_close(x.std(1), torch.full((3, 3), 0.1), atol=0.008, rtol=0)
-    assert seen == [(n, pytest.approx(n / 100)) for n in range(1, 101)]
+    times = [(n / 100) ** (2 if method == "shortcut" else 1) for n in range(1, 101)]
+    assert seen == [(n, pytest.approx(t)) for n, t in enumerate(times, start=1)]
     evaluations = 100 * samplers.EVALUATIONS[method] - (method in ("heun", "sde"))
     assert model.calls == [("prepare", 3, False)] + [("prepared", 3, False)] * evaluations
     assert model.training and not model.frozen.training and not x.requires_grad
@@ -151,7 +184,7 @@ def test_samples_of_a_gaussian_posterior_have_its_mean_and_std(method):
 @pytest.mark.parametrize("method", SAMPLERS)
 def test_max_batch_changes_memory_not_the_result(method):
     """Noise is drawn before the batch is split, that of every step of sde too."""
-    model, field, options = GaussianField(), field_of(), {"method": method, "steps": 3}
+    model, field, options = field_model(method), field_of(), {"method": method, "steps": 3}
     expected = sample(model, *field, **options, generator=seeded())
     model.calls.clear()
     drawn = sample(model, *field, **options, generator=seeded(), max_batch=2)

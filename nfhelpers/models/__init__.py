@@ -20,14 +20,13 @@ from nfhelpers.models.diffae import (
     fit_linear_code,
     second_phase,
 )
+from nfhelpers.models.field import MambaField, MambaFieldConfig
 from nfhelpers.models.local_mamba import LocalMamba2D, LocalMamba2DConfig
 from nfhelpers.models.sparse_fields import (
     MambaDiffusion,
     MambaDiffusionConfig,
     MambaDiffusionV2,
     MambaDiffusionV2Config,
-    MambaField,
-    MambaFieldConfig,
     MultiDirectionalMambaDiffusion,
     MultiDirectionalMambaDiffusionConfig,
     initialise_from_v1,

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import Layers
-from nfhelpers.models.layers import gather_tokens, mlp, squared_distances
+from nfhelpers.models.layers import mlp, squared_distances
 
 
 class RotaryCoordinates(nn.Module):
@@ -113,69 +112,40 @@ class CrossAttention(nn.Module):
 
 
 class QuerySelfAttention(nn.Module):
-    """Multi-head attention among queries: full up to `FULL` of them, beyond that in windows.
+    """Multi-head attention among all queries."""
 
-    Queries are dealt out like cards, in `order`: a window covers the plane as thinly as queries did in
-    training, where a window of neighbours would show one corner. Time and memory per query stay flat.
-    """
-
-    FULL, WINDOW = 4096, 1024
-
-    def __init__(self, d_model, num_heads, order, dropout):
+    def __init__(self, d_model, num_heads, dropout):
         super().__init__()
         self.num_heads = num_heads
-        self.order = order
         self.dropout = dropout
         self.norm = nn.RMSNorm(d_model)
         self.to_query_key_value = nn.Linear(d_model, 3 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
 
-    def places(self, coords):
-        """Order of the queries (B, Q) by windows, its inverse, (count, angles) of windows of each length."""
-        length = coords.shape[1]
-        if length <= self.FULL:
-            return None, None, [(1, self.rotary(coords))]
-        windows = math.ceil(length / self.WINDOW)
-        dealt = torch.arange(length, device=coords.device).remainder(windows).argsort(stable=True)  # (Q,)
-        order = point_order(coords, self.order)[:, dealt]  # (B, Q)
-        size, longer = divmod(length, windows)  # so many windows hold one query more
-        counts = (longer, windows - longer)
-        parts = gather_tokens(coords, order).split([longer * (size + 1), counts[1] * size], dim=1)
-        filled = [(n, part) for n, part in zip(counts, parts, strict=True) if n]
-        groups = [(n, self.rotary(part.unflatten(1, (n, -1)).flatten(0, 1))) for n, part in filled]
-        return order, inverse_order(order), groups
-
     def forward(self, queries, coords, places=None):
         """Queries (B, Q, D) at coords (B, Q, 2) -> update of queries (B, Q, D)."""
-        order, back, groups = self.places(coords) if places is None else places
-        x = self.norm(queries if order is None else gather_tokens(queries, order))
-        parts = self.to_query_key_value(x).split([n * at[0].shape[2] for n, at in groups], dim=1)
-        y = torch.cat([self._attend(x, *group) for x, group in zip(parts, groups, strict=True)], dim=1)
-        y = self.to_out(y)  # (B, Q, D)
-        return y if back is None else gather_tokens(y, back)  # (B, Q, D)
-
-    def _attend(self, x, windows, at):
-        heads = x.unflatten(1, (windows, -1)).flatten(0, 1)  # (B*W, L/W, 3D)
-        q, k, v = heads.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B*W, H, L/W, C)
+        at = self.rotary(coords) if places is None else places
+        heads = self.to_query_key_value(self.norm(queries)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, H, Q, C) each
         attend = partial(F.scaled_dot_product_attention, dropout_p=self.dropout if self.training else 0.0)
-        y = relative_attention(q, k, v, at, at, attend)
-        return y.transpose(1, 2).flatten(2).unflatten(0, (-1, windows)).flatten(1, 2)  # (B, L, D)
+        y = relative_attention(q, k, v, at, at, attend)  # (B, H, Q, C)
+        return self.to_out(y.transpose(1, 2).flatten(2))  # (B, Q, D)
 
 
 class PerceiverLayer(nn.Module):
     """One iteration: gather from the observed points, exchange among queries, refine each by an MLP."""
 
-    def __init__(self, d_model, num_heads, order, mlp_ratio, dropout):
+    def __init__(self, d_model, num_heads, mlp_ratio, dropout):
         super().__init__()
         self.cross_attention = CrossAttention(d_model, num_heads, dropout)
-        self.self_attention = QuerySelfAttention(d_model, num_heads, order, dropout)
+        self.self_attention = QuerySelfAttention(d_model, num_heads, dropout)
         self.mlp_norm = nn.RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
     def places(self, query_coords, input_coords):
         across = self.cross_attention.places(query_coords, input_coords)
-        return across, self.self_attention.places(query_coords)
+        return across, self.self_attention.rotary(query_coords)
 
     def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
@@ -186,18 +156,15 @@ class PerceiverLayer(nn.Module):
 
 
 class LightweightPerceiver(nn.Module):
-    """Refine queries in a few iterations, each with its own weights and, for windows, its own order.
+    """Refine queries in a few iterations, each with its own weights.
 
     Source: Jaegle et al., "Perceiver: General Perception with Iterative Attention", 2021.
     """
 
-    WINDOW_ORDERS = ("hilbert", "row")
-
     def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
-        orders = [self.WINDOW_ORDERS[i % len(self.WINDOW_ORDERS)] for i in range(iterations)]
         self.layers = Layers(
-            PerceiverLayer(d_model, num_heads, order, mlp_ratio, dropout) for order in orders
+            PerceiverLayer(d_model, num_heads, mlp_ratio, dropout) for _ in range(iterations)
         )
 
     def places(self, query_coords, input_coords):

@@ -6,12 +6,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from nfhelpers.flow import check_unit_range, loss_weight, path_variance, skip_weight
+from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, gather_tokens, mlp, zero
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
-from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalMambaBlock, stack
 
 POSTERIOR_STD = 0.15  # of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`
@@ -109,26 +108,6 @@ class MambaDiffusionV2Config(MambaDiffusionConfig):
             raise ValueError(f"num_layers={self.num_layers} is odd: half reads forwards, half backwards")
 
 
-@dataclass(frozen=True, kw_only=True)
-class MambaFieldConfig(MultiDirectionalConfig):
-    """Settings of `MambaField`.
-
-    `residual_std` is the standard deviation of the data around the flow's start, in values of [-1, 1]: 0.15
-    is what a spline of 20% of the pixels leaves, 0.5 about what zero does.
-    """
-
-    d_model: int = 256
-    num_layers: int = 6
-    num_heads: int = 8
-    perceiver_iterations: int = 2
-    num_fourier_features: int = 128
-    fourier_scale: float = 4.0
-    bidirectional: bool = True  # every order is walked both ways
-    spline_source: bool = True  # the flow starts from the thin-plate spline, else from zero
-    residual_std: float = 0.15
-    model_type: ClassVar[str] = "field"
-
-
 class Conditions(NamedTuple):
     """What a `TokenField` computes from the points alone: the same at all times of a sampling run."""
 
@@ -140,7 +119,6 @@ class Conditions(NamedTuple):
     back: torch.Tensor  # (B, Q), its inverse
     scans: torch.Tensor | None = None  # (B, K, L), directions of the scans
     places: list | None = None  # of `LightweightPerceiver`
-    start: torch.Tensor | None = None  # (B, Q, 3), of `MambaField`, not sorted
 
 
 class SparseField(FieldModel):
@@ -169,14 +147,14 @@ class TokenField(SparseField):
     noise cancels, and one step estimates the posterior mean.
     """
 
-    def __init__(self, config: FieldConfig, order="row", query_values=3):
+    def __init__(self, config: FieldConfig, order="row"):
         super().__init__()
         self.config = config
         self.order = order
         d = config.d_model
         self.fourier = FourierFeatures(config.num_fourier_features, config.fourier_scale)
         self.input_embedding = PointEmbedding(2 * config.num_fourier_features, d)
-        self.query_embedding = PointEmbedding(2 * config.num_fourier_features, d, query_values)
+        self.query_embedding = PointEmbedding(2 * config.num_fourier_features, d)
         self.time = TimeEmbedding(d)
 
     def prepare(self, query_coords, input_coords, input_values):
@@ -194,14 +172,11 @@ class TokenField(SparseField):
         )
 
     def velocity(self, noisy_values, t, c):
-        return self.predict(noisy_values, t, c) + skip_weight(t)[:, None, None] * noisy_values
-
-    def predict(self, query_values, t, c):
-        """What the network makes of the queries' values (B, Q, query_values) -> (B, Q, 3)."""
-        queries = c.queries + self.query_embedding.value_proj(gather_tokens(query_values, c.order))
+        queries = c.queries + self.query_embedding.value_proj(gather_tokens(noisy_values, c.order))
         tokens = torch.cat([c.inputs, queries], dim=1) + self.time(t)[:, None]  # (B, L, D)
         tokens = tokens.to(self.decoder[-1].weight.dtype)  # the residual stream stays float32 under autocast
-        return gather_tokens(self.decoder(self.mix(tokens, c)), c.back)  # (B, Q, 3)
+        network = gather_tokens(self.decoder(self.mix(tokens, c)), c.back)  # (B, Q, 3)
+        return network + skip_weight(t)[:, None, None] * noisy_values
 
     def mix(self, tokens, c):
         """Tokens (B, L, D) of the inputs, then of the queries -> queries (B, Q, D)."""
@@ -275,52 +250,6 @@ class MambaDiffusionV2(TokenField):
 
     def mix(self, tokens, c):
         tokens = self.bidirectional(tokens)  # (B, L, D)
-        inputs, queries = split_tokens(tokens, c.inputs.shape[1])
-        return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
-
-
-class MambaField(TokenField):
-    """The flagship: scans in several orders, both ways, a perceiver, and a flow that starts from a spline.
-
-    With m the thin-plate spline of the observed pixels, let the data be m + d, d of standard deviation s
-    (`config.residual_std`), r = x_t - t m and V = (1 - t)^2 + t^2 s^2, the variance of r. Then
-
-        velocity = m + skip_weight(t, s) r + s / sqrt(V) network(r / sqrt(V), m, ...)
-
-    where the first two terms are the best linear prediction and all that the network sees or predicts is of
-    unit scale (Karras et al. 2022; data-dependent source: Albergo et al., "Stochastic Interpolants", 2024).
-    It starts at zero: one step from t = 0 is then the spline. The loss is weighed by V / s^2.
-    """
-
-    def __init__(self, config: MambaFieldConfig):
-        super().__init__(config, query_values=6)
-        c = config
-        self.blocks = directional_blocks(c, c.num_layers, c.bidirectional)
-        self.perceiver = LightweightPerceiver(
-            c.d_model, c.num_heads, c.perceiver_iterations, c.mlp_ratio, c.dropout
-        )
-        self.decoder = residual_decoder(c.d_model, c.dropout)
-
-    def prepare(self, query_coords, input_coords, input_values):
-        if self.config.spline_source:
-            start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
-        else:
-            start = input_values.new_zeros(*query_coords.shape[:2], 3)
-        c = super().prepare(query_coords, input_coords, input_values)
-        coords = torch.cat([c.input_coords, c.query_coords], dim=1)  # (B, L, 2)
-        scans = joint_orders(coords, self.config.orders, self.config.bidirectional)
-        places = self.perceiver.places(c.query_coords, c.input_coords)
-        return c._replace(scans=scans, places=places, start=start)
-
-    def velocity(self, noisy_values, t, c):
-        m, s, time = c.start, self.config.residual_std, t[:, None, None]  # (B, Q, 3), number, (B, 1, 1)
-        scale = path_variance(time, s).sqrt()  # (B, 1, 1), sqrt(V)
-        rest = noisy_values - time * m  # (B, Q, 3), r
-        residual = self.predict(torch.cat([rest / scale, m], dim=-1), t, c)  # (B, Q, 3)
-        return m + skip_weight(time, s) * rest + s / scale * residual
-
-    def mix(self, tokens, c):
-        tokens = self.blocks(tokens, c.scans)  # (B, L, D)
         inputs, queries = split_tokens(tokens, c.inputs.shape[1])
         return self.perceiver(queries, c.query_coords, inputs, c.input_coords, c.places)  # (B, Q, D)
 
