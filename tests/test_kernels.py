@@ -358,6 +358,36 @@ def test_second_derivative_is_refused_and_given_by_reference(backend):
         torch.autograd.grad(slope(backend).sum(), delta)
 
 
+@WITH_REFERENCE
+@pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])
+def test_forward_mode_and_torch_func(backend, directional):
+    """In float64 <w, J v> by the tangent is <J' w, v> by gradients; torch.func agrees in float32."""
+    scan, arguments = functools.partial(selective_scan, delta_softplus=True), problem(length=37, extras=ALL)
+    if directional:
+        arguments, orders = directional_problem()
+        scan = functools.partial(directional_scan, orders=orders, reverse=(True, False, True))
+
+    def f(*xs, backend=backend):
+        return scan(**dict(zip(arguments, xs, strict=True)), backend=backend)
+
+    xs, draw = tuple(arguments.values()), drawer(7, torch.float32)
+    vs = tuple(draw(*x.shape) for x in xs)
+    doubles, truth = [x.double().requires_grad_() for x in xs], functools.partial(f, backend="reference")
+    tangent = torch.func.jvp(truth, tuple(doubles), tuple(v.double() for v in vs))[1]
+    weight = draw(*tangent.shape)
+    wanted = torch.autograd.grad(truth(*doubles), doubles, weight.double())
+    slope = sum((x * v).sum() for x, v in zip(wanted, vs, strict=True)).item()
+    assert (tangent * weight).sum().item() == pytest.approx(slope, rel=1e-9)
+    assert relative_error(torch.func.jvp(f, xs, vs)[1], tangent) < 1e-5
+    pullback = torch.func.vjp(f, *xs)[1]
+    loss = lambda *xs: (f(*xs) * weight).sum()  # noqa: E731
+    for found in (pullback(weight), torch.func.grad(loss, argnums=tuple(range(len(xs))))(*xs)):
+        assert all(relative_error(x, y) < 1e-5 for x, y in zip(found, wanted, strict=True))
+    if backend != "reference":  # a pass that is over has kept no tangents
+        with pytest.raises(RuntimeError, match="reference"):
+            torch.func.jvp(pullback, (weight,), (weight,))
+
+
 @pytest.mark.skipif(STATUS["mamba_ssm"] != "ok", reason=STATUS["mamba_ssm"])
 @TIED
 def test_mamba_ssm_itself(tied):

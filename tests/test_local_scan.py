@@ -62,6 +62,13 @@ def test_scan_is_the_bijection_of_the_loops_and_reverse_undoes_it(
         assert grid_order(height, width, f"w{window}" + "_flip" * flip).tolist() == order
 
 
+def test_tangent_moves_like_the_pixels_and_torch_func_gives_the_gradient():
+    x, v = draw(2, 3, 5, 4), draw(2, 3, 5, 4, seed=1)
+    scan = lambda x: local_scan(x, 2, True, True)  # noqa: E731
+    assert torch.equal(torch.func.jvp(scan, (x,), (v,))[1], scan(v))
+    assert torch.equal(torch.func.grad(lambda x: (scan(x) * scan(v)).sum())(x), v)
+
+
 @pytest.mark.parametrize("kind", ["h", "v", "w2", "w7_flip"])
 def test_directional_scan_needs_no_scanned_copy(kind):
     """SS2D with its copies (scan, run the recurrence, scan back) is one call with the order of the grid."""

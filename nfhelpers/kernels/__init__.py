@@ -1,25 +1,21 @@
-"""The scans of S6: argument checks, choice of backend, registration with PyTorch, self-check.
+"""The scans of S6: argument checks, choice of backend, self-check.
 
 `selective_scan` takes the arguments of mamba_ssm's `selective_scan_fn`; `directional_scan` scans the same
-tokens in several orders at once. Both are views of one operation, which reference.py describes and autograd
-and torch.compile know as `torch.ops.nfhelpers.scan_<backend>`.
+tokens in several orders at once. Both are views of one operation, which reference.py describes.
 """
 
 import functools
-import importlib
 import os
 import warnings
-from concurrent import futures
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
-from .orders import check_permutation
+from .operation import OPERATIONS, is_transformed, module
 from .reference import relative_error
 
 BACKENDS = ("reference", "chunked", "native", "triton", "mamba_ssm")
-_MODULES = {name: f"{__name__}.{name}" for name in ("reference", "chunked", "native")}
-_MODULES |= {"triton": f"{__name__}.triton_scan", "mamba_ssm": "mamba_ssm.ops.selective_scan_interface"}
 
 
 def selective_scan(
@@ -42,8 +38,8 @@ def selective_scan(
     if discretization not in ("mamba", "zoh"):
         raise ValueError(f"discretization={discretization!r} is unknown; choose 'mamba' or 'zoh'")
     if discretization == "zoh" or 2 in (B.dim(), C.dim()):
-        name, _ = _choose(u.device.type, backend, "zero-order hold and no fixed B, C")
-        scan = reference.selective_scan_reference if name == "reference" else _module("chunked").by_parts
+        name, *_ = _choose(u.device.type, backend, "zero-order hold and no fixed B, C")
+        scan = reference.selective_scan_reference if name == "reference" else module("chunked").by_parts
         options = dict(discretization=discretization, tied_decay=tied_decay)
         y, last = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True, **options)
         return (y, last) if return_last_state else y
@@ -100,7 +96,7 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     if size["d"] % size["G"]:
         raise ValueError(f"{size['G']} groups of B and C do not divide {size['d']} channels")
     dtype = reference.compute_dtype(*tensors)
-    name, layout = _choose(u.device.type, backend, "float64" if dtype == torch.float64 else None)
+    name, layout, transformed = _choose(u.device.type, backend, "float64" if dtype == torch.float64 else None)
     if name in ("reference", "mamba_ssm"):
         scan = functools.partial(reference.selective_scan_reference, tied_decay=tied)
         if name == "mamba_ssm":
@@ -109,118 +105,18 @@ def _scan(backend, tensors, order, reverse, softplus, tied):
     A, D, bias = (None if x is None else x.to(dtype).contiguous() for x in (A, D, bias))
     mask = sum(1 << k for k, backwards in enumerate(reverse) if backwards)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _OPERATIONS[name](u, delta, A, B, C, D, z, bias, order, mask, softplus, tied, keep, layout)[:2]
+    scan = OPERATIONS[name][transformed]
+    return scan(u, delta, A, B, C, D, z, bias, order, mask, softplus, tied, keep, layout)[:2]
 
 
 _DIMS = dict(u="bkld", delta="bKld", A="KdN", B="bKGlN", C="bKGlN", D="Kd", z="bKld", bias="Kd", order="aKl")
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
-_OPTIONS = "Tensor? order, int reverse, bool softplus, bool tied"
-# `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
-_FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
-_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
-
-_ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
-_called_ahead, _pending = set(), set()
-
-
-def _compile_ahead(name, function, *arguments):
-    """While a call of Triton on a GPU is traced, make it on another thread with zeros in place of tensors:
-    a kernel compiles for 5 to 15 s, mostly without the GIL, while torch.compile is busy before any launch.
-    """
-    if name != "triton" or not arguments[0].is_cuda or not torch.cuda.is_initialized():
-        return
-    like = [(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x for x in arguments]
-    sizes = [n for x in like if isinstance(x, tuple) for n in (*x[0], *x[1])]
-    if any(isinstance(n, torch.SymInt | torch.SymBool) for n in (*sizes, *like)):
-        return  # a size is not known yet
-
-    def zeros(shape, strides, dtype, device):
-        extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-        return torch.zeros(extent, dtype=dtype, device=device).as_strided(shape, strides)
-
-    def call():
-        getattr(_module(name), function)(*(zeros(*x) if isinstance(x, tuple) else x for x in like))
-
-    if (function, *like) not in _called_ahead:
-        _called_ahead.add((function, *like))
-        _pending.add(_ahead.submit(call))
-
-
-def _call(name, function, *arguments):
-    if name == "triton" and _pending:  # an error there comes again from the call itself
-        _pending.difference_update(futures.wait(set(_pending)).done)
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return getattr(_module(name), function)(*arguments)
-
-
-def _fit(x, like):
-    """x in the dtype and memory order of `torch.empty_like(like)`."""
-    wanted = like if x.stride() == like.stride() else torch.empty_like(like)
-    fits = x.stride() == wanted.stride() and x.dtype == like.dtype
-    return x if fits else torch.empty_like(like).copy_(x)
-
-
-def _module(name):
-    return importlib.import_module(_MODULES[name])
-
-
-def _register(name):
-    """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
-
-    def run(u, delta, A, B, C, D, z, bias, order, *options):  # reverse, softplus, tied, keep_states, layout
-        check_permutation(order)
-        y, last, states = _call(name, "forward", u, delta, A, B, C, D, z, bias, order, *options[:4])
-        return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
-
-    def run_backward(grad_y, grad_last, states, *given):
-        pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
-        return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
-
-    operation = functools.partial(torch.library.custom_op, mutates_args=())
-    op = operation(f"nfhelpers::scan_{name}", run, schema=_FORWARD)
-    backward_op = operation(f"nfhelpers::scan_{name}_backward", run_backward, schema=_BACKWARD)
-
-    @op.register_fake
-    def _(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states, layout=""):
-        given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-        for keep in (keep_states, False):  # what is trained is evaluated, too
-            _compile_ahead(name, "forward", *given, keep)
-        kept = _module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
-        last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
-        y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
-        return y, last, A.new_empty(kept)
-
-    @backward_op.register_fake
-    def _(grad_y, grad_last, states, *given):
-        _compile_ahead(name, "backward", grad_y, grad_last, states, *given)
-        return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:8])
-
-    def setup(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        y, _, states = output
-        ctx.mark_non_differentiable(states)
-        ctx.save_for_backward(states, *inputs[:9])
-        ctx.options, ctx.shape = inputs[9:12], y.shape
-
-    def differentiate(ctx, grad_y, grad_last, _):
-        states, *given = ctx.saved_tensors
-        grad_y = given[0].new_zeros(()).expand(ctx.shape) if grad_y is None else grad_y
-        grads = backward_op(grad_y, grad_last, states, *given, *ctx.options)
-        grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
-        return *grads, *[None] * 6  # order ... layout
-
-    op.register_autograd(differentiate, setup_context=setup)
-    return op
-
-
-_OPERATIONS = {name: _register(name) for name in ("chunked", "native", "triton")}
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options):
     """Its kernel wants float32 parameters, and one dtype for all that varies along the sequence."""
     A, D, delta_bias = (None if x is None else x.float() for x in (A, D, delta_bias))
     delta, B, C, z = (None if x is None else x.to(u.dtype) for x in (delta, B, C, z))
-    y, last = _module("mamba_ssm").selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, *options)
+    y, last = module("mamba_ssm").selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, *options)
     return y.to(u.dtype), last.detach()  # its backward leaves the last state's gradient out
 
 
@@ -228,7 +124,7 @@ def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options):
 def installed(name):
     """ "ok", or why the backend cannot be compiled or imported (missing, built for another torch)."""
     try:
-        return " ".join(_module(name).status().split()) if name == "native" else _module(name) and "ok"
+        return " ".join(module(name).status().split()) if name == "native" else module(name) and "ok"
     except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
         return f"import failed: {type(error).__name__}: {error}"
 
@@ -255,7 +151,7 @@ def choose_backend(device, backend=None, dtype=torch.float32):
 
 
 def _choose(kind, backend, special=None):
-    """(backend, layout of its states); `special`: what only reference and chunked have."""
+    """(backend, layout of its states, whether torch.func is at work); `special`: what the kernels lack."""
     source = "backend" if backend else "NF_SCAN_BACKEND"
     name = backend or (os.environ.get("NF_SCAN_BACKEND") if kind != "meta" else None)
     if name and name not in BACKENDS:
@@ -269,7 +165,10 @@ def _choose(kind, backend, special=None):
     if status != "ok":
         warnings.warn(f"no {best} scan: {status}; the slower chunked one runs", RuntimeWarning, stacklevel=4)
     name = name or (best if status == "ok" else "chunked")
-    return name, str(_module(name).states_shape(2, 3, 1_000_003, 5, 7)) if name in _OPERATIONS else ""
+    if forward_ad._current_level >= 0:  # a kernel has no tangent; PyTorch's own operations have
+        name = "reference"
+    layout = str(module(name).states_shape(2, 3, 1_000_003, 5, 7)) if name in OPERATIONS else ""
+    return name, layout, is_transformed()
 
 
 _choose._dynamo_marked_constant = True  # torch.compiler.assume_constant_result imports torch._dynamo

@@ -13,6 +13,7 @@ import os
 import torch
 
 from . import installed
+from .operation import is_transformed
 from .orders import grid_order, inverse_order
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -24,13 +25,18 @@ def local_scan(x, window, flip=False, column_first=False):
     With column_first windows, and pixels in a window, follow one another down the columns; flip walks
     backwards. Channels-last in memory if x is. Source: Huang et al., "LocalMamba", 2024.
     """
-    return torch.ops.nfhelpers.local_scan(x.flatten(2), *x.shape[2:], window, False, flip, column_first)
+    return _run(x.flatten(2), *x.shape[2:], window, False, flip, column_first)
 
 
 def local_reverse(y, height, width, window, flip=False, column_first=False):
     """The inverse of `local_scan` with the same options: (B, C, H W) laid back on its grid (B, C, H, W)."""
-    pixels = torch.ops.nfhelpers.local_scan(y, height, width, window, True, flip, column_first)
-    return pixels.unflatten(2, (height, width))
+    return _run(y, height, width, window, True, flip, column_first).unflatten(2, (height, width))
+
+
+def _run(x, *options):
+    if is_transformed():  # an operation has no tangent and, for torch.func, no gradient
+        return x.index_select(2, _source_of.__wrapped__(*options, x.device))
+    return torch.ops.nfhelpers.local_scan(x, *options)
 
 
 @torch.library.custom_op("nfhelpers::local_scan", mutates_args=())
@@ -59,7 +65,7 @@ def _empty(x, *options):
 
 def _undo(ctx, grad):
     height, width, window, reverse, *others = ctx.options
-    return torch.ops.nfhelpers.local_scan(grad, height, width, window, not reverse, *others), *[None] * 6
+    return _run(grad, height, width, window, not reverse, *others), *[None] * 6
 
 
 _move.register_autograd(_undo, setup_context=lambda ctx, inputs, output: setattr(ctx, "options", inputs[1:]))

@@ -96,7 +96,10 @@ class CrossAttention(nn.Module):
 
         def attend(q, k, v):
             parts = []
-            for part, coords in zip(q.split(at_once, dim=2), query_coords.split(at_once, dim=1), strict=True):
+            slices = [(q, query_coords)]
+            if not torch.compiler.is_exporting():  # how many there are would bound the queries of a program
+                slices = zip(q.split(at_once, dim=2), query_coords.split(at_once, dim=1), strict=True)
+            for part, coords in slices:
                 distance2 = squared_distances(coords, input_coords)  # (B, q, I)
                 prior = (-precision[:, None, None] * distance2[:, None]).to(q.dtype)  # (B, H, q, I)
                 dropout = self.dropout if self.training else 0.0

@@ -1,0 +1,142 @@
+"""The operation behind both scans as PyTorch knows it: `torch.ops.nfhelpers.scan_<backend>`.
+
+Reverse mode runs the backend's own backward pass, under torch.func too. Forward mode runs the reference,
+whose steps are PyTorch's. The derivative of a backend's gradient is refused.
+"""
+
+import functools
+import importlib
+from concurrent import futures
+
+import torch
+from torch.autograd import forward_ad
+
+from .orders import check_permutation
+
+_MODULES = {name: f"{__package__}.{name}" for name in ("reference", "chunked", "native")}
+_MODULES |= {"triton": f"{__package__}.triton_scan", "mamba_ssm": "mamba_ssm.ops.selective_scan_interface"}
+
+
+def module(name):
+    """The module of a backend, imported at its first use."""
+    return importlib.import_module(_MODULES[name])
+
+
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
+_OPTIONS = "Tensor? order, int reverse, bool softplus, bool tied"
+# `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
+_FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
+
+_ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
+_called_ahead, _pending = set(), set()
+
+
+def _compile_ahead(name, function, *arguments):
+    """While a call of Triton on a GPU is traced, make it on another thread with zeros in place of tensors:
+    a kernel compiles for 5 to 15 s, mostly without the GIL, while torch.compile is busy before any launch.
+    """
+    if name != "triton" or not arguments[0].is_cuda or not torch.cuda.is_initialized():
+        return
+    like = [(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x for x in arguments]
+    sizes = [n for x in like if isinstance(x, tuple) for n in (*x[0], *x[1])]
+    if any(isinstance(n, torch.SymInt | torch.SymBool) for n in (*sizes, *like)):
+        return  # a size is not known yet
+
+    def zeros(shape, strides, dtype, device):
+        extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+        return torch.zeros(extent, dtype=dtype, device=device).as_strided(shape, strides)
+
+    def call():
+        getattr(module(name), function)(*(zeros(*x) if isinstance(x, tuple) else x for x in like))
+
+    if (function, *like) not in _called_ahead:
+        _called_ahead.add((function, *like))
+        _pending.add(_ahead.submit(call))
+
+
+def _call(name, function, *arguments):
+    if name == "triton" and _pending:  # an error there comes again from the call itself
+        _pending.difference_update(futures.wait(set(_pending)).done)
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return getattr(module(name), function)(*arguments)
+
+
+def _fit(x, like):
+    """x in the dtype and memory order of `torch.empty_like(like)`."""
+    wanted = like if x.stride() == like.stride() else torch.empty_like(like)
+    fits = x.stride() == wanted.stride() and x.dtype == like.dtype
+    return x if fits else torch.empty_like(like).copy_(x)
+
+
+def is_transformed():
+    """Whether dual numbers or torch.func are at work, to which an operation is not differentiable."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _refuse(*_):
+    raise RuntimeError("the scan's gradient has no derivative; pass backend='reference' to the scan")
+
+
+def _function(operation, setup, backward):
+    """The operation for torch.func, which does not take the derivative that is registered for it."""
+    methods = dict(forward=operation, setup_context=setup, backward=backward)
+    methods = {name: staticmethod(method) for name, method in methods.items()}
+    return type("Scan", (torch.autograd.Function,), dict(generate_vmap_rule=True, **methods)).apply
+
+
+def _register(name):
+    """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
+
+    def run(u, delta, A, B, C, D, z, bias, order, *options):  # reverse, softplus, tied, keep_states, layout
+        check_permutation(order)
+        y, last, states = _call(name, "forward", u, delta, A, B, C, D, z, bias, order, *options[:4])
+        return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
+
+    def run_backward(grad_y, grad_last, states, *given):
+        pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
+        return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
+
+    operation = functools.partial(torch.library.custom_op, mutates_args=())
+    op = operation(f"nfhelpers::scan_{name}", run, schema=_FORWARD)
+    backward_op = operation(f"nfhelpers::scan_{name}_backward", run_backward, schema=_BACKWARD)
+
+    @op.register_fake
+    def _(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states, layout=""):
+        given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        for keep in (keep_states, False):  # what is trained is evaluated, too
+            _compile_ahead(name, "forward", *given, keep)
+        kept = module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
+        last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
+        y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
+        return y, last, A.new_empty(kept)
+
+    @backward_op.register_fake
+    def _(grad_y, grad_last, states, *given):
+        _compile_ahead(name, "backward", grad_y, grad_last, states, *given)
+        return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:8])
+
+    def setup(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        y, _, states = output
+        ctx.mark_non_differentiable(states)
+        ctx.save_for_backward(states, *inputs[:9])
+        ctx.options, ctx.shape = inputs[9:12], y.shape
+
+    def differentiate(ctx, grad_y, grad_last, _):
+        if forward_ad._current_level >= 0:
+            _refuse()
+        states, *given = ctx.saved_tensors
+        grad_y = given[0].new_zeros(()).expand(ctx.shape) if grad_y is None else grad_y
+        run = twice if is_transformed() else backward_op
+        grads = run(grad_y, grad_last, states, *given, *ctx.options)
+        grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
+        return *grads, *[None] * 6  # order ... layout
+
+    op.register_autograd(differentiate, setup_context=setup)
+    backward_op.register_autograd(_refuse)
+    twice = _function(backward_op, lambda ctx, inputs, output: None, _refuse)
+    return op, _function(op, setup, differentiate)
+
+
+OPERATIONS = {name: _register(name) for name in ("chunked", "native", "triton")}
