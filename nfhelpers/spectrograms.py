@@ -81,12 +81,6 @@ def load_clip(file, size=64) -> tuple[Spectrograms, torch.Tensor]:
     return _spectrograms([clip], rate, size, [0], (Path(str(file)).name,)), torch.from_numpy(clip)[None]
 
 
-def generated_meta(size, sample_rate, class_names) -> SpectrogramMeta:
-    """The meta of generated spectrograms; their reference is that of a full-scale sine."""
-    n_fft, hop, _ = frames_of(size, sample_rate)
-    return SpectrogramMeta(sample_rate, n_fft, hop, torch.tensor([n_fft / 4]), tuple(class_names))
-
-
 def frames_of(size, sample_rate) -> tuple[int, int, int]:
     """(n_fft, hop, samples in all) of H x W: frames of 2 (H - 1) samples lie `SECONDS` / W apart, but at most
     half a frame. At 8 kHz 64 x 64 shows 0.49 s, 32 x 32 0.12 s."""
@@ -130,15 +124,6 @@ def griffin_lim(magnitude, n_fft, hop, *, iterations=64, momentum=0.99, generato
         guess = torch.polar(magnitude, (possible + momentum * (possible - previous)).angle())
         previous = possible
     return sound(guess)
-
-
-def to_audio(spectrograms, meta, *, reference=None, iterations=64, generator=None) -> torch.Tensor:
-    """Sound of spectrograms (N, 1, H, W) by Griffin-Lim: (N, (W - 1) hop), at `meta.sample_rate`.
-    reference: (N,) magnitudes that are 1; None: as loud as the median clip of meta."""
-    values = spectrograms[:, 0]  # (N, H, W)
-    reference = meta.reference.median().expand(len(values)) if reference is None else reference
-    magnitude = to_magnitude(values, reference.to(values), meta.dynamic_range)
-    return griffin_lim(magnitude, meta.n_fft, meta.hop, iterations=iterations, generator=generator)
 
 
 def read_wav(file) -> tuple[np.ndarray, int]:

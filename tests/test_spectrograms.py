@@ -100,14 +100,14 @@ def test_griffin_lim_finds_a_sine(hop):
     assert error(64) < min(0.06, error(64, momentum=0.0))
 
 
-def test_audio_is_as_long_and_as_loud_as_its_clips():
+def test_a_sound_is_as_long_and_as_loud_as_its_clip():
     data = load_spectrograms("chirps", "test", 32, limit=6)
     meta = data.meta
-    for reference, wanted in ((meta.reference, meta.reference), (None, meta.reference.median().expand(6))):
-        sound = module.to_audio(data.spectrograms, meta, reference=reference, generator=seeded())
-        assert sound.shape == (6, 31 * meta.hop)
-        loudest = stft(sound, meta.n_fft, meta.hop).abs().flatten(1).amax(1)
-        torch.testing.assert_close(loudest, wanted, rtol=0.2, atol=0)
+    magnitude = module.to_magnitude(data.spectrograms[:, 0], meta.reference, meta.dynamic_range)
+    sound = module.griffin_lim(magnitude, meta.n_fft, meta.hop, generator=seeded())
+    assert sound.shape == (6, 31 * meta.hop)
+    loudest = stft(sound, meta.n_fft, meta.hop).abs().flatten(1).amax(1)
+    torch.testing.assert_close(loudest, meta.reference, rtol=0.2, atol=0)
 
 
 def test_chirps_stay_what_they_were_and_splits_differ():

@@ -104,11 +104,8 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch):
-        if not self.training or self.rate == 0:
-            return branch
-        kept = torch.rand(branch.shape[0], device=branch.device) >= self.rate  # (B,)
-        weight = kept.to(branch.dtype) / (1 - self.rate)  # (B,)
-        return branch * weight.view(-1, *[1] * (branch.ndim - 1))
+        samples = branch.flatten(1)[None]  # as channels, which are dropped whole
+        return F.dropout1d(samples, self.rate, self.training).view_as(branch)
 
 
 class BiAttn(nn.Module):
