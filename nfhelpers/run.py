@@ -25,9 +25,9 @@ SECTIONS = {  # notebook -> its section of presets.toml
     "06_diffae_phase2": "diffae_phase2",
     "07_local_mamba": "localmamba",
 }
-STAND_INS = {  # of a source that neither lies in NF_DATA nor can be downloaded: overrides
-    "cifar10": {"data.source": "photos"},
-    "fsdd": {"data.source": "chirps", "model.num_classes": 4, "model.data_std": 0.65},
+STAND_INS = {  # source that neither lies in NF_DATA nor can be downloaded -> settings
+    "cifar10": {("data", "source"): "photos"},
+    "fsdd": {("data", "source"): "chirps", ("model", "num_classes"): 4, ("model", "data_std"): 0.65},
 }
 
 
@@ -75,7 +75,8 @@ def start(notebook, preset=None, overrides=None):
     print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
     source = settings.get("data", {}).get("source")
     if preset == "gpu" and source in STAND_INS and not _can_be_had(source):
-        settings = load_settings(section, preset, STAND_INS[source] | (overrides or {}))
+        for (group, name), value in STAND_INS[source].items():
+            settings[group][name] = value
         print(f"data      {settings['data']['source']}: {source} is not in NF_DATA and cannot be downloaded")
     elif source:
         print(f"data      {source}")
