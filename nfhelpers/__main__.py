@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nfhelpers import run
 
-SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde")
+SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde", "shortcut")
 SOURCES = ("photos", "cifar10", "chirps", "fsdd")
 
 
@@ -51,7 +51,7 @@ def parser():
     evaluate.add_argument("--observed", type=float, default=0.2, help="fraction of the pixels (0.2)")
     evaluate.add_argument("--sizes", type=int, nargs="+", default=[32], help="the first is observed (32)")
     evaluate.add_argument("--samplers", choices=SAMPLERS, nargs="*", default=[], help="also draw samples")
-    evaluate.add_argument("--steps", type=int, default=50, help="of a sampler (50)")
+    evaluate.add_argument("--steps", type=int, help="of a sampler (50, of shortcut 4)")
     evaluate.add_argument("--seed", type=int, default=0, help="of pixels and noise (0)")
     evaluate.add_argument("--out", type=Path, metavar="FOLDER", help="write scores.csv and fields.png there")
     doctor = commands.add_parser("doctor", help="versions, devices, scan backends; checks of a saved model")

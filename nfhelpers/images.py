@@ -26,7 +26,6 @@ SEED = 20231201
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_HASH = "md5:c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RECORD = 1 + 3 * 32 * 32  # of CIFAR-10: label, then red, green and blue planes
 
 
@@ -89,12 +88,6 @@ class FolderImages:
                 warnings.warn(f"{error}; it is left out", stacklevel=2)
             else:
                 yield area_resize(image, self.shape[1], name=file)
-
-
-def load_labels(source="cifar10", split="train", limit=None) -> np.ndarray:
-    """Classes (N,) int64 of the images of CIFAR-10, numbers of `CIFAR10_CLASSES`."""
-    path = source_path(source, ("cifar10",), split)
-    return take_split(_records(path), split, path)[:limit, 0].astype(np.int64)
 
 
 def _records(folder):

@@ -149,29 +149,3 @@ def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, sh
         if not shared or ax is axes[0, -1]:
             figure.colorbar(shown, ax=list(axes[0]) if shared else ax, shrink=0.9, label=label)
     return figure
-
-
-def spectrogram_grid(spectrograms, labels=None, meta=None, columns=5, title=None):
-    """Spectrograms (N, 1, H, W) in [-1, 1], frequency upwards, with one bar of levels.
-
-    labels: N titles. meta: `spectrograms.SpectrogramMeta`, for axes in seconds and kHz and levels in dB."""
-    values, columns = _array(spectrograms)[:, 0], min(columns, len(spectrograms))
-    extent, low, high = (0, values.shape[2], 0, values.shape[1]), -1, 1  # frames and bins
-    if meta is not None:
-        extent = (0, (values.shape[2] - 1) * meta.hop / meta.sample_rate, 0, meta.sample_rate / 2000)
-        values, low, high = (values - 1) / 2 * meta.dynamic_range, -meta.dynamic_range, 0
-    width, shape = {1: 4.5, 2: 2.8}.get(columns, 1.85), (-(-len(values) // columns), columns)
-    figure, axes = subplots(*shape, width, 1.9, title, plain=True, squeeze=False)
-    # One colour a decibel and hard pixels: files of half the size.
-    style = {"cmap": colormaps["magma"].resampled(61), "vmin": low, "vmax": high, "origin": "lower"}
-    style |= {"extent": extent, "aspect": "auto", "interpolation": "nearest"}
-    for ax in axes.flat[len(values) :]:
-        ax.set_visible(False)
-    for index, (ax, value) in enumerate(zip(axes.flat, values, strict=False)):
-        shown = ax.imshow(value, **style)
-        ax.set_title(labels[index] if labels else "", fontsize=9)
-        ax.tick_params(labelbottom=index + columns >= len(values), labelleft=index % columns == 0)
-    figure.colorbar(shown, ax=axes.ravel().tolist(), shrink=0.9, label="dB" if meta else None)
-    figure.supxlabel("time (s)" if meta else "frame", fontsize=9)
-    figure.supylabel("frequency (kHz)" if meta else "bin", fontsize=9)
-    return figure

@@ -7,11 +7,12 @@ import sys
 
 import pandas
 import pytest
+import soundfile
 import torch
 from test_train import TWO_PROCESSES, assert_same_run, start_python
 
 from nfhelpers import __main__ as cli
-from nfhelpers import kernels, models, samplers, spectrograms, train
+from nfhelpers import kernels, models, samplers, train
 
 MODEL = {"d_model": 16, "num_layers": 1, "d_state": 2, "num_fourier_features": 4, "num_heads": 2}
 TINY = [
@@ -171,7 +172,7 @@ def test_localmamba_takes_its_classes_from_the_data(tmp_path, given):
     for name in ("left", "right"):
         (tmp_path / "sounds" / name).mkdir(parents=True)
         for take in range(12):
-            spectrograms.write_wav(tmp_path / "sounds" / name / f"{take}.wav", samples.roll(take), 8000)
+            soundfile.write(tmp_path / "sounds" / name / f"{take}.wav", samples.roll(take), 8000)
     arguments = ["train", "localmamba", *GRIDS, "--output", str(tmp_path / "run")]
     sounds = ["--data", str(tmp_path / "sounds")]
     for more, classes in (([], 4), (sounds, 2), ([*sounds, "--set", "model.num_classes=5"], 5)):

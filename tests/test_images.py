@@ -128,8 +128,6 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
         equal(open_images(source, held_out=True), train[:18])
         equal(load_images(source, "validation"), train[18:])
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
-    assert module.load_labels("cifar10", limit=14).tolist() == [3] * 12 + [0, 1]
-    assert [*module.load_labels(batches, "validation"), *module.load_labels(batches, "test")] == [6, 7, 5, 9]
     file = batches / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError):

@@ -1,7 +1,6 @@
 """Figures show the numbers that they are given."""
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -66,11 +65,3 @@ def test_maps_share_a_scale_and_leave_zeros_out_of_a_logarithm():
     assert shared[0].get_array().mask.tolist() == [[True, False], [False, False]]
     own = [ax.images[0].get_clim() for ax in plots.maps(maps, shared=False).axes if ax.images]
     assert own == [(0, 10), (2, 100)]
-
-
-def test_spectrograms_have_seconds_kilohertz_and_decibels():
-    meta = SimpleNamespace(hop=64, sample_rate=8000, dynamic_range=80.0)
-    figure = plots.spectrogram_grid(np.linspace(-1, 1, 32).reshape(2, 1, 4, 4), ["a", "b"], meta)
-    first, second = (ax.images[0] for ax in figure.axes[:2])
-    assert second.get_extent() == [0, 3 * 64 / 8000, 0, 4] and second.origin == "lower"
-    assert first.get_array().min() == -80 and second.get_array().max() == 0

@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from nfhelpers import spectrograms as module
-from nfhelpers.spectrograms import load_clip, load_spectrograms, read_wav, stft, write_wav
+from nfhelpers.spectrograms import load_clip, load_spectrograms, read_wav, stft
 
 RATE, SPLITS = 8000, ("train", "validation", "test")
 
@@ -23,7 +23,7 @@ def tone(frequency, samples=4000, loudness=0.5):
 
 def write(path, samples=None, rate=RATE):
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_wav(path, tone(400, 300) if samples is None else samples, rate)
+    soundfile.write(path, tone(400, 300) if samples is None else samples, rate)
 
 
 def chunk(name, content, size=None):
@@ -34,14 +34,11 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_wav_files_are_written_and_read_back(tmp_path):
-    samples = torch.tensor([0.0, 0.25, -1.0, 1.0, 2.0])
-    write(tmp_path / "x.wav", samples)
+def test_wav_files_are_read(tmp_path):
+    write(tmp_path / "x.wav", np.array([0.0, 0.25, -1.0, 1.0]))
     read, rate = read_wav(str(tmp_path / "x.wav"))
     assert rate == RATE and read.dtype == np.float32
-    np.testing.assert_allclose(read, [0, 0.25, -1, 1, 1], atol=1 / 32768)
-    write_wav(tmp_path / "x.wav", samples, RATE, normalise=True)
-    np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], samples * 0.45, atol=1 / 32768)
+    np.testing.assert_allclose(read, [0, 0.25, -1, 1], atol=1 / 32768)
     soundfile.write(tmp_path / "x.wav", np.array([[0.5, 0], [0, -0.25]]), RATE, subtype="PCM_24")
     np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], [0.25, -0.125])  # channels are averaged
 
@@ -54,7 +51,7 @@ SIZES = (0, 2**32 - 1, 2**31 - 1, 2**31, 2_000_000_000, 0x7FFFF000)  # what stre
     ("size", "more"), [*((s, b"") for s in SIZES), (500, INFO), (500, ODD), (0, ODD + b"\0")]
 )
 def test_headers_of_streams_and_recorders_are_read_to_the_end(size, more):
-    write_wav(file := io.BytesIO(), tone(440, 250), RATE)
+    soundfile.write(file := io.BytesIO(), tone(440, 250), RATE, format="WAV", subtype="PCM_16")
     data = file.getvalue()
     made = chunk(b"RIFF", data[8:36] + more + chunk(b"data", data[44:], size), size)
     np.testing.assert_array_equal(read_wav(io.BytesIO(made))[0], read_wav(io.BytesIO(data))[0])

@@ -8,7 +8,6 @@ Time, class and caption reach every block through a mapping network and `AdaRMSN
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,12 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.images import grid_coords
-from nfhelpers.kernels import directional_scan
 from nfhelpers.kernels.orders import grid_order
 from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import mlp, sinusoidal_embedding, zero
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
-from nfhelpers.models.ssm import initial_log_rates, initial_step_bias, stack
+from nfhelpers.models.ssm import DirectionalScans, stack
 
 
 @functools.cache  # without a limit: CUDA graphs read them where they are
@@ -119,11 +117,9 @@ class BiAttn(nn.Module):
     They depend on what a direction found. Source: Huang et al., "LocalMamba", 2024, section 3.3.
     """
 
-    REDUCTION = 8
-
     def __init__(self, dim):
         super().__init__()
-        hidden = max(dim // self.REDUCTION, 4)
+        hidden = max(dim // 8, 4)
         self.norm = nn.RMSNorm(dim)
         self.whole_proj = nn.Linear(dim, hidden)
         self.place_proj = nn.Linear(dim, hidden)
@@ -138,7 +134,7 @@ class BiAttn(nn.Module):
         return (y * self.channel_score(whole).sigmoid() * place.sigmoid()).sum(1)  # (B, L, E)
 
 
-class SS2D(nn.Module):
+class SS2D(DirectionalScans):
     """The tokens of a grid scanned in several directions at once, each by its own S6, and fused.
 
         u, z = W_in grid          y_k = S6 of x in direction k
@@ -149,21 +145,11 @@ class SS2D(nn.Module):
 
     def __init__(self, dim, d_state, ssm_ratio, directions):
         super().__init__()
-        e, k = int(ssm_ratio * dim), len(directions)
-        self.reverse = tuple(kind.endswith("_flip") for kind in directions)
-        self.dt_rank = math.ceil(dim / 16)
-        self.d_state = d_state
+        e = int(ssm_ratio * dim)
+        reverse = tuple(kind.endswith("_flip") for kind in directions)
         self.in_proj = nn.Linear(dim, 2 * e, bias=False)
         self.conv = nn.Conv2d(e, e, 3, padding=1, groups=e)
-        self.x_proj = nn.Linear(e, k * (self.dt_rank + 2 * d_state), bias=False)
-        bound = self.dt_rank**-0.5
-        self.dt_weight = nn.Parameter(torch.empty(k, e, self.dt_rank).uniform_(-bound, bound))
-        self.dt_bias = nn.Parameter(initial_step_bias(k, e))  # (K, E)
-        rates = initial_log_rates(k, e, d_state=d_state, tied_decay=False)
-        self.A_log = nn.Parameter(rates.contiguous())  # (K, E, N)
-        self.D = nn.Parameter(torch.ones(k, e))  # (K, E)
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
+        self.make_scans(dim, e, d_state, reverse, sets=len(directions), tied_decay=False)
         self.fusion = BiAttn(e)
         self.norm = nn.RMSNorm(e)
         self.out_proj = nn.Linear(e, dim, bias=False)
@@ -171,23 +157,7 @@ class SS2D(nn.Module):
     def forward(self, grid, orders):
         x, z = self.in_proj(grid).chunk(2, dim=-1)  # (B, H, W, E) each
         x = F.silu(self.conv(x.permute(0, 3, 1, 2)))  # (B, E, H, W)
-        x = x.flatten(2).transpose(1, 2)  # (B, L, E)
-        low, B, C = (
-            self.x_proj(x)
-            .unflatten(-1, (len(self.reverse), -1))  # (B, L, K, R+2N)
-            .split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        )
-        y = directional_scan(
-            x,
-            torch.einsum("blkr,ker->bkle", low, self.dt_weight),  # (B, K, L, E)
-            -torch.exp(self.A_log.float()),  # (K, E, N)
-            B.transpose(1, 2),  # (B, K, L, N)
-            C.transpose(1, 2),
-            self.D.float(),
-            orders=orders,
-            delta_bias=self.dt_bias.float(),
-            reverse=self.reverse,
-        )  # (B, K, L, E)
+        y = self.scan(x.flatten(2).transpose(1, 2), orders)  # (B, K, L, E)
         fused = self.norm(self.fusion(y).to(self.norm.weight.dtype))  # (B, L, E), float32 under autocast
         return self.out_proj(fused.view_as(z) * F.silu(z))  # (B, H, W, D)
 

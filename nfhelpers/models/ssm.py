@@ -68,8 +68,53 @@ class SelectiveSSM(nn.Module):
         return self.out_proj(y.transpose(1, 2))  # (B, L, D)
 
 
-class MultiDirectionalSSM(nn.Module):
-    """The tokens of a plane scanned in several orders at once, and fused.
+class DirectionalScans(nn.Module):
+    """The tokens of a plane scanned in several directions, each by an S6 of its own or all by one."""
+
+    def make_scans(self, d_model, width, d_state, reverse, sets, tied_decay):
+        """Parameters of `sets` S6 over tokens of this width. reverse: (K,) bool, which go backwards."""
+        self.reverse = reverse
+        self.sets = sets
+        self.dt_rank = math.ceil(d_model / 16)
+        self.d_state = d_state
+        self.tied_decay = tied_decay
+        self.x_proj = nn.Linear(width, sets * (self.dt_rank + 2 * d_state), bias=False)
+        bound = self.dt_rank**-0.5
+        self.dt_weight = nn.Parameter(torch.empty(sets, width, self.dt_rank).uniform_(-bound, bound))
+        self.dt_bias = nn.Parameter(initial_step_bias(sets, width))  # (S, E)
+        rates = initial_log_rates(sets, width, d_state=d_state, tied_decay=tied_decay)
+        self.A_log = nn.Parameter(rates)  # (S, E, N), tied (S, E)
+        self.D = nn.Parameter(torch.ones(sets, width))  # (S, E)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
+
+    def scan(self, x, orders):
+        """Scan x (B, L, E) along orders (B, K, L) or (K, L) -> (B, K, L, E), in the tokens' own order."""
+        k = len(self.reverse)
+        low, B, C = (
+            self.x_proj(x)
+            .unflatten(-1, (self.sets, -1))  # (B, L, S, R+2N)
+            .split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        )
+        delta = torch.einsum("blsr,ser->bsle", low, self.dt_weight)  # (B, S, L, E)
+        B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, S, L, N) each
+        A = -torch.exp(self.A_log.float())  # (S, E, N), tied (S, E)
+        return directional_scan(
+            x,
+            delta.expand(-1, k, -1, -1),  # (B, K, L, E)
+            A.expand(k, *A.shape[1:]),
+            B.expand(-1, k, -1, -1),  # (B, K, L, N)
+            C.expand(-1, k, -1, -1),
+            self.D.float().expand(k, -1),
+            orders=orders,
+            delta_bias=self.dt_bias.float().expand(k, -1),
+            reverse=self.reverse,
+            tied_decay=self.tied_decay,
+        )
+
+
+class MultiDirectionalSSM(DirectionalScans):
+    """Points of the plane scanned in several orders at once, and fused.
 
         u, z = W_in tokens        y_k = S6 of x in direction k
         x = silu(u)               result = W_out (norm(x + fusion(y_1 .. y_O)) * silu(z))
@@ -83,23 +128,11 @@ class MultiDirectionalSSM(nn.Module):
     ):
         super().__init__()
         e = expand * d_model
-        ways = 2 if bidirectional else 1
-        self.reverse = (False,) * num_orders + (True,) * num_orders * (ways - 1)
-        self.ways = ways
-        self.sets = 1 if shared_weights else ways * num_orders
-        self.dt_rank = math.ceil(d_model / 16)
-        self.d_state = d_state
-        self.tied_decay = tied_decay
+        self.ways = 2 if bidirectional else 1
+        reverse = (False,) * num_orders + (True,) * num_orders * (self.ways - 1)
         self.in_proj = nn.Linear(d_model, 2 * e, bias=False)
-        self.x_proj = nn.Linear(e, self.sets * (self.dt_rank + 2 * d_state), bias=False)
-        bound = self.dt_rank**-0.5
-        self.dt_weight = nn.Parameter(torch.empty(self.sets, e, self.dt_rank).uniform_(-bound, bound))
-        self.dt_bias = nn.Parameter(initial_step_bias(self.sets, e))  # (S, E)
-        rates = initial_log_rates(self.sets, e, d_state=d_state, tied_decay=tied_decay)
-        self.A_log = nn.Parameter(rates)  # (S, E, N), tied (S, E)
-        self.D = nn.Parameter(torch.ones(self.sets, e))  # (S, E)
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
+        sets = 1 if shared_weights else len(reverse)
+        self.make_scans(d_model, e, d_state, reverse, sets, tied_decay)
         joined = num_orders * e
         self.fusion = nn.Linear(joined, e) if shared_weights else mlp(joined, 2 * e, e, dropout)
         self.fusion_norm = nn.RMSNorm(e)
@@ -107,30 +140,9 @@ class MultiDirectionalSSM(nn.Module):
 
     def forward(self, tokens, orders):
         """Mix tokens (B, L, D) along orders (B, K, L) -> (B, L, D), in the tokens' own order."""
-        k = len(self.reverse)
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
         x = F.silu(x)
-        low, B, C = (
-            self.x_proj(x)
-            .unflatten(-1, (self.sets, -1))  # (B, L, S, R+2N)
-            .split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        )
-        delta = torch.einsum("blsr,ser->bsle", low, self.dt_weight)  # (B, S, L, E)
-        B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, S, L, N) each
-        A = -torch.exp(self.A_log.float())  # (S, E, N), tied (S, E)
-        y = directional_scan(
-            x,
-            delta.expand(-1, k, -1, -1),  # (B, K, L, E)
-            A.expand(k, *A.shape[1:]),
-            B.expand(-1, k, -1, -1),  # (B, K, L, N)
-            C.expand(-1, k, -1, -1),
-            self.D.float().expand(k, -1),
-            orders=orders,
-            delta_bias=self.dt_bias.float().expand(k, -1),
-            reverse=self.reverse,
-            tied_decay=self.tied_decay,
-        )  # (B, K, L, E)
-        y = y.unflatten(1, (self.ways, -1)).sum(1)  # (B, O, L, E)
+        y = self.scan(x, orders).unflatten(1, (self.ways, -1)).sum(1)  # (B, O, L, E)
         fused = x + self.fusion(y.transpose(1, 2).flatten(2))  # (B, L, E)
         fused = self.fusion_norm(fused.to(self.fusion_norm.weight.dtype))  # in float32 under autocast
         return self.out_proj(fused * F.silu(z))  # (B, L, D)
