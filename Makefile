@@ -31,8 +31,8 @@ help:
 	@echo "make outputs     copy the last run's notebooks and figures into notebooks/ and figures/ (maintainers)"
 	@echo "make clean       remove .venv and build/; runs/, what was trained, stays"
 	@echo
-	@echo "NF_PRESET=smoke|demo|full   size of the notebooks (default: by the hardware)"
-	@echo "PYTHON=python3.12           the interpreter that makes .venv (3.11 or newer)"
+	@echo "NF_PRESET=smoke|demo|gpu|full   size of the notebooks (default: gpu on a GPU of 8 GB, else demo)"
+	@echo "PYTHON=python3.12               the interpreter that makes .venv (3.11 or newer)"
 
 install: $(STAMP)
 	@mkdir -p $(SERVER_CONFIG) $(LAB_SETTINGS)

@@ -17,7 +17,7 @@ from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
 
-PRESETS = ("smoke", "demo", "full")
+PRESETS = ("smoke", "demo", "gpu", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
     "01_ssm_basics": "ssm_basics",
     "02_flow_matching_v1": "v1",
@@ -26,6 +26,10 @@ SECTIONS = {  # notebook -> its section of presets.toml
     "05_diffae_phase1": "diffae_phase1",
     "06_diffae_phase2": "diffae_phase2",
     "07_local_mamba": "localmamba",
+}
+STAND_INS = {  # source that neither lies in NF_DATA nor can be downloaded -> settings
+    "cifar10": {("data", "source"): "photos"},
+    "fsdd": {("data", "source"): "chirps", ("model", "num_classes"): 4, ("model", "data_std"): 0.65},
 }
 
 
@@ -42,6 +46,11 @@ class Run:
     backend: str  # of the selective scan
     runs: Path  # under "smoke" a new folder each time, so that every test trains
 
+    @property
+    def shipped(self):
+        """Whether the notebook trains for show, then goes on with the weights in checkpoints/."""
+        return self.preset in ("demo", "gpu")
+
 
 def start(notebook, preset=None, overrides=None):
     """Resolve preset and settings of a notebook (its file name without .ipynb), seed, print what is used.
@@ -53,8 +62,8 @@ def start(notebook, preset=None, overrides=None):
 
     from nfhelpers import kernels
 
-    preset, device = resolve_preset(preset), default_device()
-    settings = load_settings(SECTIONS.get(notebook, notebook), preset, overrides)
+    preset, device, section = resolve_preset(preset), default_device(), SECTIONS.get(notebook, notebook)
+    settings = load_settings(section, preset, overrides)
     seed, runs = settings["seed"], repository_root() / "runs" / notebook / preset
     for seed_library in (random.seed, np.random.seed, torch.manual_seed):
         seed_library(seed)
@@ -62,13 +71,22 @@ def start(notebook, preset=None, overrides=None):
         runs.mkdir(parents=True, exist_ok=True)
         runs = Path(tempfile.mkdtemp(dir=runs))
     precision, backend = default_precision(device), kernels.choose_backend(device)
-    print(f"preset    {preset}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
+    minutes = _presets()["minutes"].get(preset, {}).get(section)
+    about = f", about {minutes:g} min" if minutes else ""
+    print(f"preset    {preset}{about}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
     print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
+    source = settings.get("data", {}).get("source")
+    if preset == "gpu" and source in STAND_INS and not _can_be_had(source):
+        for (group, name), value in STAND_INS[source].items():
+            settings[group][name] = value
+        print(f"data      {settings['data']['source']}: {source} is not in NF_DATA and cannot be downloaded")
+    elif source:
+        print(f"data      {source}")
     return Run(notebook, preset, settings, seed, device, precision, backend, runs)
 
 
 def resolve_preset(preset=None):
-    """The argument, else NF_PRESET, else "auto": "full" on a GPU of 8 GB or more, else "demo"."""
+    """The argument, else NF_PRESET, else "auto": "gpu" on a GPU of 8 GB or more, else "demo"."""
     name = preset or os.environ.get("NF_PRESET") or "auto"
     if name not in (*PRESETS, "auto"):
         raise ValueError(f"preset={name!r} is unknown; pass one of {', '.join(PRESETS)} or auto")
@@ -77,7 +95,17 @@ def resolve_preset(preset=None):
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    return "full" if memory >= 8e9 else "demo"
+    return "gpu" if memory >= 8e9 else "demo"
+
+
+def _can_be_had(source):
+    from nfhelpers import images, spectrograms
+
+    load = spectrograms.load_spectrograms if source == "fsdd" else images.load_images
+    try:
+        return len(load(source, "test", 32, limit=1)) > 0
+    except OSError:  # of the network, or of the folder
+        return False
 
 
 def _presets():
@@ -86,7 +114,7 @@ def _presets():
 
 def sections():
     """The sections of presets.toml: of notebooks, and of models that can be trained."""
-    return [name for name in _presets() if name != "defaults"]
+    return [name for name in _presets() if name not in ("defaults", "minutes")]
 
 
 def load_settings(section, preset, overrides=None):

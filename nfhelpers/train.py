@@ -173,12 +173,17 @@ class _Run:
         # With a generator of its own the loader takes nothing from the global one.
         options = {"generator": torch.Generator(), "pin_memory": self.cuda, "num_workers": config.num_workers}
         batches = iter(DataLoader(self.steps, batch_sampler=keys, worker_init_fn=_start_worker, **options))
+        begun = None  # (step, seconds), where kernels are compiled
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
                 if self.cuda and done % READ_EVERY and done % per_epoch:
                     continue
                 self.read_back()
+                begun = begun or (done, time.monotonic())
+                if self.main and (seconds := time.monotonic() - begun[1]) > 20:
+                    self.announce(seconds / (done - begun[0]) * (total - done))
+                    begun = math.inf, math.inf
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
                 if self.signals:
@@ -197,6 +202,13 @@ class _Run:
                 batches._shutdown_workers()
         self.model.load_state_dict(self.ema.state_dict())
         self.model.eval()
+
+    def announce(self, seconds):
+        """How long a long training takes, and how much of the GPU."""
+        if seconds > 600:
+            memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.cuda else 0
+            needs = f", {memory:.1f} GiB of GPU memory" if memory else ""
+            print(f"about {seconds / 3600:.1f} hours to go{needs}; Ctrl-C or SIGTERM stops it, the same call goes on")
 
     def step(self, batches):
         """One optimizer step, handed to the device."""

@@ -18,12 +18,13 @@ from IPython.display import display
 WIDE = {"style": {"description_width": "11em"}, "layout": {"width": "98%", "max_width": "760px"}}
 
 
-def panel(draw, controls, *, button=None, cache=32):
+def panel(draw, controls, *, button=None, cache=32, uses=None):
     """A column of controls above the figure that `draw` returns for their values; an ipywidgets.VBox.
 
     draw: function of the controls' values by name; returns a matplotlib Figure, (Figure, text)
     or (Figure, text, HTML). controls: dict of name -> widget. button: its label; nothing is drawn until
-    it is pressed. cache: how many drawings are kept (0 if values are not hashable).
+    it is pressed. cache: how many drawings are kept (0 if values are not hashable). uses: {control: (other,
+    values)}: the control is greyed out unless the other has one of these values.
 
     An error removes the picture, stands in its place in red and is raised again. Sliders redraw on release.
     The text names the file that an upload brought: a server may drop a large one without a word.
@@ -63,8 +64,14 @@ def panel(draw, controls, *, button=None, cache=32):
     def invite(change):
         text.value = f"{arrived()}<code>settings changed: press {html.escape(button)}</code>"
 
+    def grey_out(change=None):
+        for name, (other, values) in (uses or {}).items():
+            controls[name].disabled = controls[other].value not in values
+
+    grey_out()
     redraw()
     for control in controls.values():
+        control.observe(grey_out, names="value")
         if control.has_trait("continuous_update"):
             control.continuous_update = False
         control.observe(redraw if button is None else invite, names="value")

@@ -57,7 +57,7 @@ def test_full_is_the_settings_of_the_design_documents():
 # ---------------------------------------------------------------- preset and overrides
 
 
-@pytest.mark.parametrize(("memory", "preset"), [(0, "demo"), (6e9, "demo"), (8e9, "full"), (80e9, "full")])
+@pytest.mark.parametrize(("memory", "preset"), [(0, "demo"), (6e9, "demo"), (8e9, "gpu"), (80e9, "gpu")])
 def test_preset_is_argument_then_environment_then_hardware(memory, preset, monkeypatch):
     class Properties:
         total_memory = memory
