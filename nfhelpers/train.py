@@ -208,7 +208,9 @@ class _Run:
         if seconds > 600:
             memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.cuda else 0
             needs = f", {memory:.1f} GiB of GPU memory" if memory else ""
-            print(f"about {seconds / 3600:.1f} hours to go{needs}; Ctrl-C or SIGTERM stops it, the same call goes on")
+            print(
+                f"about {seconds / 3600:.1f} hours to go{needs}; Ctrl-C or SIGTERM stops it, the same call goes on"
+            )
 
     def step(self, batches):
         """One optimizer step, handed to the device."""
