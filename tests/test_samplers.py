@@ -228,7 +228,7 @@ def test_options_of_a_sample():
 def tiny(kind):
     """A model whose weights are all noise: some start at zero, where a sample does not depend on them."""
     torch.manual_seed(0)
-    sizes = dict(d_model=16, num_layers=1, d_state=4, num_fourier_features=8, num_heads=2)
+    sizes = dict(d_model=16, num_layers=2, d_state=4, num_fourier_features=8, num_heads=2)
     if kind == "LocalMamba2D":
         sizes = dict(channels=1, dims=(16, 32), depths=(1, 1), d_state=2, num_classes=3)
     model = getattr(models, kind)(getattr(models, kind + "Config")(**sizes)).eval()
