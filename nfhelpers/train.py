@@ -181,8 +181,8 @@ class _Run:
                     continue
                 self.read_back()
                 begun = begun or (done, time.monotonic())
-                if self.main and (seconds := time.monotonic() - begun[1]) > 20:
-                    self.announce(seconds / (done - begun[0]) * (total - done))
+                if (seconds := time.monotonic() - begun[1]) > 20:
+                    self.announce(seconds / (done - begun[0]) * (total - done) / 3600)
                     begun = math.inf, math.inf
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
@@ -203,14 +203,11 @@ class _Run:
         self.model.load_state_dict(self.ema.state_dict())
         self.model.eval()
 
-    def announce(self, seconds):
-        """How long a long training takes, and how much of the GPU."""
-        if seconds > 600:
-            memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.cuda else 0
-            needs = f", {memory:.1f} GiB of GPU memory" if memory else ""
-            print(
-                f"about {seconds / 3600:.1f} hours to go{needs}; Ctrl-C or SIGTERM stops it, the same call goes on"
-            )
+    def announce(self, hours):
+        """How long a long training takes, and how much of a GPU's memory."""
+        if self.main and hours > 0.2:
+            memory = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else 0.0
+            print(f"about {hours:.1f} hours to go, {memory:.1f} GiB of GPU memory")
 
     def step(self, batches):
         """One optimizer step, handed to the device."""

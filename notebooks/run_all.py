@@ -28,6 +28,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
+from nbformat.v4 import new_code_cell
 
 from nfhelpers.run import resolve_preset
 
@@ -36,7 +37,16 @@ LARGEST = 1_000_000
 """Bytes a notebook may have, outputs included."""
 
 CELL_TIMEOUT = 900
-"""Seconds a cell may take in smoke and demo; elsewhere a cell may train for as long as it needs."""
+"""Seconds a cell may take; under full a cell may train for as long as it needs."""
+
+PEAK = """
+import sys
+torch = sys.modules.get("torch")
+if torch and torch.cuda.is_initialized():
+    print(f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory used", end="")
+    print(f", {torch.cuda.max_memory_reserved() / 2**30:.1f} reserved")
+"""
+"""A last cell, which the copy does not keep."""
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|mnt)/[^\s\"'<>]*")
@@ -47,7 +57,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="file names; all if none is given")
     parser.add_argument(
-        "--timeout", type=int, help=f"seconds a cell may take (default: {CELL_TIMEOUT} in smoke and demo)"
+        "--timeout", type=int, help=f"seconds a cell may take (default: {CELL_TIMEOUT}, under full no limit)"
     )
     parser.add_argument(
         "--promote", action="store_true", help="copy the last run's outputs into the checkout"
@@ -62,7 +72,7 @@ def main(arguments=None):
     if options.promote:
         return promote(paths)
     preset = resolve_preset()
-    timeout = options.timeout or (CELL_TIMEOUT if preset in ("smoke", "demo") else None)
+    timeout = options.timeout or (CELL_TIMEOUT if preset != "full" else None)
     failed = [path.name for path in paths if not run(path, preset, timeout)]
     print(f"{len(paths) - len(failed)} of {len(paths)} notebooks ended well")
     return 1 if failed else 0
@@ -84,19 +94,20 @@ def run(path, preset, timeout):
     for figure in (FOLDER.parent / "build" / "figures").glob(f"{path.stem}_*.png"):
         figure.unlink()
     start = time.monotonic()
-    notebook, complaints = execute(path, preset, timeout)
+    notebook, peak, complaints = execute(path, preset, timeout)
     nbformat.write(notebook, build / path.name)
     page, _ = HTMLExporter().from_notebook_node(notebook)
     (build / f"{path.stem}.html").write_text(page, encoding="utf-8")
     ended = "FAILED after" if complaints else "ok in"
-    print(f"{path.name} {ended} {time.monotonic() - start:.0f} s -> build/notebooks/{path.name}")
+    print(f"{path.name} {ended} {time.monotonic() - start:.0f} s{peak} -> build/notebooks/{path.name}")
     print(textwrap.indent("".join(f"{line}\n" for line in complaints), "  "), end="", flush=True)
     return not complaints
 
 
 def execute(path, preset, timeout):
-    """Run a copy of one notebook; returns the copy with its outputs and a list of complaints."""
+    """Run a copy of one notebook; returns it with its outputs, its GPU memory, and a list of complaints."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(new_code_cell(PEAK))
     os.environ["NF_PRESET"] = preset  # the kernel inherits it
     client = NotebookClient(
         notebook,
@@ -112,8 +123,9 @@ def execute(path, preset, timeout):
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         complaints.append(str(error).strip())
+    peak = "".join(output.get("text", "") for output in notebook.cells.pop().outputs).strip()
     tidy(notebook)
-    return notebook, complaints or problems(notebook)
+    return notebook, peak, complaints or problems(notebook)
 
 
 def tidy(notebook):
