@@ -1,14 +1,14 @@
 """The scan in Triton: parallel over batch, directions and channels, state in registers.
 
 A program is one warp: it walks one direction of one sample for a tile of channels. The gather is the address
-of each load, so all directions go in one launch. Where these programs leave a GPU idle, time is cut into
-segments: each is scanned from zero (its decay is exp(A sum delta)), one after another is given what it really
-starts from, and each is scanned again; the backward pass likewise, from the last to the first.
+of each load, so all directions go in one launch. Where such programs leave a GPU idle, time is cut into
+segments: each is scanned from zero (its decay is exp(A sum delta)), is then told what it really starts from,
+and is scanned again; the backward pass likewise, from the last to the first.
 
 The forward kernel saves the state every STEPS steps; the backward kernel walks groups of GROUP steps from the
 last to the first, recomputes the states of one group and differentiates it. Gradients that several programs
-add to are written as one partial a program and summed afterwards: no atomics, so two runs agree bitwise.
-States and parameters are float32. What makes it fast:
+add to are one partial a program, summed afterwards: no atomics, so two runs agree bitwise. States and
+parameters are float32. What makes it fast:
 
 - A state tile is (N, D), its addresses kept from being vectorised along channels: a thread holds all N states
   of one channel (of N > 16, a part), so that sums over states, softplus and gate stay within it.
@@ -17,27 +17,25 @@ States and parameters are float32. What makes it fast:
   than holding them, and keeps the states of four steps, not eight.
 - The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
   which the products are; a reduction across threads would take most of the time.
- Letters are those of `reference`; t is a step of the walk, a its decay exp(delta A).
+Letters are those of `reference`; t is a step of the walk, a its decay exp(delta A).
 """
 
-# ruff: noqa: E741, RUF005 (Triton has no unpacking)
+# ruff: noqa: RUF005 (Triton has no unpacking)
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
+from .triton_parts import QUAD, carry, pack, sums
+
 STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
-PACK_TILE = 1024  # weights of a program of `pack_kernel`
 SHORTEST = 16  # steps of a segment, a multiple of STEPS
+WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
-SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
-CARRY_TILE = 8, 32  # segments and states that a program of `carry_kernel`, one warp, reads at once
 
-QUAD = tl.constexpr(4)  # B and C alternate by so many states
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -183,11 +181,6 @@ def row_at(order_ptr, t, L, backwards, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_channels(ptr, at, d_mask):
-    return tl.load(ptr + at, mask=d_mask, other=0.0)
-
-
-@triton.jit
 def split_weights(rows, BLOCK_N: tl.constexpr):
     """B and C of one step, (N, 1), from what was loaded of its row."""
     pairs = tl.permute(tl.reshape(rows, (BLOCK_N // QUAD, 2, QUAD)), (0, 2, 1))  # B and C in turn, 4 by 4
@@ -203,23 +196,6 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr):
     if second:
         ptr += QUAD
     return tl.load(ptr + n)[:, None]
-
-
-@triton.jit
-def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B and C (b, k, g, l, n) as rows of which one load takes a step's weights: four of B, four of C, ..."""
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    l = l[:, None].to(tl.int64)  # (L, 1)
-    n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
-    kg = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    row = (b * tl.num_programs(1) + kg) * L + l
-    mask = (l < L) & (n < num_state)
-    for i in tl.static_range(len(xs)):
-        x_ptr = xs[i] + b * strides[i][0] + kg // G * strides[i][1] + kg % G * strides[i][2]
-        x = tl.load(x_ptr + l * strides[i][3] + n * strides[i][4], mask=mask, other=0.0)
-        at = row * (len(xs) * BLOCK_N) + (n // QUAD * len(xs) + i) * QUAD + n % QUAD
-        tl.store(rows_ptr + at, x.to(tl.float32), mask=l < L)
 
 
 @triton.jit
@@ -309,10 +285,10 @@ def forward_kernel(
         row = row_at(order_ptr, first + i, L, backwards, WIDE)
         rows = rows + (row,)
         later = later + (row_at(order_ptr, first + STEPS + i, L, backwards, WIDE),)
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
+        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
         if z_ptr is not None:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
+            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
         weights = weights + (tl.load(rows_ptr + row * ROW + row_n),)
 
     if first_ptr is not None:
@@ -340,10 +316,10 @@ def forward_kernel(
 
             row = later[i]
             later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, WIDE),)
-            us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
-            deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
+            us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+            deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
             if z_ptr is not None:
-                zs2 = zs2 + (load_channels(z_ptr, row * z_l + d, d_mask),)
+                zs2 = zs2 + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
             weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)
 
             factor = load_factor(carried_ptr, rows[i], t < stop)
@@ -377,36 +353,6 @@ def forward_kernel(
         tl.store(decays_ptr + part * num_state * dim + nd, decay(total, A2, kept, TIED, BLOCK_N), mask=mask)
     else:
         tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask & (stop == L))
-
-
-@triton.jit(do_not_specialize=["segments", "size"])
-def carry_kernel(
-    ends_ptr, decays_ptr, first_ptr, segments, size,
-    BACKWARDS: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Ends (b, segments, size), what each segment makes of zero, become what each starts from."""
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
-    if first_ptr is not None:
-        h = tl.load(first_ptr + b * size + j, mask=j < size, other=0.0)
-    else:
-        h = tl.zeros((BLOCK,), dtype=tl.float32)
-    at = b * segments * size + j
-    step = size
-    if BACKWARDS:
-        at += (segments - 1) * size.to(tl.int64)
-        step = -size
-    for start in range(0, segments, AHEAD):
-        ends = ()
-        decays = ()
-        for i in tl.static_range(AHEAD):
-            mask = (j < size) & (start + i < segments)
-            ends = ends + (tl.load(ends_ptr + at + i * step, mask=mask, other=0.0),)
-            decays = decays + (tl.load(decays_ptr + at + i * step, mask=mask, other=0.0),)
-        for i in tl.static_range(AHEAD):
-            tl.store(ends_ptr + at + i * step, h, mask=(j < size) & (start + i < segments))
-            h = decays[i] * h + ends[i]
-        at += AHEAD * step
 
 
 @triton.jit(do_not_specialize=["L", "span", "segments", "group_dim", "reverse"])
@@ -483,11 +429,11 @@ def backward_kernel(
         last_t = (groups_of_steps - 1) * GROUP + i
         row = row_at(order_ptr, last_t, L, backwards, WIDE)
         rows = rows + (row,)
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
-        dys = dys + (load_channels(dy_ptr, row * dy_l + d, d_mask & (last_t < L)),)
+        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
+        dys = dys + (tl.load(dy_ptr + (row * dy_l + d), mask=d_mask & (last_t < L), other=0.0),)
         if z_ptr is not None:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
+            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
     rows2 = ()
     us2 = ()
     deltas2 = ()
@@ -495,8 +441,8 @@ def backward_kernel(
         next_t = tl.maximum((groups_of_steps - 2) * GROUP, 0) + i
         row = row_at(order_ptr, next_t, L, backwards, WIDE)
         rows2 = rows2 + (row,)
-        us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
+        us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps - first // GROUP):
@@ -566,11 +512,11 @@ def backward_kernel(
         dys2 = ()
         zs2 = ()
         for i in tl.static_range(GROUP):
-            us3 = us3 + (load_channels(u_ptr, rows3[i] * u_l + d, d_mask),)
-            deltas3 = deltas3 + (load_channels(delta_ptr, rows3[i] * dt_l + d, d_mask),)
-            dys2 = dys2 + (load_channels(dy_ptr, rows2[i] * dy_l + d, d_mask),)
+            us3 = us3 + (tl.load(u_ptr + (rows3[i] * u_l + d), mask=d_mask, other=0.0),)
+            deltas3 = deltas3 + (tl.load(delta_ptr + (rows3[i] * dt_l + d), mask=d_mask, other=0.0),)
+            dys2 = dys2 + (tl.load(dy_ptr + (rows2[i] * dy_l + d), mask=d_mask, other=0.0),)
             if z_ptr is not None:
-                zs2 = zs2 + (load_channels(z_ptr, rows2[i] * z_l + d, d_mask),)
+                zs2 = zs2 + (tl.load(z_ptr + (rows2[i] * z_l + d), mask=d_mask, other=0.0),)
 
         # And backwards through them.
         dus = ()
@@ -643,34 +589,6 @@ def backward_kernel(
         tl.store(dbias_ptr + part * dim + d, dbias, mask=d_mask)
 
 
-@triton.jit
-def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns of out = x.sum(0), in float32, ROWS rows loaded before they are added."""
-    j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    j_mask = j < columns
-    at = x_ptr + j
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(0, rows, ROWS):
-        xs = ()
-        for i in tl.static_range(ROWS):
-            xs = xs + (tl.load(at, mask=j_mask & (start + i < rows), other=0.0),)
-            at += columns
-        for i in tl.static_range(ROWS):
-            total += xs[i].to(tl.float32)
-    tl.store(out_ptr + j, total, mask=j_mask)
-
-
-@triton.jit
-def sum_kernel(xs, outs, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = x.sum(0) of each of these matrices (rows, columns), in one launch over all blocks of columns."""
-    block = tl.program_id(0)
-    for i in tl.static_range(len(xs)):
-        blocks = tl.cdiv(columns[i], COLUMNS)
-        if (block >= 0) & (block < blocks):
-            sum_rows(xs[i], outs[i], rows[i], columns[i], block, ROWS, COLUMNS)
-        block -= blocks
-
-
 def states_shape(batch, directions, length, channels, states):
     """Shape of what `forward` saves for `backward`: the state before every STEPS-th step."""
     return (batch, directions, triton.cdiv(length, STEPS), states, channels)
@@ -692,22 +610,6 @@ def _is_wide(length, *widths):
     return length * max(steps) >= WIDE_FROM
 
 
-@functools.cache
-def _multiprocessors(device):
-    interpreted = device.type == "cpu"
-    return 2 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _segmented(arguments, grid, warps, device):
-    """Both for as many segments of time as a GPU has room for, `warps` on each multiprocessor."""
-    length, room = arguments["L"], _multiprocessors(device) * warps // math.prod(grid)
-    count = min(room, length // SHORTEST)
-    count = count if count > 2 else 1  # every segment is scanned twice
-    span = STEPS * triton.cdiv(length, STEPS * count)
-    count = triton.cdiv(length, span)
-    return arguments | dict(span=span, segments=count, SEGMENTED=count > 1), (grid[0] * count, *grid[1:])
-
-
 def _carries(arguments, grid, first, adjoint=False):
     """What each segment starts from, (b, segments, K, N, d); the whole from `first` or zero."""
     count, states, channels = (arguments[name] for name in ("segments", "num_state", "dim"))
@@ -719,21 +621,16 @@ def _carries(arguments, grid, first, adjoint=False):
     forward_kernel[grid](
         **arguments | dict(D_ptr=None, z_ptr=arguments["z_ptr"] if adjoint else None),
         y_ptr=None, states_ptr=None, first_ptr=None, last_ptr=ends, decays_ptr=decays,
-        ENDS=True, ADJOINT=adjoint, maxnreg=_registers(arguments),
+        ENDS=True, ADJOINT=adjoint,
     )  # fmt: skip
-    size = grid[1] * states * channels
-    carry_kernel[triton.cdiv(size, CARRY_TILE[1]), grid[2]](
-        ends, decays, first, count, size, adjoint, *CARRY_TILE, num_warps=1
-    )
+    carry(ends, decays, first, adjoint)
     return ends
 
 
-def _registers(arguments):
-    return 128 if arguments["BLOCK_N"] <= 16 else 255  # 128: four warps a scheduler
-
-
-def _arguments(u, delta, A, B, C, D, z, bias, _, order, carried, reverse, softplus, tied):
-    """What both kernels take, by name, and the grid: one program a channel block, direction and sample."""
+def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse, softplus, tied):
+    """What both kernels take, by name, and the grid: one program a channel block, direction and sample, and a
+    segment, of which there are as many as the GPU has room for, so many warps on each multiprocessor.
+    """
     batch, directions, length, channels = delta.shape
     groups, states = B.shape[2], B.shape[4]
     u, delta, z = (_channels_last(x) for x in (u, delta, z))
@@ -742,22 +639,23 @@ def _arguments(u, delta, A, B, C, D, z, bias, _, order, carried, reverse, softpl
     block_d = 32 if min(TILE // block_n, triton.next_power_of_2(channels // groups)) >= 32 else 16
     block_n = max(block_n, 128 // block_d)  # four states of a thread, the fewest that the matrix unit adds
     blocks = triton.cdiv(channels // groups, block_d)
-    rows = torch.empty(*B.shape[:4], 2 * block_n, dtype=torch.float32, device=u.device)
-    block_l = max(1, PACK_TILE // block_n)
-    pack_kernel[triton.cdiv(length, block_l), directions * groups, batch](
-        (B, C), (B.stride(), C.stride()), rows, groups, length, states, BLOCK_L=block_l, BLOCK_N=block_n
-    )
+    room = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 2
+    count = min(room * warps // (groups * blocks * directions * batch), length // SHORTEST)
+    span = STEPS * triton.cdiv(length, STEPS * count) if count > 2 else max(1, length)  # it is scanned twice
+    count = max(1, triton.cdiv(length, span))
     arguments = dict(
-        u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(), rows_ptr=rows,
-        D_ptr=D, z_ptr=z, bias_ptr=bias, order_ptr=order, carried_ptr=carried, **_strides(u=u, dt=delta, z=z),
+        u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(),
+        rows_ptr=pack(B, C, block_n), D_ptr=D, z_ptr=z, bias_ptr=bias, order_ptr=order, carried_ptr=carried,
+        **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        L=length, dim=channels, group_dim=channels // groups, num_state=states, reverse=reverse,
-        blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied, ROW=2 * block_n,
+        L=length, span=span, segments=count, SEGMENTED=count > 1, reverse=reverse, dim=channels,
+        group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
         WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
-        STEPS=STEPS, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
+        STEPS=STEPS, ROW=2 * block_n, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
+        maxnreg=128 if block_n <= 16 else 255,  # 128: four warps a scheduler
     )  # fmt: skip
-    return arguments, (groups * blocks, directions, batch)
+    return arguments, (count * groups * blocks, directions, batch)
 
 
 def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied, keep_states):
@@ -769,12 +667,12 @@ def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, sof
     last = new(batch, directions, B.shape[4], channels)
     saved = new(states_shape(*delta.shape, B.shape[4]) if keep_states else (0,))
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        arguments, grid = _segmented(*_arguments(*given), 16, u.device)
+        arguments, grid = _arguments(WARPS[0], *given)
         first = None if initial is None else initial.transpose(2, 3).contiguous()
         first = _carries(arguments, grid, first)
         forward_kernel[grid](
             **arguments, y_ptr=y, states_ptr=saved if keep_states else None, first_ptr=first, last_ptr=last,
-            decays_ptr=None, ENDS=False, ADJOINT=False, maxnreg=_registers(arguments),
+            decays_ptr=None, ENDS=False, ADJOINT=False,
         )  # fmt: skip
     return y, last.transpose(2, 3).contiguous(), saved
 
@@ -797,7 +695,7 @@ def backward(
     precision = "bf16" if partial is torch.bfloat16 else precision
     dinitial = None if initial is None else new(batch, directions, num_state, channels)
     with torch.cuda.device_of(u):
-        arguments, grid = _segmented(*_arguments(*given), 8, u.device)
+        arguments, grid = _arguments(WARPS[1], *given)
         arguments["WIDE"] |= _is_wide(length, grad_y)
         dys = dict(zip(("u_b", "u_k", "u_l"), grad_y.stride(), strict=False))
         grad_last = _carries(arguments | dict(u_ptr=grad_y, **dys), grid, grad_last, adjoint=True)
@@ -807,27 +705,13 @@ def backward(
         dB, dC = (new(per_row, dtype=partial) for _ in "BC")
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
-            **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
+            **arguments | dict(maxnreg=255), states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, dfirst_ptr=dinitial, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
-            PRECISION=precision,
+            PRECISION=precision, GROUP=GROUP,
             PARTS=4 if precision == "bf16" else 2,  # steps whose sums over channels are taken at once
-            GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
-        dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
+        dA, dD, dbias, dB, dC = sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
     du = du.sum(1, keepdim=True) if u.shape[1] < directions else du
     dinitial = None if initial is None else dinitial.transpose(2, 3)
     return du, ddelta, dA if tied else dA.transpose(1, 2), dB, dC, dD, dz, dbias, dinitial
-
-
-def _sums(partials, like):
-    """The sum of each partial over its first dimension, in the dtype of its `like`; None for None."""
-    found = [
-        None if x is None else torch.empty(x.shape[1:], dtype=y.dtype, device=x.device)
-        for x, y in zip(partials, like, strict=True)
-    ]
-    xs, sums = (tuple(x for x in xs if x is not None) for xs in (partials, found))
-    columns = tuple(y.numel() for y in sums)
-    blocks = sum(triton.cdiv(size, SUM_TILE[1]) for size in columns)
-    sum_kernel[(blocks,)](xs, sums, tuple(len(x) for x in xs), columns, *SUM_TILE, num_warps=1)
-    return found
