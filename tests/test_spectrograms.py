@@ -42,8 +42,6 @@ def test_wav_files_are_written_and_read_back(tmp_path):
     np.testing.assert_allclose(read, [0, 0.25, -1, 1, 1], atol=1 / 32768)
     write_wav(tmp_path / "x.wav", samples, RATE, normalise=True)
     np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], samples * 0.45, atol=1 / 32768)
-    soundfile.write(tmp_path / "x.wav", np.array([[0.5, 0], [0, -0.25]]), RATE, subtype="PCM_24")
-    np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], [0.25, -0.125])  # channels are averaged
 
 
 INFO, ODD = chunk(b"LIST", b"INFO" + chunk(b"ICMT", b"data")), chunk(b"LIST", b"INFOx")
@@ -69,14 +67,13 @@ def test_a_file_that_is_cut_is_refused_by_its_name(tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [("WAV PCM_24", 0), ("WAV FLOAT", 0), ("WAV PCM_U8", 1 / 128), ("WAVEX PCM_32", 0),
-                        ("RF64 PCM_16", 1e-4), ("FLAC PCM_16", 1e-4), ("WAV ULAW", 0.02)]
-)  # fmt: skip
-def test_other_formats_are_read_at_any_rate(kind, error):
-    file, samples = io.BytesIO(), tone(440, 250)
-    soundfile.write(file, np.stack([samples, samples], 1), 44_100, *kind.split()[1:], format=kind.split()[0])
-    read, rate = read_wav(io.BytesIO(file.getvalue()))
-    np.testing.assert_allclose(read, samples, atol=error + 1e-6)
+    "kind", "WAV PCM_24 0;WAV FLOAT 0;WAV PCM_U8 0.008;WAVEX PCM_32 0;RF64 PCM_16 0.0001;WAV ULAW 0.02".split(";")
+)
+def test_other_formats_are_read_at_any_rate(kind):
+    (form, subtype, error), file, samples = kind.split(), io.BytesIO(), tone(440, 250)
+    soundfile.write(file, np.stack([1.5 * samples, samples / 2], 1), 44_100, subtype, format=form)
+    read, rate = read_wav(io.BytesIO(file.getvalue()))  # channels are averaged
+    np.testing.assert_allclose(read, samples, atol=float(error) + 1e-6)
     assert rate == 44_100
 
 
