@@ -73,7 +73,7 @@ def save_state(path, model, ema, optimizer, history, details):
     parts["optimizer"] = {f"{number}.{key}": x for number in state for key, x in state[number].items()}
     parts["history"] = {name: torch.from_numpy(np.array(column)) for name, column in history.items()}
     tensors = {f"{part}.{name}": x.cpu().contiguous() for part in parts for name, x in parts[part].items()}
-    metadata = {"nfhelpers": json.dumps(details, default=np.generic.item)}
+    metadata = {"nfhelpers": json.dumps(details)}
     replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
@@ -91,7 +91,7 @@ def load_state(path, model, ema, optimizer, history, identity):
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it, or delete it to start again") from error
     there = {key: details.get(key) for key in identity}
-    here = json.loads(json.dumps(identity, default=np.generic.item))
+    here = json.loads(json.dumps(identity))
     if changed := "; ".join(f"{k}={there[k]!r} there, {here[k]!r} here" for k in here if there[k] != here[k]):
         raise ValueError(f"{path} is of another run ({changed}); pass the same, or another folder")
     model.load_state_dict(parts["model"])

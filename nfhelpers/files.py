@@ -26,6 +26,12 @@ def data_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("NF_DATA") or pooch.os_cache("nfhelpers")))
 
 
+def plain(value):
+    """Numbers and arrays of NumPy, also in a list, as Python's: settings go into JSON."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return type(value)(map(plain, value)) if isinstance(value, list | tuple) else value
+
+
 def config_of(folder) -> Path:
     """config.json of a saved model."""
     if not (path := Path(folder, "config.json")).is_file():

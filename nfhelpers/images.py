@@ -108,12 +108,14 @@ def _records(folder):
 
     root = data_folder()
     if folder == "cifar10" and not (folder := root / "cifar-10-batches-bin").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "cifar-10.lock"):  # one process downloads, the others wait
-            if not folder.exists():  # it is whole once it has its name
-                unpack = pooch.Untar(extract_dir="cifar-10-unpacked")
-                pooch.retrieve(CIFAR10_URL, CIFAR10_HASH, path=root, processor=unpack, progressbar=True)
-                (root / "cifar-10-unpacked" / folder.name).rename(folder)
+        try:
+            with FileLock(root / "cifar-10.lock"):  # one process downloads, the others wait
+                if not folder.exists():  # it is whole once it has its name
+                    unpack = pooch.Untar(extract_dir="cifar-10-unpacked")
+                    pooch.retrieve(CIFAR10_URL, CIFAR10_HASH, path=root, processor=unpack, progressbar=True)
+                    (root / "cifar-10-unpacked" / folder.name).rename(folder)
+        except OSError as error:
+            raise OSError(f"{CIFAR10_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
     found = {}
     for file in sorted(folder.glob("[!.]*_batch*.bin")):
         records = np.fromfile(file, np.uint8)

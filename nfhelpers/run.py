@@ -17,6 +17,8 @@ from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
 
+from nfhelpers.files import plain
+
 PRESETS = ("smoke", "demo", "gpu", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
     "01_ssm_basics": "ssm_basics",
@@ -132,7 +134,7 @@ def load_settings(section, preset, overrides=None):
     with contextlib.suppress(ValueError):
         overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
     if overrides and not isinstance(overrides, dict):
-        raise ValueError(f'overrides={overrides!r}: pass a dict or its text, such as {{"train.epochs": 2}}')
+        raise ValueError(f'overrides={overrides!r}: pass a dict, or as JSON {{"train.epochs": 2}}')
     for key, value in (overrides or {}).items():
         group, _, name = str(key).rpartition(".")
         table = settings.get(group) if group else settings
@@ -140,8 +142,7 @@ def load_settings(section, preset, overrides=None):
             known = [f"{group}.{name}" for group, x in settings.items() if isinstance(x, dict) for name in x]
             near = difflib.get_close_matches(str(key), known, 4, 0.4) or known
             raise ValueError(f"{key!r} is no setting of {section}; did you mean {', '.join(near)}?")
-        kind = type(table[name])
-        value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy
+        kind, value = type(table[name]), plain(value)
         value = kind(value) if (type(value), kind) in ((int, float), (tuple, list)) else value
         if type(value) is not kind:
             raise ValueError(f"{key}={value!r} does not fit; pass a {kind.__name__} such as {table[name]!r}")

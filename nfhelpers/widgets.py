@@ -45,7 +45,8 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
 
     def arrived():
         uploads = [control for control in controls.values() if isinstance(control, ipywidgets.FileUpload)]
-        files = [f"{file.name}, {len(file.content):,} bytes" for upload in uploads for file in upload.value]
+        files = [file for upload in uploads for file in upload.value]
+        files = [f"{file['name']}, {len(file['content']):,} bytes" for file in files]
         said = f"last upload that arrived: {html.escape(', '.join(files) or 'none')}"
         return f"<code>{said}</code><br>" if uploads else ""
 

@@ -206,15 +206,8 @@ def test_a_folder_is_divided_by_the_hashes_of_its_names(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [
-        *(
-            "train valid test",
-            "Training VAL Testing",
-            "a/train2017 a/val2017 a/TEST_set",
-            "trainA validA testA",
-        ),
-        *("1_train_images 2_validation 3_tests", "TrainSet dev eval", "cats_train cats-val cats.test"),
-    ],
+    "train valid test;Training VAL Testing;a/train2017 a/val2017 a/TEST_set;trainA validA testA"
+    ";TrainSet dev eval;1_train_images 2_validation 3_tests;cats_train cats-val cats.test".split(";"),
 )
 def test_folders_are_named_after_splits(tmp_path, names):
     for start, name in zip((0, 50, 100), names.split(), strict=True):

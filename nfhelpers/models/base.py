@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nfhelpers.files import plain
+
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -24,10 +26,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            value = value.tolist() if hasattr(value, "tolist") else value  # a number or an array of NumPy
-            if isinstance(value, list | tuple):  # JSON and TOML have lists
-                value = tuple(x.tolist() if hasattr(x, "tolist") else x for x in value)
+            value = plain(getattr(self, field.name))
+            value = tuple(value) if isinstance(value, list) else value  # JSON and TOML have lists
             object.__setattr__(self, field.name, value)
             legal = (int, float) if field.type is float else (field.type,)
             if field.type in (bool, int, float, str) and type(value) not in legal:
