@@ -33,7 +33,7 @@ if compgen -G '.gpu/*/wheels/*.whl' >/dev/null; then
         echo "the wheels cannot be installed" >&2
         exit 2
     fi
-    export PYTHONPATH=$PWD:$PWD/.gpu/site
+    export PYTHONPATH=$PWD:$PWD/.gpu/site JUPYTER_PATH=$PWD/.gpu/site/share/jupyter
 fi
 for folder in .gpu/*/checkpoints/*/; do
     if [ -d "$folder" ] && [ ! -d "checkpoints/$(basename "$folder")" ]; then

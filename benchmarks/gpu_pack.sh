@@ -21,7 +21,7 @@ packages=(nbclient nbformat nbconvert ipykernel ipywidgets pooch soundfile
     jsonschema-specifications referencing rpds-py beautifulsoup4 soupsieve bleach webencodings tinycss2 defusedxml
     jupyterlab_pygments mistune pandocfilters comm ipython ipython_pygments_lexers matplotlib-inline
     nest-asyncio2 pexpect ptyprocess prompt_toolkit wcwidth stack-data executing asttokens pure_eval
-    widgetsnbextension jupyterlab_widgets cffi pycparser)
+    widgetsnbextension jupyterlab_widgets cffi pycparser attrs psutil)
 checkpoints_1=(v1-photos multidir-photos)
 checkpoints_2=(v2-photos field-photos diffae-photos diffae-cifar10)
 checkpoints_3=(diffae-photos-latent localmamba-fsdd)

@@ -2,9 +2,9 @@
 
     python benchmarks/two_gpus.py [--model v1] [--processes 1 2] [--quick] [--out FILE]
 
-Several processes are started by `accelerate launch`, as docs/training.md says. `batch_size` is that of all GPUs
-together: every number of GPUs is measured with the preset's batch, and with that many times as much. --quick is
-preset smoke on a CPU.
+Several processes are started by `accelerate launch`, as docs/training.md says. `batch_size` is that of all
+GPUs together: every number of GPUs is measured with the preset's batch, and with that many times as much.
+--quick is preset smoke on a CPU.
 """
 
 import argparse
