@@ -103,7 +103,7 @@ PLAIN = {
 @contextlib.contextmanager
 def scanning(name):
     """Inside, models scan by this backend of the library, or by this entry of PLAIN."""
-    users = ssm, field, local_mamba
+    users = ssm, field
     before = ssm.selective_scan, [user.directional_scan for user in users]
     backend = os.environ.get("NF_SCAN_BACKEND")
     if name in PLAIN:
