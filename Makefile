@@ -11,10 +11,12 @@ STAMP := $(VENV)/.installed
 PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
 # Jupyter refuses root unless told; a container's only user often is root.
 ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
-# An image that is uploaded to a widget travels as one message.
-LAB := --ServerApp.tornado_settings='{"websocket_max_message_size": 200000000}'
+# A file that is uploaded to a widget travels as one message; Jupyter drops those over 10 MiB without a word.
+SERVER_CONFIG := $(VENV)/etc/jupyter
+UPLOADS := {"ServerApp": {"tornado_settings": {"websocket_max_message_size": 1073741824}}}
 # JupyterLab asks nobody whether to show its news.
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
+NEWS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 # Jupyter's own files stay in the environment; a kernel of the same name elsewhere is not used.
 export JUPYTER_PREFER_ENV_PATH := 1
 
@@ -33,6 +35,9 @@ help:
 	@echo "PYTHON=python3.12               the interpreter that makes .venv (3.11 or newer)"
 
 install: $(STAMP)
+	@mkdir -p $(SERVER_CONFIG) $(LAB_SETTINGS)
+	@echo '$(UPLOADS)' > $(SERVER_CONFIG)/jupyter_server_config.json
+	@echo '$(NEWS)' > $(LAB_SETTINGS)/overrides.json
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
@@ -44,13 +49,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installed in $(VENV): run commands as $(BIN)/python -m nfhelpers train | evaluate | doctor,"
 	@echo "or as python -m nfhelpers after: source $(BIN)/activate"
 
-notebooks: $(STAMP)
+notebooks: install
 	NF_PRESET=$(NF_PRESET) $(BIN)/python notebooks/run_all.py
 
-outputs: $(STAMP)
+outputs: install
 	$(BIN)/python notebooks/run_all.py --promote
 
-test: $(STAMP)
+test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PARALLEL) tests --ignore tests/test_browser.py
@@ -61,12 +66,10 @@ test: $(STAMP)
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
 	NF_PRESET=smoke $(PARALLEL) tests/test_browser.py
 
-lab: $(STAMP)
-	@mkdir -p $(LAB_SETTINGS)
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_SETTINGS)/overrides.json
-	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab $(LAB) --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
+lab: install
+	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)
 
-doctor: $(STAMP)
+doctor: install
 	$(BIN)/python -m nfhelpers doctor
 
 clean:

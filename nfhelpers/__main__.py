@@ -12,7 +12,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from nfhelpers import run
+from nfhelpers import files, run
 
 SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde", "shortcut")
 SOURCES = ("photos", "cifar10", "chirps", "fsdd")
@@ -21,6 +21,8 @@ SOURCES = ("photos", "cifar10", "chirps", "fsdd")
 def main(arguments=None):
     """Parse the command line and run it; returns the exit code."""
     options = parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):  # a locale or a file's name may have letters that it has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return options.function(options)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -65,12 +67,12 @@ def parser():
 def check_paths(*models, source=None, output=None):
     """Find out without torch that a folder holds no model, data are nowhere, or nothing can be written."""
     for folder in filter(None, models):
-        if not (folder / "config.json").is_file():
-            inside = ", ".join(str(path.parent) for path in folder.glob("*/config.json"))
-            raise ValueError(f"{folder} is no saved model" + f"; it holds {inside}" * bool(inside))
+        files.config_of(folder)
     if source not in (None, *SOURCES) and not Path(source).expanduser().exists():
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
+        if "\\udc" in ascii(output.absolute()):
+            raise ValueError(f"--output {output}: TensorBoard needs a path in UTF-8")
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
 
@@ -93,10 +95,12 @@ def train_model(options):
     fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
     config = train.TrainConfig(output, **fixed, **settings["train"])
     datasets = load_datasets(name, settings["data"], seed)
-    if name == "localmamba" and "data.source" in overrides and "model.num_classes" not in overrides:
-        settings["model"]["num_classes"] = len(datasets[0].meta.class_names)
-    torch.manual_seed(seed)
     chosen = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
+    classes = datasets[0].meta.class_names if name == "localmamba" else ()
+    if classes and "data.source" in overrides and "num_classes" not in chosen:
+        settings["model"]["num_classes"] = len(classes)
+        chosen.append("num_classes")
+    torch.manual_seed(seed)
     model = build_model(name, preset, settings["model"], options.init, chosen)
     if name == "diffae_phase1" and options.init is None:  # else the code is that of the networks
         models.fit_linear_code(model, datasets[0].images[:20_000])
@@ -106,6 +110,9 @@ def train_model(options):
         "data": f"{settings['data']['source']}, {len(datasets[0]):,} items, {len(datasets[1]):,} to validate",
         "device": f"{run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}",
     }
+    if classes:
+        about["classes"] = f"{len(classes)}: {', '.join(classes)}"
+    about = {key: line.encode(errors="backslashreplace").decode() for key, line in about.items()}
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         print("\n".join(f"{key:<8} {line}" for key, line in about.items() if key != "command"))
@@ -155,8 +162,12 @@ def build_model(name, preset, settings, init=None, chosen=()):
     model = model_class(config(**settings))
     if same:
         copied = source.state_dict()
+        own = {}  # of other classes the embedding is new
+        if vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
+            own = {key: x for key, x in model.state_dict().items() if key.startswith("class_embedding.")}
+            copied = {key: x for key, x in copied.items() if not key.startswith("class_embedding.")}
         try:
-            model.load_state_dict(copied)
+            model.load_state_dict(copied | own)
         except RuntimeError as error:
             raise ValueError(f"--init {init} does not fit: {str(error).splitlines()[1].strip()}") from error
     elif isinstance(source, models.MambaDiffusion):
@@ -185,6 +196,8 @@ def evaluate_models(options):
     if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
         raise ValueError(f"no models of sparse fields: {', '.join(others)}")
     truth = {size: images.load_images(options.data, "test", size, options.images) for size in sizes}
+    if len({len(pictures) for pictures in truth.values()}) > 1:
+        raise ValueError(f"{options.data} holds images that are too small for --sizes {max(sizes)}")
     wiener = classical.Wiener(images.load_images(options.data, "train", sizes[0], 4096))
     methods = networks | {"linear": "linear", "biharmonic": "biharmonic", "wiener": wiener}
     same = {"truth": truth, "observed": options.observed, "seed": options.seed, "progress": True}
@@ -201,7 +214,7 @@ def evaluate_models(options):
     print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")
     print(groups.round(4).to_string())
     if options.out:
-        table.to_csv(options.out / "scores.csv", index=False)
+        table.to_csv(options.out / "scores.csv", index=False, errors="backslashreplace")
         rows = {"target": [truth[size][0] for size in sizes]}
         for (name, kind, _), x in made.items():
             rows.setdefault(f"{name}, {kind}", []).append(x[0])
@@ -214,7 +227,7 @@ def diagnose(options):
     check_paths(options.model)
     import torch
 
-    from nfhelpers import kernels
+    from nfhelpers import kernels, models
 
     device, rows = run.default_device(options.device), []
     print("\n".join(f"{name:<10} {number}" for name, number in run.versions().items()))
@@ -228,37 +241,16 @@ def diagnose(options):
             rows.append((name, met, "  ".join(f"{error:.1e}" for error in errors)))
         else:
             print(f"off    {name:<26} {status}")
-    rows += check_model(options.model, device) if options.model else []
+    if options.model:
+        model = models.load_model(options.model)
+        bad = [name for name, x in model.state_dict().items() if not x.isfinite().all()]
+        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        card = (options.model / "README.md").is_file()
+        rows += [(type(model).__name__, True, size), ("card", card, "README.md")]
+        rows += [("finite weights", not bad, ", ".join(bad) or "all")]
     for item, met, found in rows:
         print(f"{'ok' if met else 'missed':<6} {item:<26} {found}")
     return 0 if all(met for _, met, _ in rows) else 1
-
-
-def check_model(folder, device):
-    """(item, whether it is met, what was found) of a saved model: its card, loss and gradients."""
-    import torch
-
-    from nfhelpers import flow, images, models
-
-    torch.manual_seed(0)
-    model = models.load_model(folder).to(device)
-    yield type(model).__name__, True, f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    yield "card", (folder / "README.md").is_file(), "README.md"
-    if isinstance(model, models.LatentVelocityNetwork):
-        return
-    loss = flow.flow_matching_loss
-    if isinstance(model, models.LocalMamba2D):
-        batch = {"spectrograms": torch.randn(2, model.config.channels, 32, 32), "labels": torch.arange(2)}
-        batch["captions"], loss = torch.randn(2, model.config.caption_dim), flow.grid_flow_loss
-    else:
-        data = images.SparseFields(images.load_images("photos", "test", 32, 2), seed=0)
-        batch = torch.utils.data.default_collate([data[0], data[1]])
-    value = loss(model, {name: x.to(device) for name, x in batch.items()})
-    value.backward()
-    yield "finite loss", bool(value.isfinite()), f"{value.item():.4f}"
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    bad = [name for name, g in gradients.items() if g is None or not (g.isfinite().all() and g.any())]
-    yield "gradients finite, not zero", not bad, ", ".join(bad) or f"all {len(gradients)}"
 
 
 if __name__ == "__main__":

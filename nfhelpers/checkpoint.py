@@ -54,7 +54,7 @@ def save_model(model, folder, card):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         for file in temporary.iterdir():
             _sync(file)
         if not folder.exists():

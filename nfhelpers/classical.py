@@ -3,42 +3,33 @@
 import numpy as np
 from scipy import fft, interpolate, linalg
 
-from nfhelpers.images import grid_coords, to_image, to_unit
+from nfhelpers.images import grid_coords, to_unit
 
 METHODS = ("linear", "cubic", "thin plate", "biharmonic")
 RIDGE = 1e-4  # added to the variances of the observed pixels, as a part of the mean variance of a pixel
 
 
-def fill(method, input_coords, input_values, height, width, observed_size=None):
-    """Fields (N, height, width, 3) float32 in [0, 1] of points (N, Ni, 2) with values (N, Ni, 3) in [-1, 1].
-    observed_size: (height, width) of the grid of the points, if not that of the fields, for "biharmonic"."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(METHODS)}")
-    coords, values = (np.asarray(x, dtype=np.float64) for x in (input_coords, to_image(input_values)))
-    query = grid_coords(height, width).double().numpy()  # (h*w, 2)
-    fields = []
-    for pair in zip(coords, values, strict=True):
-        if method == "biharmonic":
-            field = _inpaint(*pair, *(observed_size or (height, width)))
-        elif method == "thin plate":
-            field = interpolate.RBFInterpolator(*pair, kernel="thin_plate_spline")(query)
-        else:
-            field, nearest = (interpolate.griddata(*pair, query, kind) for kind in (method, "nearest"))
-            field = np.where(np.isnan(field), nearest, field)  # outside the convex hull
-        fields.append(field if field.ndim == 3 else field.reshape(height, width, 3).clip(0, 1))
-    return resize(np.stack(fields), height, width).astype(np.float32)
-
-
-def _inpaint(coords, values, height, width):
+def fill(method, observed, size=None):
+    """Fields (N, H, W, 3) float32 in [0, 1] of an `evaluate.Observed`, its pixels kept; or another size."""
     from skimage.restoration import inpaint_biharmonic
 
-    position = coords * [width, height] - 0.5  # (Ni, 2), whole numbers on the grid
-    column, row = position.round().astype(int).T
-    if np.abs(position - position.round()).max() > 1e-3 or column.max() >= width or row.max() >= height:
-        raise ValueError(f"the points are no pixel centres of {height} x {width}; pass their observed_size")
-    field, missing = np.zeros((height, width, 3)), np.ones((height, width), dtype=bool)
-    field[row, column], missing[row, column] = values, False
-    return inpaint_biharmonic(field, missing, channel_axis=-1).clip(0, 1) if missing.any() else field
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; pass one of {', '.join(METHODS)}")
+    own = observed.mask.shape[1:]
+    shape = (size, size) if size else own
+    query, fields = grid_coords(*shape).double().numpy(), []  # (h*w, 2)
+    for coords, image, mask in zip(observed.input_coords, observed.images, observed.mask, strict=True):
+        points = coords.double().numpy(), image[mask].astype(np.float64)  # (Ni, 2), (Ni, 3)
+        if method == "biharmonic":
+            field = inpaint_biharmonic(image.astype(np.float64), ~mask, channel_axis=-1)  # (H, W, 3)
+        elif method == "thin plate":
+            field = interpolate.RBFInterpolator(*points, kernel="thin_plate_spline")(query)  # (h*w, 3)
+        else:
+            field, nearest = (interpolate.griddata(*points, query, kind) for kind in (method, "nearest"))
+            field = np.where(np.isnan(field), nearest, field)  # outside the convex hull
+        fields.append(field.clip(0, 1) if field.ndim == 3 else field.clip(0, 1).reshape(*shape, 3))
+    fields = resize(np.stack(fields), *shape).astype(np.float32)
+    return np.where(observed.mask[..., None], observed.images, fields) if shape == own else fields
 
 
 def resize(fields, height, width):

@@ -56,8 +56,7 @@ def reconstruct(
     if isinstance(method, classical.Wiener):
         return method.fill(observed, size)
     if isinstance(method, str):
-        fields = classical.fill(method, observed.input_coords, observed.input_values, *shape, own)
-        return np.where(observed.mask[..., None], observed.images, fields) if shape == own else fields
+        return classical.fill(method, observed, size)
 
     asked = torch.ones(len(observed.mask), shape[0] * shape[1], dtype=torch.bool)  # (N, h*w)
     if shape == own and not observed.mask.all():

@@ -53,15 +53,18 @@ def check_unit_range(name, x, what="values"):
 
 
 def check_field(query_coords, input_coords, input_values):
-    """Raise ValueError unless coordinates (B, N, 2) are in [0, 1] and values (B, N, 3) are finite."""
+    """Raise ValueError unless coordinates (B, N, 2) are in [0, 1], values (B, N, 3) about in [-1, 1]."""
     check_unit_range("query_coords", query_coords, "pixel centres (x, y)")
     check_unit_range("input_coords", input_coords, "pixel centres (x, y)")
-    if not bool(torch.isfinite(input_values).all()):
-        raise ValueError("input_values holds NaN or infinite values; pass finite values in [-1, 1]")
+    if not bool((input_values.abs() <= 1.5).all()):  # NaN, or a range such as 0 to 255
+        spanned = f"[{input_values.min():.4g}, {input_values.max():.4g}]"
+        raise ValueError(f"input_values spans {spanned}; pass finite values in [-1, 1]")
 
 
 def draw(kind, shape, like, generator=None):
     """torch.rand or torch.randn, drawn where the generator is: a CPU generator repeats on any device."""
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"generator is a {type(generator).__name__}; pass one torch.Generator")
     device = like.device if generator is None else generator.device
     return kind(shape, generator=generator, device=device, dtype=like.dtype).to(like.device)
 

@@ -1,18 +1,19 @@
 """Sources of images, uint8 (N, H, W, 3), grids of pixel centres (x, y) in [0, 1], and sparse fields."""
 
+import contextlib
 import functools
 import importlib.util
 import io
 import itertools
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from nfhelpers.files import data_folder, source_path, split_files, split_of, take_split
+from nfhelpers.files import data_folder, left_out, read_usable, source_path, split_files, split_of, take_split
 
 PHOTOS = """skimage/data/astronaut.png skimage/data/motorcycle_left.png skimage/data/rocket.jpg
     skimage/data/ihc.png skimage/data/retina.jpg skimage/data/coffee.png skimage/data/chelsea.png
@@ -45,26 +46,42 @@ def open_images(source, split="train", size=32, limit=None, held_out=False) -> "
     path = source_path(source, ("photos", "cifar10"), split)
     if path == "photos":
         return _photos(split, size, limit)
-    if path == "cifar10" or any(path.glob("*_batch*.bin")):
+    if path == "cifar10" or any(path.glob("[!.]*_batch*.bin")):
         planes = take_split(_records(path), split, path, held_out)[:limit, 1:].reshape(-1, 3, 32, 32)
         return area_resize(planes.transpose(0, 2, 3, 1), size)
     if path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {key.lower().removeprefix("x_"): arrays[key] for key in arrays}
-        found = {key: x for key, x in found.items() if x.dtype == np.uint8 and x.shape[3:] == (3,)}
-        parts = {split_of(key): x for key, x in found.items() if split_of(key)}
-        if not parts and len(found) == 1:  # such a file is often sorted by class
-            parts = {None: np.random.default_rng(SEED).permutation(*found.values())}
-        return area_resize(take_split(parts, split, path, held_out)[:limit], size)
-    from PIL import Image
-
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = take_split(split_files(path, suffixes), split, path, held_out)[:limit]
+        return area_resize(take_split(_arrays(path), split, path, held_out)[:limit], size)
+    files = take_split(split_files(path, _is_image), split, path, held_out)[:limit]
     return FolderImages([file for _, file in files], size)
 
 
+def _arrays(file):
+    """Pictures of an .npz by split, or {None: all} of the only array of pictures."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {key: x for key in arrays if (x := arrays[key]).dtype == np.uint8 and x.shape[3:] == (3,)}
+        parts = {split_of(f"{key}/"): x for key, x in found.items()}
+        if set(parts) == {None} and len(found) == 1:  # such a file is often sorted by class
+            return {None: np.random.default_rng(SEED).permutation(*found.values())}
+        left_out(key for key in found if not split_of(f"{key}/"))
+        if not parts.keys() - {None}:
+            raise ValueError("pass x_train and x_test, or one array, of uint8 (N, H, W, 3)")
+    except Exception as error:  # NumPy raises many kinds, of a picture or an archive of them, too
+        raise ValueError(f"{file} is no .npz of pictures: {error}; of images pass the folder") from error
+    return {split: x for split, x in parts.items() if split}
+
+
+def _is_image(path):
+    """Whether the name, or of a file without suffix the content, is of a format that Pillow reads."""
+    if path.suffix:
+        return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
+    with contextlib.suppress(Exception), Image.open(path):  # Pillow raises many kinds
+        return True
+    return False
+
+
 class FolderImages:
-    """Image files, read when asked for, as uint8 (size, size, 3). What cannot be read is said: an array of a
+    """Image files, read when asked for, as uint8 (size, size, 3). What cannot be used is said: an array of a
     slice lacks it, the next image stands in for an item."""
 
     def __init__(self, files, size):
@@ -76,18 +93,12 @@ class FolderImages:
     def __getitem__(self, index):
         if isinstance(index, slice):
             files = tqdm(self.files[index], "read images", delay=3, leave=False)
-            return np.stack([*self._read(files)])
+            return np.stack(read_usable(self._read, files))
         start = range(len(self))[index]
-        return next(self._read(self.files[start:] + self.files[:start]), None)
+        return read_usable(self._read, (self.files[start:] + self.files[:start])[:100], 1)[0]
 
-    def _read(self, files):
-        for file in files:
-            try:
-                image = _decode(file)
-            except ValueError as error:
-                warnings.warn(f"{error}; it is left out", stacklevel=2)
-            else:
-                yield area_resize(image, self.shape[1], name=file)
+    def _read(self, file):
+        return area_resize(_decode(file), self.shape[1], name=file)
 
 
 def _records(folder):
@@ -97,16 +108,21 @@ def _records(folder):
 
     root = data_folder()
     if folder == "cifar10" and not (folder := root / "cifar-10-batches-bin").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "cifar-10.lock"):  # one process downloads, the others wait
-            if not folder.exists():  # it is whole once it has its name
-                unpack = pooch.Untar(extract_dir="cifar-10-unpacked")
-                pooch.retrieve(CIFAR10_URL, CIFAR10_HASH, path=root, processor=unpack, progressbar=True)
-                (root / "cifar-10-unpacked" / folder.name).rename(folder)
+        try:
+            with FileLock(root / "cifar-10.lock"):  # one process downloads, the others wait
+                if not folder.exists():  # it is whole once it has its name
+                    unpack = pooch.Untar(extract_dir="cifar-10-unpacked")
+                    pooch.retrieve(CIFAR10_URL, CIFAR10_HASH, path=root, processor=unpack, progressbar=True)
+                    (root / "cifar-10-unpacked" / folder.name).rename(folder)
+        except OSError as error:
+            raise OSError(f"{CIFAR10_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
     found = {}
-    for file in sorted(folder.glob("*_batch*.bin")):
-        records = np.fromfile(file, np.uint8).reshape(-1, RECORD)
-        found.setdefault("test" if file.name.startswith("test") else "train", []).append(records)
+    for file in sorted(folder.glob("[!.]*_batch*.bin")):
+        records = np.fromfile(file, np.uint8)
+        if len(records) % RECORD:
+            raise ValueError(f"{file} is cut: {len(records)} bytes are no multiple of {RECORD}; get it again")
+        part = found.setdefault("test" if file.name.startswith("test") else "train", [])
+        part.append(records.reshape(-1, RECORD))
     return {split: np.concatenate(records) for split, records in found.items()}
 
 
@@ -156,25 +172,34 @@ def _photo(name):
 
 def load_image(source, size=32, crop=0.5) -> np.ndarray:
     """One image, a path, the bytes of a file or an array, as `area_resize` has it: (size, size, 3)."""
+    if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.shape[2:] != (3,)):
+        raise ValueError(f"the image is {source.dtype} {source.shape}; pass uint8 (H, W, 3)")
     return area_resize(source if isinstance(source, np.ndarray) else _decode(source), size, crop)
 
 
 def _decode(source):
     """An image file, or the bytes of one, as uint8 (H, W, 3), upright, on white where it is transparent."""
-    from PIL import Image, ImageOps
-
-    file = io.BytesIO(source) if isinstance(source, bytes) else Path(source).expanduser()
+    file = source if isinstance(source, bytes) else Path(source).expanduser()
     try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"{image.mode} has more than 8 bits a channel, which would be clipped")
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                image = Image.fromarray(_to_bytes(np.asarray(image)))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow raises many kinds of a damaged file
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        name = f"a file of {len(file)} bytes" if isinstance(file, bytes) else file
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _to_bytes(levels):
+    """Grey levels of 16 bits, whatever holds them, or floats in [0, 1], as uint8."""
+    low, top, full = levels.min(), levels.max(), 1 if levels.dtype.kind == "f" else 2**16 - 1
+    if not 0 <= low <= top <= full or (levels.dtype == np.int32 and 0 < top < 256):
+        raise ValueError(f"its levels in [{low}, {top}] are of no known scale; convert it to 8 or 16 bits")
+    return np.rint(levels * (255 / full)).astype(np.uint8)
 
 
 def area_resize(images, size, crop=0.5, name="the image") -> np.ndarray:

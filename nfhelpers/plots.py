@@ -128,24 +128,23 @@ def training_figure(history, fields=None, title=None):
     return figure
 
 
-def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, shared=True, label=None):
-    """Maps of numbers beside each other, with their scale; NaN, and zeros if `log`, are grey.
+def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, label=None):
+    """Maps of numbers beside each other, with one scale; NaN, and zeros if `log`, are grey.
 
     values: dict of name -> (H, W). mark: (x, y), a pixel to mark by a cross. limits: (low, high) of the
-    colours, else those of the data, over all maps if `shared`. label: of the colour bar."""
+    colours, else those of the data. label: of the colour bar."""
     values = {name: _array(field) for name, field in values.items()}
     values = {name: np.where((field > 0) | (not log), field, np.nan) for name, field in values.items()}
     every = np.concatenate([field.ravel() for field in values.values()])
+    low, high = limits or (np.nanmin(every), np.nanmax(every))
+    norm = LogNorm(low, high, clip=True) if log else Normalize(low, high)
     colours = colormaps[cmap].with_extremes(bad=str(GREY))
     figure, axes = subplots(1, len(values), 2.5, 2.6, title, plain=True, squeeze=False)
     for ax, (name, field) in zip(axes[0], values.items(), strict=True):
-        low, high = limits or [f(every if shared else field) for f in (np.nanmin, np.nanmax)]
-        norm = LogNorm(low, high, clip=True) if log else Normalize(low, high)
         shown = ax.imshow(field, cmap=colours, norm=norm, interpolation="nearest")
         if mark is not None:
             ax.plot(*mark, "x", color=COLOURS[5], markersize=8, markeredgewidth=2)
         ax.set(xticks=[], yticks=[])
         ax.set_title(name, fontsize=9)
-        if not shared or ax is axes[0, -1]:
-            figure.colorbar(shown, ax=list(axes[0]) if shared else ax, shrink=0.9, label=label)
+    figure.colorbar(shown, ax=list(axes[0]), shrink=0.9, label=label)
     return figure

@@ -3,6 +3,8 @@
 torch is imported where it is used: the command line checks its arguments without it.
 """
 
+import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
+
+from nfhelpers.files import plain
 
 PRESETS = ("smoke", "demo", "gpu", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
@@ -53,7 +57,7 @@ class Run:
 def start(notebook, preset=None, overrides=None):
     """Resolve preset and settings of a notebook (its file name without .ipynb), seed, print what is used.
 
-    overrides: {dotted key: value}, such as {"train.epochs": 2}.
+    overrides: {dotted key: value}, such as {"train.epochs": 2}, or that as text, as papermill passes it.
     """
     import numpy as np
     import torch
@@ -127,12 +131,18 @@ def load_settings(section, preset, overrides=None):
         for name, value in table.items():
             if name not in PRESETS:
                 settings[name] = settings.get(name, {}) | value if isinstance(value, dict) else value
+    with contextlib.suppress(ValueError):
+        overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
+    if overrides and not isinstance(overrides, dict):
+        raise ValueError(f'overrides={overrides!r}: pass a dict, or as JSON {{"train.epochs": 2}}')
     for key, value in (overrides or {}).items():
-        group, _, name = key.rpartition(".")
+        group, _, name = str(key).rpartition(".")
         table = settings.get(group) if group else settings
         if not isinstance(table, dict) or isinstance(table.get(name, {}), dict):
-            raise ValueError(f"{key!r} is no setting of {section}: {settings}")
-        kind = type(table[name])
+            known = [f"{group}.{name}" for group, x in settings.items() if isinstance(x, dict) for name in x]
+            near = difflib.get_close_matches(str(key), known, 4, 0.4) or known
+            raise ValueError(f"{key!r} is no setting of {section}; did you mean {', '.join(near)}?")
+        kind, value = type(table[name]), plain(value)
         value = kind(value) if (type(value), kind) in ((int, float), (tuple, list)) else value
         if type(value) is not kind:
             raise ValueError(f"{key}={value!r} does not fit; pass a {kind.__name__} such as {table[name]!r}")

@@ -130,6 +130,8 @@ def _field_sampler(model, method, steps):
 
 
 def _times(steps, x):
+    if steps < 1:
+        raise ValueError(f"steps={steps}; pass 1 or more")
     return torch.linspace(0, 1, steps + 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
@@ -212,6 +214,8 @@ def posterior_mean(
     averages samples by Heun, and std is the posterior's. callback(draw, mean, std) follows each draw.
     """
     check_field(query_coords, input_coords, input_values)
+    if draws < 1:
+        raise ValueError(f"draws={draws}; pass 1 or more")
     field = _as_parameters(model, query_coords, input_coords, input_values)
     integrate, evaluations = (euler, draws) if steps == 1 else (heun, 2 * steps * draws)
     mean = squares = torch.zeros((), dtype=field[2].dtype, device=field[2].device)

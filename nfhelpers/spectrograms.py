@@ -7,13 +7,15 @@ import io
 import re
 import struct
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nfhelpers.files import data_folder, left_out, source_path, split_files, take_split
+from nfhelpers.files import data_folder, left_out, read_usable, source_path, split_files, take_split
+from nfhelpers.flow import draw
 
 DYNAMIC_RANGE = 60.0  # decibels
 SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `frames_of`
@@ -21,7 +23,8 @@ SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `fra
 CHIRP_CLASSES = ("rising", "falling", "constant", "two-tone")
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 FSDD_NAMES = "fsdd-recordings.zip free-spoken-digit-dataset-1.0.10.zip v1.0.10.zip fsdd recordings".split()
-DIGIT = re.compile(r"(\d)_(.+)_(\d+)\.wav")  # digit, speaker, take
+DIGIT = re.compile(r"(\d)_(.+)_(\d+)\.\w+")  # digit, speaker, take
+SOUNDS = set(".wav .wave .flac .ogg .opus".split())
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
     - "chirps": synthetic tones in noise of four classes at 8 kHz, 2,048 to train on and 256 of other splits.
     - "fsdd": spoken digits in `data_folder()`; or a folder or zip archive of {digit}_{speaker}_{take}.wav.
       Takes 0 to 4 are test, as the authors of the Free Spoken Digit Dataset say.
-    - a folder of wav files of one sample rate, whose classes are its folders. held_out: `files.take_split`.
+    - a folder of sounds of one sample rate, whose classes are its folders. held_out: `files.take_split`.
     """
     path = source_path(source, ("chirps", "fsdd"), split)
     if path == "chirps":
@@ -68,23 +71,18 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
         if path is None:
             raise FileNotFoundError(f"put {FSDD_URL} into {data_folder()}, or set NF_DATA to where it is")
     found, classes = _files(path)
-    files, labels = zip(*take_split(found, split, path, held_out)[:limit], strict=True)
-    clips, rates = zip(*(_clip(file, size) for file in files), strict=True)
-    if len(set(rates)) > 1:
-        raise ValueError(f"{path} has sample rates of {sorted(set(rates))} Hz; resample all files to one")
-    return _spectrograms(clips, rates[0], size, labels, classes, tuple(map(str, files)))
+    items = take_split(found, split, path, held_out)[:limit]
+    rows = read_usable(lambda item: (*_clip(item[0], size), item[1], str(item[0])), items)
+    clips, rates, labels, names = zip(*rows, strict=True)
+    if len(examples := dict(zip(rates, names, strict=True))) > 1:
+        raise ValueError(f"sample rates (Hz) differ, as in {examples}; resample all files to one")
+    return _spectrograms(clips, rates[0], size, labels, classes, names)
 
 
 def load_clip(file, size=64) -> tuple[Spectrograms, torch.Tensor]:
     """One wav file, as `read_wav` takes it, as a spectrogram, and the samples (1, S) that it shows."""
     clip, rate = _clip(file, size)
     return _spectrograms([clip], rate, size, [0], (Path(str(file)).name,)), torch.from_numpy(clip)[None]
-
-
-def generated_meta(size, sample_rate, class_names) -> SpectrogramMeta:
-    """The meta of generated spectrograms; their reference is that of a full-scale sine."""
-    n_fft, hop, _ = frames_of(size, sample_rate)
-    return SpectrogramMeta(sample_rate, n_fft, hop, torch.tensor([n_fft / 4]), tuple(class_names))
 
 
 def frames_of(size, sample_rate) -> tuple[int, int, int]:
@@ -121,9 +119,8 @@ def griffin_lim(magnitude, n_fft, hop, *, iterations=64, momentum=0.99, generato
         window = torch.hann_window(n_fft, dtype=magnitude.dtype, device=magnitude.device)
         return torch.istft(frames, n_fft, hop, window=window, length=(frames.shape[2] - 1) * hop)
 
-    device = magnitude.device if generator is None else generator.device
-    phase = torch.rand(magnitude.shape, generator=generator, device=device, dtype=magnitude.dtype)
-    guess = torch.polar(magnitude, 2 * torch.pi * phase.to(magnitude.device))  # (N, H, W) complex
+    phase = draw(torch.rand, magnitude.shape, magnitude, generator)
+    guess = torch.polar(magnitude, 2 * torch.pi * phase)  # (N, H, W) complex
     previous = torch.zeros_like(guess)
     for _ in range(iterations):
         possible = stft(sound(guess), n_fft, hop)  # (N, H, W)
@@ -132,20 +129,11 @@ def griffin_lim(magnitude, n_fft, hop, *, iterations=64, momentum=0.99, generato
     return sound(guess)
 
 
-def to_audio(spectrograms, meta, *, reference=None, iterations=64, generator=None) -> torch.Tensor:
-    """Sound of spectrograms (N, 1, H, W) by Griffin-Lim: (N, (W - 1) hop), at `meta.sample_rate`.
-    reference: (N,) magnitudes that are 1; None: as loud as the median clip of meta."""
-    values = spectrograms[:, 0]  # (N, H, W)
-    reference = meta.reference.median().expand(len(values)) if reference is None else reference
-    magnitude = to_magnitude(values, reference.to(values), meta.dynamic_range)
-    return griffin_lim(magnitude, meta.n_fft, meta.hop, iterations=iterations, generator=generator)
-
-
 def read_wav(file) -> tuple[np.ndarray, int]:
     """Samples (S,) float32 in [-1, 1], channels averaged, and the rate of a wav file, a path or opened."""
     import soundfile
 
-    file = Path(file) if isinstance(file, str) else file
+    file = Path(file).expanduser() if isinstance(file, str) else file
     try:
         data = file.read() if hasattr(file, "read") else file.read_bytes()
         chunks, at = b"", 12  # of a copy with true sizes, which streams do not know
@@ -161,8 +149,9 @@ def read_wav(file) -> tuple[np.ndarray, int]:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         if not (len(samples) and np.isfinite(samples).all()):
             raise ValueError("it holds no samples, or some that are not finite")
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a wav file: {error}") from error
+    except (RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        cause = getattr(error, "error_string", error)  # without its name for our copy
+        raise ValueError(f"{file} cannot be read as a wav file: {cause}") from error
     return samples.mean(axis=1), rate
 
 
@@ -189,28 +178,25 @@ def _chirps(split, limit, size):
 
 
 def _files(path):
-    """{split: [(file, label), ...]} of the wav files of a folder or zip archive, and names of the classes."""
-    if path.is_dir():
-        found = split_files(path, {".wav"})
-    else:
-        archive = zipfile.ZipFile(path)
-        files = [zipfile.Path(archive, name) for name in archive.namelist() if name.lower().endswith(".wav")]
-        found = {None: [(file.at, file) for file in files if file.name[0] != "."]}
-    rows = [(split, Path(name).parent.as_posix(), file) for split in found for name, file in found[split]]
+    """{split: [(file, label), ...]} of the sounds of a folder or zip archive, and names of the classes."""
+    found = split_files(path, lambda file: file.suffix.lower() in SOUNDS)
+    rows = [(split, tuple(name.split("/")[:-1]), file) for split in found for name, file in found[split]]
     spoken = [(DIGIT.fullmatch(file.name), split, file) for split, _, file in rows]
     spoken = sorted((x for x in spoken if x[0]), key=lambda x: (int(x[0][3]), x[0][2], x[0][1], str(x[2])))
-    classes = sorted({kind for _, kind, _ in rows})
-    if 2 * len(spoken) > len(rows):
-        left_out({str(file) for *_, file in rows} - {str(file) for *_, file in spoken})
-        rows = [(split or ("test" if int(m[3]) < 5 else "train"), m[1], file) for m, split, file in spoken]
+    if 2 * len(spoken) > len(rows) or (len(spoken) >= 10 and not any(above for _, above, _ in rows)):
+        used = [(split or ("test" if int(m[3]) < 5 else "train"), m[1], file) for m, split, file in spoken]
         classes = list("0123456789")
-    elif len(classes) > 1 and "." in classes:  # of files beside the folders of the classes
-        left_out(file for _, kind, file in rows if kind == ".")
-        classes.remove(".")
-    labelled = {split: [] for split, *_ in rows}
-    for split, kind, file in rows:
-        if kind in classes:
-            labelled[split].append((file, classes.index(kind)))
+    else:  # files lie in folders of classes, most of them so many folders deep
+        depths = Counter(len(above) for _, above, _ in rows)
+        several = len({above[0] for _, above, _ in rows if above}) > 1
+        depth = max(depths, key=lambda d: (several and d > 0, depths[d], d > 0, -d), default=0)
+        inside = [row for row in rows if len(row[1]) >= depth and bool(row[1]) == bool(depth)]
+        used = [(split, "/".join(above[:depth]) or ".", file) for split, above, file in inside]
+        classes = sorted({kind for _, kind, _ in used})
+    left_out({str(file) for *_, file in rows} - {str(file) for *_, file in used})
+    labelled = {}
+    for split, kind, file in used:
+        labelled.setdefault(split, []).append((file, classes.index(kind)))
     return labelled, tuple(classes)
 
 

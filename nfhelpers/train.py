@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from nfhelpers import checkpoint, evaluate, graphs
+from nfhelpers.files import plain
 from nfhelpers.flow import check_field, flow_matching_loss, grid_flow_loss
 from nfhelpers.metrics import psnr
 from nfhelpers.models import LocalMamba2D
@@ -68,6 +69,10 @@ class TrainConfig:
     cpu: bool = False  # train on the CPU even where a GPU is
     progress: bool = True  # progress bar and, in a notebook, a live figure
     title: str = "training"  # of the figure
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))
 
 
 @dataclass(frozen=True)

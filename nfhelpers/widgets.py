@@ -27,6 +27,7 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
     values)}: the control is greyed out unless the other has one of these values.
 
     An error removes the picture, stands in its place in red and is raised again. Sliders redraw on release.
+    The text names the file that an upload brought: a server may drop a large one without a word.
     """
     # At its own size where there is room: a column would stretch it to its full width.
     size = {"max_width": "100%", "min_width": "220px", "align_self": "flex-start"}
@@ -42,10 +43,18 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
 
     rendered = functools.lru_cache(cache)(render) if cache else render
 
+    def arrived():
+        uploads = [control for control in controls.values() if isinstance(control, ipywidgets.FileUpload)]
+        files = [file for upload in uploads for file in upload.value]
+        files = [f"{file['name']}, {len(file['content']):,} bytes" for file in files]
+        said = f"last upload that arrived: {html.escape(', '.join(files) or 'none')}"
+        return f"<code>{said}</code><br>" if uploads else ""
+
     def redraw(change=None):
         text.value = '<code class="nf-busy" style="color:#555555">computing ...</code>'
         try:
-            image.value, text.value, below.value = rendered(*(control.value for control in controls.values()))
+            drawn = rendered(*(control.value for control in controls.values()))
+            image.value, text.value, below.value = drawn[0], arrived() + drawn[1], drawn[2]
         except (Exception, KeyboardInterrupt) as error:
             image.layout.display = below.layout.display = "none"  # they would belong to other settings
             message = html.escape("".join(traceback.format_exception_only(error)))
@@ -54,7 +63,7 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
         image.layout.display = below.layout.display = None
 
     def invite(change):
-        text.value = f"<code>settings changed: press {html.escape(button)}</code>"
+        text.value = f"{arrived()}<code>settings changed: press {html.escape(button)}</code>"
 
     def grey_out(change=None):
         for name, (other, values) in (uses or {}).items():

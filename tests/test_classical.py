@@ -13,51 +13,55 @@ def ramp(coords):
     return np.stack([0.1 + 0.5 * x + 0.3 * y, 0.8 - 0.6 * x, 0.2 + 0.7 * y], axis=-1)
 
 
-def grid(height, width):
-    return images.grid_coords(height, width).reshape(1, height, width, 2)
-
-
-def scattered(size, count, seed=0):
-    """Pixel centres (1, Ni, 2) of a grid: its corners, so that the hull is all of it, and `count` others."""
+def seen(fields, count, seed=0):
+    """Fields (N, S, S, 3) observed at their corners, so that the hull is all of them, and `count` others."""
+    size = fields.shape[1]
     corners = [0, size - 1, (size - 1) * size, size * size - 1]
     others = np.setdiff1d(np.arange(size**2), corners)
     others = np.random.default_rng(seed).choice(others, count, replace=False)
-    return images.grid_coords(size, size)[np.concatenate([corners, others])][None]
+    mask = np.isin(np.arange(size**2), [*corners, *others]).reshape(size, size)
+    return observed_at(fields, mask)
+
+
+def observed_at(fields, mask):
+    coords = images.grid_coords(*mask.shape)[mask.ravel()].expand(len(fields), -1, -1)
+    values = torch.from_numpy(2 * fields[:, mask] - 1)
+    return evaluate.Observed(fields.astype(np.float32), np.stack([mask] * len(fields)), coords, values)
 
 
 @pytest.mark.parametrize("method", classical.METHODS)
 def test_a_linear_ramp_is_reproduced_at_any_size(method):
-    coords = scattered(32, 300)
-    values = torch.from_numpy(2 * ramp(coords) - 1)
-    for height, width in ((32, 32), (48, 40)):
-        field = classical.fill(method, coords, values, height, width, observed_size=(32, 32))
-        assert field.shape == (1, height, width, 3) and field.dtype == np.float32
+    truth = {size: ramp(images.grid_coords(size, size).reshape(1, size, size, 2)) for size in (32, 48)}
+    for size in (None, 48):
+        field, wanted = classical.fill(method, seen(truth[32], 300), size), truth[size or 32]
+        assert field.shape == wanted.shape and field.dtype == np.float32
         inside = (slice(None), slice(4, -4), slice(4, -4))  # a finer grid reaches beyond the observed hull
         tolerance = 0.02 if method == "biharmonic" else 1e-5  # it is flat at the border
-        np.testing.assert_allclose(field[inside], ramp(grid(height, width))[inside], atol=tolerance)
+        np.testing.assert_allclose(field[inside], wanted[inside], atol=tolerance)
 
 
 @pytest.mark.parametrize("method", classical.METHODS)
-def test_observed_pixels_are_interpolated(method):
-    coords, rng = scattered(16, 60), np.random.default_rng(0)
-    values = rng.uniform(size=(2, 64, 3))
-    fields = classical.fill(method, coords.expand(2, -1, -1), torch.from_numpy(2 * values - 1), 16, 16)
-    column, row = (coords[0] * 16 - 0.5).round().long().T
-    np.testing.assert_allclose(fields[:, row, column], values, atol=1e-5)
+def test_unobserved_pixels_are_not_seen(method):
+    fields = np.random.default_rng(0).uniform(size=(2, 16, 16, 3))
+    given = seen(fields, 60)
+    made = classical.fill(method, given)
+    np.testing.assert_allclose(made[given.mask], fields[given.mask], atol=1e-7)
+    hidden = np.where(given.mask[..., None], fields, 0.5)
+    np.testing.assert_array_equal(classical.fill(method, seen(hidden, 60)), made)
+    whole = classical.fill(method, observed_at(fields, np.ones((16, 16), dtype=bool)))
+    np.testing.assert_allclose(whole, fields, atol=1e-7)
 
 
 def test_outside_the_hull_the_nearest_pixel_is_taken():
-    coords = torch.tensor([[[0.375, 0.375], [0.625, 0.375], [0.375, 0.625]]])
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[[1, 1, 2], [1, 2, 1]] = True
+    fields = np.zeros((1, 4, 4, 3))
+    fields[0, mask] = np.eye(3)
     for method in ("linear", "cubic"):
-        field = classical.fill(method, coords, 2 * torch.eye(3)[None] - 1, 4, 4)[0]
+        field = classical.fill(method, observed_at(fields, mask))[0]
         np.testing.assert_allclose([field[0, 0], field[0, 3], field[3, 0]], np.eye(3), atol=1e-6)
-
-
-def test_unknown_methods_and_points_off_the_grid_are_refused():
-    coords, values = scattered(16, 20), torch.zeros(1, 24, 3)
-    for method, size in (("spline", 16), ("biharmonic", 24)):
-        with pytest.raises(ValueError):
-            classical.fill(method, coords, values, size, size)
+    with pytest.raises(ValueError):
+        classical.fill("spline", observed_at(fields, mask))
 
 
 def gaussian_images(count, size, seed):

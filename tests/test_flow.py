@@ -78,13 +78,13 @@ def test_loss_draws_uniform_time_and_normal_noise_from_the_generator():
 
 @pytest.mark.parametrize("name", ["input_coords", "query_coords", "input_values"])
 @pytest.mark.parametrize("bad", [-0.1, 16.5, math.nan, math.inf])
-def test_fields_outside_the_unit_square_or_not_finite_are_refused(name, bad):
+def test_fields_of_another_range_or_not_finite_are_refused(name, bad):
     batch, coords = batch_of(), name != "input_values"
     batch[name][0, 0, 0] = bad
     with pytest.raises(ValueError) if coords else nullcontext():
         flow.flow_matching_loss(lambda x, *field: x, batch)
     del batch["query_values"]
-    with pytest.raises(ValueError) if coords or not math.isfinite(bad) else nullcontext():
+    with pytest.raises(ValueError) if coords or bad != -0.1 else nullcontext():
         flow.check_field(**batch)
 
 

@@ -128,9 +128,11 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
         equal(open_images(source, held_out=True), train[:18])
         equal(load_images(source, "validation"), train[18:])
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
+    (batches / "._data_batch_1.bin").write_bytes(b"\x00\x05\x16\x07")  # of a Mac
+    equal(load_images(batches), train)
     file = batches / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=file.name):
         load_images("cifar10")
 
 
@@ -162,9 +164,13 @@ def test_arrays_are_named_after_splits_or_divided(tmp_path):
     parts = [open_images(path, split, 8, held_out=True) for split in SPLITS]
     assert [len(part) for part in parts] == [32, 4, 4]
     assert {image.tobytes() for part in parts for image in part} == {image.tobytes() for image in images}
-    for arrays in ({"images": images / 255}, {"a": images, "b": images}):
+    for arrays in ({"images": images / 255}, {"a": images, "b": images}, {"x_train": images[..., 0]}):
         np.savez(path, **arrays)
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=path.name):
+            load_images(path, "train", 8)
+    for content in (b"", b"P6 1 1 255 abc", path.read_bytes()[:300]):  # a picture, a cut file
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=path.name):
             load_images(path, "train", 8)
 
 
@@ -190,20 +196,32 @@ def test_a_folder_is_divided_by_the_hashes_of_its_names(tmp_path):
     names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
     order = [int(name[2:-4]) for name in names]
     fill(tmp_path / ".ipynb_checkpoints", range(40), "{}-checkpoint.png")
-    fill(tmp_path / "a" / ".cache" / "deep", range(40))
-    (tmp_path / "a" / "._1.png").write_bytes(b"\x00\x05\x16\x07")
+    fill(tmp_path / "@eaDir" / "deep", range(40))
+    fill(tmp_path / "a" / "__MACOSX", range(40), "._{}.png")
+    for name in ("._1.png", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "a" / name).write_bytes(b"\x00\x05\x16\x07")
     assert colours(tmp_path, "test") == order[:4] and colours(tmp_path, "validation") == order[36:]
     assert colours(tmp_path, "train") == order[4:] and colours(tmp_path, "train", True) == order[4:36]
 
 
 @pytest.mark.parametrize(
-    "names", ["train valid test", "Training VAL Testing", "a/train2017 a/val2017 a/TEST_set"]
+    "names",
+    "train valid test;Training VAL Testing;a/train2017 a/val2017 a/TEST_set;trainA validA testA"
+    ";TrainSet dev eval;1_train_images 2_validation 3_tests;cats_train cats-val cats.test".split(";"),
 )
 def test_folders_are_named_after_splits(tmp_path, names):
     for start, name in zip((0, 50, 100), names.split(), strict=True):
         fill(tmp_path / name / "deep", range(start, start + 10))
     for start, split in zip((0, 50, 100), SPLITS, strict=True):
         assert sorted(colours(tmp_path, split, held_out=True)) == list(range(start, start + 10))
+
+
+def test_files_are_named_after_splits_if_all_are(tmp_path):
+    fill(tmp_path, range(10), "train_{}.png")
+    fill(tmp_path, range(50, 60), "test_{}.png")
+    assert sorted(colours(tmp_path, "test")) == [*range(50, 60)]
+    fill(tmp_path, [99], "trained {}.png")  # is none of these names
+    assert len(colours(tmp_path, "test")) == 2
 
 
 def test_what_no_folder_has_is_held_out_of_training_or_missed(tmp_path):
@@ -223,16 +241,20 @@ def test_linked_folders_are_followed_and_names_may_be_of_any_encoding(tmp_path):
     for name in ("one", "deep/two"):
         (tmp_path / "set" / name).symlink_to(tmp_path / "real")
     (tmp_path / "set" / "deep" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "up").symlink_to("..")
     fill(tmp_path / "set", [9], "caf\udce9-{}.png")
     found = colours(tmp_path / "set", "train") + colours(tmp_path / "set", "test")
-    assert sorted(found) == [0, 0, 1, 1, 2, 2, 3, 3, 9]
+    assert sorted(found) == [0, 1, 2, 3, 9]  # what is linked twice would be in train and in test
 
 
 def test_every_format_of_one_image_counts(tmp_path):
-    suffixes = "png jpg jpeg JPG bmp gif tif tiff webp tga ppm".split()
+    suffixes = "png jpg jpeg JPG jfif bmp gif tif tiff webp tga ppm jp2 avif".split()
     for index, suffix in enumerate(suffixes):
         fill(tmp_path, [10 * index], "{}." + suffix)
-    found = colours(tmp_path, "train") + colours(tmp_path, "test")
+    (tmp_path / "0.png").rename(tmp_path / "without suffix")
+    (tmp_path / "README").touch()
+    with pytest.warns(UserWarning, match="README"):
+        found = colours(tmp_path, "train") + colours(tmp_path, "test")
     np.testing.assert_allclose(sorted(found), 10 * np.arange(len(suffixes)), atol=2)
 
 
@@ -247,9 +269,23 @@ def test_pixels_are_upright_and_what_is_transparent_stays_hidden(tmp_path):
     alpha = np.where(np.arange(12) < 6, 255, 0)[None, :, None].repeat(8, axis=0).astype(np.uint8)
     write(tmp_path / "hole.png", np.concatenate([image, alpha], axis=2))
     equal(load_image(tmp_path / "hole.png", 8, crop=0), np.where(alpha, image, 255)[:, :8])
-    write(tmp_path / "deep.png", image[..., 0].astype(np.uint16) * 200)
-    with pytest.raises(ValueError, match=r"deep\.png"):
-        load_image(tmp_path / "deep.png", 8)
+    Image.fromarray(np.concatenate([image, alpha], axis=2)).quantize(256).save(tmp_path / "palette.png")
+    assert (load_image(tmp_path / "palette.png", 8, crop=1)[:, 2:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "kind", "png uint16 257; tif uint16 257; tif int32 257; tif float32 0.003922".split("; ")
+)
+def test_grey_levels_of_more_bits_keep_their_scale(tmp_path, kind):
+    (suffix, dtype, scale), levels = kind.split(), random_images(1)[0, :, :, 0]
+    write(
+        tmp_path / f"x.{suffix}",
+        (levels * float(scale)).astype(dtype).clip(max=1 if dtype == "float32" else 65535),
+    )
+    equal(load_image(tmp_path / f"x.{suffix}", 8)[..., 0], levels)
+    write(tmp_path / "y.tif", levels.astype("float32" if dtype == "float32" else "int32"))
+    with pytest.raises(ValueError, match=r"y\.tif"):  # 0 to 255, or dark
+        load_image(tmp_path / "y.tif", 8)
 
 
 def test_load_image_takes_a_file_its_bytes_or_an_array(tmp_path):
@@ -259,8 +295,9 @@ def test_load_image_takes_a_file_its_bytes_or_an_array(tmp_path):
     for crop, left in ((0, 0), (0.5, 4), (1, 8)):
         for source in (tmp_path / "x.png", str(tmp_path / "x.png"), data, image):
             equal(load_image(source, 6, crop), area_resize(image[:, left : left + 12], 6))
-    with pytest.raises(ValueError):
-        load_image(data[:200], 6)
+    for wrong in (data[:200], image / 255, image[..., 0]):
+        with pytest.raises(ValueError):
+            load_image(wrong, 6)
 
 
 def test_a_folder_is_read_item_by_item_and_damaged_files_are_said(tmp_path):
@@ -276,7 +313,10 @@ def test_a_folder_is_read_item_by_item_and_damaged_files_are_said(tmp_path):
     with pytest.warns(UserWarning, match=images.files[26].name):
         equal(load_images(tmp_path, "train", 8), np.delete(whole, [5, 26], axis=0))
     with pytest.raises(ValueError, match=images.files[6].name):
-        open_images(tmp_path, "train", 11)[6]  # larger than it is
+        open_images(tmp_path, "train", 11)[6]  # larger than all are
+    write(tmp_path / "small.png", random_images(1, 6, 6)[0])
+    with pytest.warns(UserWarning, match=r"small\.png"):
+        assert sum(len(load_images(tmp_path, split, 8)) for split in ("train", "test")) == 28
 
 
 def test_unknown_sources_splits_and_empty_folders_are_refused(tmp_path, monkeypatch):

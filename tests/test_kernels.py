@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("backend", ["reference", "chunked"])
 EACH = pytest.mark.parametrize("backend", FAST)
 WITH_REFERENCE = pytest.mark.parametrize("backend", ["reference", *FAST])
 TIED = pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
-ALL = "D z delta_bias"
+ALL = "D z delta_bias initial_state"
 
 
 def drawer(seed, dtype):
@@ -47,12 +47,13 @@ def problem(
         C=draw(channels, states) if "C" in fixed.split() else draw(*varying),
     )
     shapes = dict(D=(channels,), z=(batch, channels, length), delta_bias=(channels,))
+    shapes |= dict(initial_state=(batch, channels, states))
     return arguments | {name: draw(*shapes[name]) for name in extras.split()}
 
 
 def directional_problem(
     batch=2, directions=3, channels=5, length=37, states=4, shared="x", order_a_sample=False,
-    extras="D delta_bias", tied=False, seed=0, dtype=torch.float32,
+    extras="D delta_bias initial_state", tied=False, seed=0, dtype=torch.float32,
 ):  # fmt: skip
     """Arguments and orders of a directional scan; `shared` names what is one for all directions."""
     draw = drawer(seed, dtype)
@@ -69,7 +70,9 @@ def directional_problem(
         B=draw(*varying),
         C=draw(*varying),
     )
-    arguments |= {name: each(name, channels) for name in extras.split()}
+    arguments |= {name: each(name, channels) for name in extras.split() if name != "initial_state"}
+    if "initial_state" in extras:
+        arguments["initial_state"] = draw(batch, directions, channels, states)
     shape = (batch, directions, length) if order_a_sample else (directions, length)
     return arguments, draw(*shape).argsort(-1)
 
@@ -108,11 +111,14 @@ def assert_all_equal(one, two):
 # ------------------------------------------------------------------------------------------- the reference
 
 
-def scan_by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, zoh=False, tied=False):
+def scan_by_hand(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, initial_state=None, zoh=False, tied=False
+):
     """NumPy, one scalar at a time, from the formulas; softplus; B and C (B, G, N, L)."""
     batch, channels, length = u.shape
     states = B.shape[2]
-    y, last = np.zeros_like(u), np.zeros((batch, channels, states))
+    y = np.zeros_like(u)
+    last = np.zeros((batch, channels, states)) if initial_state is None else initial_state.copy()
     for b, d in itertools.product(range(batch), range(channels)):
         group = d * B.shape[1] // channels
         for step, n in itertools.product(range(length), range(states)):
@@ -126,9 +132,10 @@ def scan_by_hand(u, delta, A, B, C, D=None, z=None, delta_bias=None, zoh=False, 
     return (y if z is None else y * z / (1 + np.exp(-z))), last
 
 
-@BOTH
 @TIED
-@pytest.mark.parametrize("discretization", ["mamba", "zoh"])
+@pytest.mark.parametrize(
+    ("backend", "discretization"), [("reference", "mamba"), ("reference", "zoh"), ("chunked", "mamba")]
+)
 @pytest.mark.parametrize("extras", ["", ALL])
 def test_agrees_with_a_loop_over_scalars(backend, discretization, extras, tied):
     arguments = problem(2, 4, 5, 3, groups=2, extras=extras, dtype=torch.float64, tied=tied)
@@ -145,11 +152,11 @@ def test_directions_agree_with_a_loop_over_tokens(backend, order_a_sample):
     """Every token of every direction one scalar at a time, walking the order."""
     arguments, orders = directional_problem(2, 3, 2, 6, 2, order_a_sample=order_a_sample, dtype=torch.float64)
     found = directional_scan(**arguments, orders=orders, reverse=[False, True, False], backend=backend)
-    x, delta, A, B, C, D, bias = (tensor.numpy() for tensor in arguments.values())
+    x, delta, A, B, C, D, bias, initial = (tensor.numpy() for tensor in arguments.values())
     wanted = np.full(delta.shape, np.nan)
     for b, k, d in itertools.product(range(2), range(3), range(2)):
         walk = (orders[b, k] if order_a_sample else orders[k]).tolist()
-        state = np.zeros(2)
+        state = initial[b, k, d]
         for token in reversed(walk) if k == 1 else walk:
             size = np.log1p(np.exp(delta[b, k, token, d] + bias[k, d]))
             state = np.exp(size * A[k, d]) * state + size * B[b, k, token] * x[b, token, d]
@@ -157,25 +164,23 @@ def test_directions_agree_with_a_loop_over_tokens(backend, order_a_sample):
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=1e-13)
 
 
-@BOTH
 @pytest.mark.parametrize("length", [1, 100])
-def test_constant_scan_is_a_geometric_series(backend, length):
+def test_constant_scan_is_a_geometric_series(length):
     """All constant: h_l = x (1 - r^(l+1)) / (1 - r); the zero-order hold solves h' = A h + B exactly."""
     a, b, c, step = -0.8, 1.5, 2.0, 0.1
     one = torch.ones(1, 1, length, dtype=torch.float64)
     weights = [torch.full((1, 1), value, dtype=torch.float64) for value in (a, b, c)]
     r = np.exp(step * a)
     powers = r ** np.arange(1, length + 1)
-    held = selective_scan(one, one * step, *weights, backend=backend, discretization="zoh")[0, 0]
+    held = selective_scan(one, one * step, *weights, discretization="zoh")[0, 0]
     np.testing.assert_allclose(held, c * b / -a * (1 - powers), rtol=1e-12)
-    euler = selective_scan(one, one * step, *weights, backend=backend)[0, 0]
+    euler = selective_scan(one, one * step, *weights)[0, 0]
     np.testing.assert_allclose(euler, c * step * b * (1 - powers) / (1 - r), rtol=1e-12)
 
 
-@BOTH
 @pytest.mark.parametrize("a", [0.0, 1e-40, 1e-8, -0.0399, -0.0401, -0.399, 0.401, -5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_hold_weight_and_slope_near_zero(backend, a, dtype):
+def test_hold_weight_and_slope_near_zero(a, dtype):
     """One step from h = 0 with u = B = C = 1 returns (exp(step a) - 1) / a; truth in 120-digit arithmetic."""
     tolerance = 5e-6 if dtype == torch.float32 else 1e-12
     step = 0.25
@@ -189,26 +194,26 @@ def test_hold_weight_and_slope_near_zero(backend, a, dtype):
             slope = float((q * q.exp() - q.exp() + 1) / exact**2)
     one = torch.ones(1, 1, 1, dtype=dtype)
     A = torch.tensor([[a]], dtype=dtype, requires_grad=True)
-    y = selective_scan(one, one * step, A, one[0], one[0], discretization="zoh", backend=backend)
+    y = selective_scan(one, one * step, A, one[0], one[0], discretization="zoh")
     assert y.item() == pytest.approx(value, rel=tolerance)
     assert torch.autograd.grad(y, A)[0].item() == pytest.approx(slope, rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("discretization", "fixed"),
-    [("zoh", ""), ("zoh", "B C"), ("mamba", "B"), ("mamba", "C"), ("mamba", "B C")],
-)
-def test_what_only_teaching_uses_in_chunks(discretization, fixed):
-    """Zero-order hold and fixed B, C: chunk by chunk as in one piece, gradients too; less is kept."""
-    arguments = problem(2, 6, 70, 4, groups=None if fixed else 2, fixed=fixed, extras=ALL)
-    options = dict(delta_softplus=True, discretization=discretization)
-    assert_selective("chunked", arguments, **options)
-    assert torch.equal(
-        selective_scan(**arguments, **options), selective_scan(**arguments, **options, backend="chunked")
-    )
+@pytest.mark.parametrize("fixed", ["B", "C", "B C"])
+def test_fixed_weights_are_those_of_every_step(fixed):
+    """A weight (D, N) is one of D groups that does not vary."""
+    arguments = problem(2, 6, 9, 4, fixed=fixed, extras=ALL)
+    varying = dict(arguments)
+    for name in "BC":  # (B, D, N, L)
+        x = arguments[name][..., None] if name in fixed else arguments[name].unsqueeze(1)
+        varying[name] = x.expand(2, 6, 4, 9)
+    options = dict(delta_softplus=True, return_last_state=True)
+    found, wanted = (selective_scan(**given, **options) for given in (arguments, varying))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["chunked", "native", "triton", "mamba_ssm"])
 def test_fast_backends_refuse_what_only_teaching_uses(backend):
     for change in (dict(discretization="zoh"), dict(B=torch.ones(6, 4))):
         with pytest.raises(ValueError, match="reference"):
@@ -285,8 +290,71 @@ def test_a_direction_is_a_scan_of_the_permuted_sequence(backend):
         rows = (arguments["x"], *(arguments[name][:, k] for name in ("delta", "B", "C")))
         x, delta, B, C = (row[:, walk].transpose(1, 2) for row in rows)
         A, D, bias = (arguments[name][k] for name in ("A", "D", "delta_bias"))
-        plain = selective_scan(x, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, backend=backend)
+        options = dict(initial_state=arguments["initial_state"][:, k], backend=backend)
+        plain = selective_scan(x, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, **options)
         torch.testing.assert_close(y[:, k, walk], plain.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def in_two_pieces(cut, return_last_state=True, initial_state=None, **arguments):
+    """A scan up to a step, and from its last state on."""
+    parts = [{n: x[..., s] if x.dim() > 2 else x for n, x in arguments.items() if torch.is_tensor(x)}
+             for s in (slice(cut), slice(cut, None))]  # fmt: skip
+    options = {name: x for name, x in arguments.items() if not torch.is_tensor(x)} | dict(
+        return_last_state=True
+    )
+    first, state = selective_scan(**parts[0], **options, initial_state=initial_state)
+    second, state = selective_scan(**parts[1], **options, initial_state=state)
+    return torch.cat([first, second], -1), state
+
+
+def one_by_one(seq_idx, initial_state=None, **arguments):
+    """Packed sequences (B, L), each scanned alone: outputs, states after the last of each sample."""
+    rows, lasts = [], []
+    for b, counts in enumerate(row.unique_consecutive(return_counts=True)[1].tolist() for row in seq_idx):
+        cut = {n: x[b : b + 1].split(counts, -1) if torch.is_tensor(x) and x.dim() > 2 else [x] * len(counts)
+               for n, x in arguments.items()}  # fmt: skip
+        states = [None if initial_state is None else initial_state[b : b + 1], *[None] * len(counts)]
+        parts = [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
+        found = [selective_scan(**part, initial_state=h) for part, h in zip(parts, states, strict=False)]
+        rows.append(torch.cat([y for y, _ in found], -1))
+        lasts.append(found[-1][1])
+    return torch.cat(rows), torch.cat(lasts)
+
+
+def assert_pieces(backend, arguments, tolerance=1e-5, packed=True, **options):
+    """Two halves joined, and packed sequences, against float64: outputs, last states, all gradients."""
+    doubles = {name: x.double().cpu() for name, x in arguments.items()}
+    device, (batch, _, length) = arguments["u"].device, arguments["u"].shape
+    options |= dict(delta_softplus=True, return_last_state=True)
+    seq_idx = torch.randint(2, (batch, length), generator=torch.Generator().manual_seed(length))
+    seq_idx[:, length // 3 : length // 2] = 7
+    pairs = [
+        (
+            functools.partial(one_by_one, seq_idx),
+            functools.partial(selective_scan, seq_idx=seq_idx.to(device)),
+        )
+    ]
+    pairs = pairs if packed else []
+    pairs += [
+        (selective_scan, functools.partial(in_two_pieces, cut)) for cut in {1, length // 2} - {0, length}
+    ]
+    for truth, scan in pairs:
+        wanted = outputs_and_gradients(truth, doubles, backend="reference", **options)
+        found = outputs_and_gradients(scan, arguments, backend=backend, **options)
+        assert all(relative_error(y, x) < tolerance for x, y in zip(wanted, found, strict=True))
+
+
+@WITH_REFERENCE
+@TIED
+@pytest.mark.parametrize("length, states", [(1, 3), (2, 1), (37, 5), (130, 4)])
+def test_pieces_and_packed_sequences(backend, length, states, tied):
+    arguments = problem(3, 6, length, states, groups=2, extras=ALL, tied=tied)
+    assert_pieces(backend, arguments, packed=backend != "native", tied_decay=tied)
+    if backend == "native":  # has no packed sequences, and says so; the choice is another one
+        seq_idx = torch.arange(length).expand(3, -1)
+        with pytest.raises(ValueError, match="seq_idx"):
+            selective_scan(**arguments, seq_idx=seq_idx, backend="native", tied_decay=tied)
+        assert selective_scan(**arguments, seq_idx=seq_idx, tied_decay=tied).isfinite().all()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -393,9 +461,9 @@ def test_forward_mode_and_torch_func(backend, directional):
 def test_mamba_ssm_itself(tied):
     """Its own kernel behind both scans: no gradient of the last state, permuted copies for the directions."""
     options = dict(delta_softplus=True, tied_decay=tied)
-    arguments = {name: x.cuda() for name, x in problem(extras=ALL, tied=tied).items()}
+    arguments = {name: x.cuda() for name, x in problem(extras="D z delta_bias", tied=tied).items()}
     assert_matches_reference(selective_scan, "mamba_ssm", arguments, **options)
-    arguments, orders = directional_problem(tied=tied)
+    arguments, orders = directional_problem(extras="D delta_bias", tied=tied)
     arguments = {name: x.cuda() for name, x in arguments.items()}
     assert_directional(
         "mamba_ssm", arguments, orders=orders.cuda(), reverse=(True, False, True), tied_decay=tied
@@ -510,8 +578,8 @@ def test_registered_operations_keep_their_promises(backend):
     draw = drawer(0, torch.float32)
     rows = draw(2, 1, 7, 4), draw(2, 4, 2, 7).permute(0, 2, 3, 1)  # shared u
     weights = draw(2, 2, 2, 7, 3), draw(2, 2, 2, 3, 7).mT
-    tensors = [*rows, -draw(2, 4, 3).exp(), *weights, draw(2, 4), draw(2, 2, 7, 4), None]
-    options = [draw(2, 2, 7).argsort(-1), 2, True, False]
+    tensors = [*rows, -draw(2, 4, 3).exp(), *weights, draw(2, 4), draw(2, 2, 7, 4), None, draw(2, 2, 4, 3)]
+    options = [draw(2, 2, 7).argsort(-1), None, 2, True, False]
     operation, backward = (getattr(torch.ops.nfhelpers, f"scan_{backend}{way}") for way in ("", "_backward"))
     y, last, states = operation(*tensors, *options, True)
     assert not operation(*tensors, *options, False)[2].numel() and states.numel()

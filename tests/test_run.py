@@ -1,5 +1,6 @@
 """Presets, overrides, seeds and paths of a notebook's first call."""
 
+import json
 import random
 
 import numpy as np
@@ -82,24 +83,30 @@ def test_overrides_replace_single_settings():
     assert run.load_settings("ssm_basics", "smoke", {"lengths": (4, 8)})["lengths"] == [4, 8]
 
 
+def test_overrides_are_a_dict_its_json_or_numbers_of_numpy():
+    wanted = run.load_settings("localmamba", "smoke", {"train.epochs": 3, "model.dims": [8, 16], "seed": 4})
+    text = '{"train.epochs": 3, "model.dims": [8, 16], "seed": 4}'
+    numpy = {"train.epochs": np.int64(3), "model.dims": [np.int8(8), np.uint8(16)], "seed": np.array(4)}
+    for same in (text, numpy, numpy | {"model.dims": np.array([8, 16])}):
+        assert run.load_settings("localmamba", "smoke", same) == wanted
+    assert json.dumps(wanted) == json.dumps(run.load_settings("localmamba", "smoke", numpy))
+    for wrong in ("train.epochs=3", "{'train.epochs': 3}", "[3]", ["train.epochs=3"], 3, b"{}"):
+        with pytest.raises(ValueError, match='{"train.epochs": 2}'):
+            run.load_settings("v1", "smoke", wrong)
+    with pytest.raises(ValueError, match=r"train\.epochs") as caught:
+        run.load_settings("v1", "smoke", {"train.epoch": 3})
+    assert "queries" not in str(caught.value), "near names only"
+
+
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("train.epoch", 1),
-        ("epochs", 1),
-        ("train", 1),
-        ("", 1),
-        ("train.epochs", 1.5),
-        ("train.epochs", True),
-        ("train.epochs", "3"),
-        ("train.learning_rate", True),
-        ("train.compile", 1),
-        ("data.source", 3),
-    ],
+    "pair",
+    'train.epoch 1;epochs 1;train 1; 1;train.epochs 1.5;train.epochs true;train.epochs "3";'
+    "train.learning_rate true;train.compile 1;data.source 3".split(";"),
 )
-def test_overrides_that_do_not_fit_are_refused(key, value):
+def test_overrides_that_do_not_fit_are_refused(pair):
+    key, value = pair.split(" ")
     with pytest.raises(ValueError):
-        run.load_settings("v1", "smoke", {key: value})
+        run.load_settings("v1", "smoke", {key: json.loads(value)})
     with pytest.raises(ValueError):
         run.load_settings("v9", "smoke")
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
@@ -223,12 +224,28 @@ def test_options_of_a_sample():
     for wrong in (dict(method="rk9"), dict(steps=0), dict(method="sde", temperature=-1)):
         with pytest.raises(ValueError):
             sample(model, *field, **wrong)
+    for wrong in (dict(draws=0), dict(steps=0), dict(generator=[seeded(), seeded()]), dict(generator=7)):
+        with pytest.raises(ValueError):
+            posterior_mean(model, *field, **wrong)
+    for values in (field[2] * 127.5 + 127.5, (field[2] * 127.5 + 127.5).byte(), field[2] * 100):
+        with pytest.raises(ValueError):
+            sample(model, *field[:2], values)
+
+
+@pytest.mark.parametrize("kind", ["MambaField", "MambaDiffusion"])
+def test_any_number_of_threads_and_numpys_numbers_give_the_same_field(kind):
+    model, field = tiny(kind), field_of(4, 64)
+    wanted = sample(model, *field, steps=2, generator=seeded())
+    for threads in (2, 3, 1):
+        torch.set_num_threads(threads)
+        drawn = sample(model, *field, steps=np.int64(2), generator=seeded(), max_batch=np.int32(4))
+        torch.testing.assert_close(drawn, wanted)
 
 
 def tiny(kind):
     """A model whose weights are all noise: some start at zero, where a sample does not depend on them."""
     torch.manual_seed(0)
-    sizes = dict(d_model=16, num_layers=1, d_state=4, num_fourier_features=8, num_heads=2)
+    sizes = dict(d_model=16, num_layers=2, d_state=4, num_fourier_features=8, num_heads=2)
     if kind == "LocalMamba2D":
         sizes = dict(channels=1, dims=(16, 32), depths=(1, 1), d_state=2, num_classes=3)
     model = getattr(models, kind)(getattr(models, kind + "Config")(**sizes)).eval()

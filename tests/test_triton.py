@@ -12,6 +12,7 @@ import torch
 from test_kernels import (
     ALL,
     assert_all_equal,
+    assert_pieces,
     directional_problem,
     drawer,
     outputs_and_gradients,
@@ -86,6 +87,30 @@ def test_directions_of_several_blocks_and_offsets_of_64_bits(monkeypatch):
     assert_matches_reference(directional_scan, arguments, orders=orders, reverse=[True, False])
     monkeypatch.setattr(triton_scan, "WIDE_FROM", 0)
     assert_matches_reference(directional_scan, arguments, orders=orders, reverse=[True, False])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+def test_segments_of_time_are_one_scan(monkeypatch, tied):
+    """A GPU that is not full scans segments of 8 steps, the last one shorter; the same bits every time."""
+    monkeypatch.setattr(triton_scan, "SHORTEST", 8)
+    length = 27 if INTERPRETED else 1229
+    arguments = problem(1, 6, length, 4, extras=ALL, tied=tied)
+    options = dict(delta_softplus=True, return_last_state=True, tied_decay=tied)
+    assert_matches_reference(selective_scan, arguments, **options)
+    options["backend"] = "triton"
+    assert_all_equal(
+        *(outputs_and_gradients(selective_scan, to_device(arguments), **options) for _ in range(2))
+    )
+    arguments, orders = directional_problem(2, 2, 3, length, 4, tied=tied, order_a_sample=True)
+    options = dict(orders=orders, reverse=[False, True], tied_decay=tied)
+    assert_matches_reference(directional_scan, arguments, **options)
+
+
+@pytest.mark.parametrize("shortest", [8, 1024])
+@pytest.mark.parametrize("length, states", [(1, 3), (2, 1), (25, 2)])
+def test_pieces_and_packed_sequences(monkeypatch, shortest, length, states):
+    monkeypatch.setattr(triton_scan, "SHORTEST", shortest)
+    assert_pieces("triton", to_device(problem(1, 6, length, states, groups=2, extras=ALL)))
 
 
 def test_dtypes_may_differ_and_the_default_does_not_matter():

@@ -1,6 +1,7 @@
 """Panels redraw when a control moves, and hide no error; the monitor of a training stops it."""
 
 import io
+from datetime import datetime
 
 import ipywidgets
 import pytest
@@ -70,6 +71,18 @@ def test_a_panel_with_a_button_waits_for_it():
     assert image.value == before and below.value == "<b>1</b>"
     box.children[1].click()
     assert image.value != before and below.value == "<b>4</b>"
+
+
+def test_a_panel_names_the_upload_that_it_draws():
+    upload = ipywidgets.FileUpload()
+    box = widgets.panel(lambda upload: bars(len(upload))[0], {"upload": upload}, button="draw", cache=0)
+    text = box.children[-3]
+    assert "none" in text.value
+    file = {"name": "<my>.png", "type": "", "size": 3, "last_modified": datetime.now()}
+    upload.value = [file | {"content": memoryview(b"abc")}]
+    assert "&lt;my&gt;.png, 3 bytes" in text.value and "draw" in text.value
+    box.children[1].click()
+    assert "&lt;my&gt;.png, 3 bytes" in text.value and "draw" not in text.value
 
 
 def test_a_pressed_stop_button_ends_the_training_after_the_epoch(monkeypatch):

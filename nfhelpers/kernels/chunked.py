@@ -14,9 +14,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
-from .reference import selective_scan_reference
 
 CHUNK = 32  # steps per chunk
 STEP_ELEMENTS = 32768  # states per step and CPU thread that stay in cache: more are cut into parts
@@ -31,7 +28,7 @@ def states_shape(batch, directions, length, channels, states):
 class _Scan:
     """The arguments of one call, ready to be cut up: (b, K, l, ...) what varies, (K, ...) what does not."""
 
-    def __init__(self, u, delta, A, B, C, D, z, bias, order, reverse, softplus):
+    def __init__(self, u, delta, A, B, C, D, z, bias, order, carried, reverse, softplus):
         batch, directions, length, channels = delta.shape
         self.groups, self.states, self.dtype, self.softplus = B.shape[2], B.shape[4], A.dtype, softplus
         self.u = self.split(u).expand(-1, directions, -1, -1, -1)  # (b, K, l, G, P)
@@ -40,6 +37,7 @@ class _Scan:
         self.D, self.bias = self.split(D), self.split(bias)  # (K, G, P)
         A = self.split(A) if A.dim() == 2 else A.unflatten(1, (self.groups, -1)).transpose(2, 3)
         self.A = A.contiguous()  # (K, G, P) or (K, G, N, P)
+        self.carried = carried
         self.visits = _visits(order, reverse, directions, length, u.device)
         self.spans = _cut(length, CHUNK)  # of the steps
         room = batch * directions
@@ -51,6 +49,10 @@ class _Scan:
     def split(self, x):
         """(..., d) as (..., G, P)."""
         return None if x is None else x.unflatten(-1, (self.groups, -1))
+
+    def split_state(self, x):
+        """(b, K, d, N) as (b, K, G, N, P)."""
+        return None if x is None else self.split(x.mT).transpose(2, 3).contiguous()
 
     def buffer(self, part):
         """Room for the states of a part, (T + 1, b, k, G, N, P)."""
@@ -70,6 +72,8 @@ class _Scan:
             _fill_powers(torch.exp2(step * (A * LOG2E)), a[0][:count])
         else:
             torch.mul(step.unsqueeze(-2), A * LOG2E, out=a[0][:count]).exp2_()
+        if self.carried is not None:
+            a[0][:count].mul_(self.carried[where[0], where[2]].T[..., None, None, None, None])
         for t in range(count):
             h[1][t + 1].addcmul_(a[1][t], h[1][t])
         return u, B, _load(self.C, where, self.dtype), step, raw
@@ -172,20 +176,21 @@ def _sum_steps(x, weight):
     return total.sum(0)
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
+def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied, keep_states):
     """(y, last, states) of the scan that reference.py describes."""
     y = torch.empty_like(u) if u.shape[1] == delta.shape[1] else u.new_empty(delta.shape)
-    scan = _Scan(u, delta, A, B, C, D, z, bias, order, reverse, softplus)
+    scan = _Scan(u, delta, A, B, C, D, z, bias, order, carried, reverse, softplus)
     y_rows = scan.split(y)
     last = A.new_empty(*delta.shape[:2], scan.groups, scan.states, y_rows.shape[-1])
     states = A.new_empty(states_shape(*delta.shape, scan.states) if keep_states else (0,))
     starts = states.view(-1, *last.shape) if keep_states else None
+    initial = scan.split_state(initial)
 
     for part in scan.parts:
         h, a = scan.buffer(part), scan.buffer(part)
         h_steps, a_steps = h.unbind(0), a.unbind(0)
         D_k = None if D is None else scan.D[part[1]]
-        carry = torch.zeros_like(h[0])
+        carry = torch.zeros_like(h[0]) if initial is None else initial[part].clone()
         for index, span in enumerate(scan.spans):
             where = _where(scan, part, span)
             h[0] = carry
@@ -203,9 +208,11 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_
     return y, last.transpose(3, 4).flatten(2, 3), states
 
 
-def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
-    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; None where one is None."""
-    scan = _Scan(u, delta, A, B, C, D, z, bias, order, reverse, softplus)
+def backward(
+    grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied
+):
+    """Gradients of u, delta, A, B, C, D, z, bias and initial in their shapes; None where one is None."""
+    scan = _Scan(u, delta, A, B, C, D, z, bias, order, carried, reverse, softplus)
     du, ddelta, dB, dC, dz = (None if x is None else torch.empty_like(x) for x in (u, delta, B, C, z))
     shared = u.shape[1] < delta.shape[1]
     du_rows = scan.split(u.new_zeros(du[:, 0].shape, dtype=A.dtype) if shared else du)
@@ -214,8 +221,8 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     dA = torch.zeros_like(scan.A)
     dD, dbias = (None if x is None else torch.zeros_like(x) for x in (scan.D, scan.bias))
     starts = states.view(-1, *delta.shape[:2], scan.groups, scan.states, scan.u.shape[4])
-    if grad_last is not None:
-        grad_last = scan.split(grad_last.transpose(2, 3)).transpose(2, 3).contiguous()  # (b, K, G, N, P)
+    grad_last = scan.split_state(grad_last)
+    dinitial = None if initial is None else torch.empty_like(scan.split_state(initial))
     ramp = torch.arange(1, scan.states + 1, dtype=A.dtype, device=u.device).unsqueeze(-1)  # (N, 1)
 
     for part in scan.parts:
@@ -267,24 +274,12 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
                 dbias[part[1]] += dstep.sum((0, 1))
             (_add_directions if shared else _store)(du_rows, where, du_t)
             _store(ddelta_rows, where, dstep)
+        if initial is not None:
+            dinitial[part] = carry
 
     if shared:
         du[:, 0] = du_rows.flatten(-2)
     dA = dA.flatten(1) if tied else dA.transpose(2, 3).flatten(1, 2)
     dD, dbias = (None if total is None else total.flatten(1) for total in (dD, dbias))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias
-
-
-def by_parts(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **options):
-    """`selective_scan_reference` chunk by chunk, recomputed for gradients: zero-order hold, fixed B and C."""
-
-    def cut(x):  # what varies into chunks; splits, of which autograd makes one tensor, not slices
-        return itertools.repeat(x) if x is None or x.dim() == 2 else x.split(CHUNK, -1)
-
-    outputs, state = [], None
-    options |= dict(use_reentrant=False, preserve_rng_state=False)
-    for u_t, delta_t, B_t, C_t, z_t in zip(*map(cut, (u, delta, B, C, z)), strict=False):
-        given = (u_t, delta_t, A, B_t, C_t, D, z_t, delta_bias, delta_softplus, True)
-        y, state = checkpoint(selective_scan_reference, *given, initial_state=state, **options)
-        outputs.append(y)
-    return torch.cat(outputs, -1), state
+    dinitial = None if initial is None else dinitial.transpose(3, 4).flatten(2, 3)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial

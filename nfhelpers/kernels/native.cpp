@@ -85,9 +85,9 @@ struct Problem {
     int64_t batch, directions, length, channels, states, groups, threads, reverse;
     int64_t shared, softplus, tied, order_b, pieces;
     View u, delta, z, y, grad_y, du, ddelta, dz;
-    const float *A, *B, *C, *D, *bias, *grad_last;
+    const float *A, *B, *C, *D, *bias, *initial, *grad_last;
     const int64_t* order;
-    float *last, *kept, *dA, *dB, *dC, *dD, *dbias;
+    float *last, *kept, *dA, *dB, *dC, *dD, *dbias, *dinitial;
 };
 
 // ------------------------------------------------------------------------------------------------ arithmetic
@@ -534,6 +534,10 @@ void load_steps(const Problem& p, const Place& at, Work& w) {
     }
 }
 
+int64_t state_at(const Problem& p, const Place& at) {  // of a tensor (b, k, d, n)
+    return ((at.b * p.directions + at.k) * p.channels + at.channel) * p.states;
+}
+
 float* kept_state(const Problem& p, const Plan& plan, const Place& at, int64_t chunk) {
     return p.kept + ((at.b * p.directions + at.k) * plan.chunks + chunk) * p.states * p.channels + at.channel;
 }
@@ -547,6 +551,7 @@ void forward_unit(const Problem& p, const Plan& plan, Work& w, int64_t unit) {
     const Place at = plan.place(b, k, g, block);
     w.own = &w.blocks[0];
     prepare(p, at, *w.own);
+    if (p.initial) load_weight(p.initial + state_at(p, at), {N, 1}, N, at.channels, w.own->state.data());
     visit(p, b, k, 0, w.next_rows);
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
         move_on(p, b, k, g, chunk + 1, w);
@@ -568,8 +573,7 @@ void forward_unit(const Problem& p, const Plan& plan, Work& w, int64_t unit) {
         }
         move_tile<true>(p.y, at, w.rows, &w.step[0].y);
     }
-    float* last = p.last + ((b * p.directions + k) * p.channels + at.channel) * N;
-    store_weight(last, {N, 1}, N, at.channels, w.own->state.data());
+    store_weight(p.last + state_at(p, at), {N, 1}, N, at.channels, w.own->state.data());
 }
 
 // The gradients of one chunk of one block; those with respect to B and C are added to w.folded.
@@ -657,10 +661,8 @@ void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& g
     for (int64_t block = first; block < last; ++block) {
         const Place at = plan.place(b, k, g, block);
         prepare(p, at, w.blocks[block - first]);
-        if (p.grad_last) {
-            const float* from = p.grad_last + ((b * p.directions + k) * p.channels + at.channel) * N;
-            load_weight(from, {N, 1}, N, at.channels, w.blocks[block - first].grad.data());
-        }
+        Block* grad = w.blocks[block - first].grad.data();
+        if (p.grad_last) load_weight(p.grad_last + state_at(p, at), {N, 1}, N, at.channels, grad);
     }
     visit(p, b, k, plan.chunks - 1, w.next_rows);
     for (int64_t chunk = plan.chunks - 1; chunk >= 0; --chunk) {
@@ -686,6 +688,7 @@ void backward_blocks(const Problem& p, const Plan& plan, Work& w, const Place& g
         const Carry& own = w.blocks[block - first];
         const Weight rates = p.tied ? Weight{1, 0} : Weight{N, 1};
         store_weight(p.dA + channel * rates.channel, rates, p.tied ? 1 : N, at.channels, own.dA.data());
+        if (p.dinitial) store_weight(p.dinitial + state_at(p, at), {N, 1}, N, at.channels, own.grad.data());
         if (p.D) store_weight(p.dD + channel, {1, 0}, 1, at.channels, &own.dD);
         if (p.bias) store_weight(p.dbias + channel, {1, 0}, 1, at.channels, &own.dbias);
     }

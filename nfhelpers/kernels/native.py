@@ -137,7 +137,7 @@ class _Problem(ctypes.Structure):
     _numbers = "batch directions length channels states groups threads reverse shared softplus tied"
     _numbers += " order_b pieces"
     _views = tuple("u delta z y grad_y du ddelta dz".split())
-    _pointers = "A B C D bias grad_last order last kept dA dB dC dD dbias"
+    _pointers = "A B C D bias initial grad_last order last kept dA dB dC dD dbias dinitial"
     _fields_ = [
         *((name, ctypes.c_int64) for name in _numbers.split()),
         *((name, _View) for name in _views),
@@ -160,13 +160,14 @@ def states_shape(batch, directions, length, channels, states):
     return batch, directions, -(-length // CHUNK), states, channels
 
 
-def _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
+def _problem(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied):
     """The arguments as native.cpp takes them."""
     problem = _Problem(*delta.shape, B.shape[4], B.shape[2], torch.get_num_threads(), reverse)
     problem.shared, problem.softplus, problem.tied = u.shape[1] < delta.shape[1], softplus, tied
     if order is not None and order.shape[0] > 1:
         problem.order_b = order[0].numel()
     problem.give(u=_rows(u), delta=_rows(delta), z=_rows(z), A=A, B=_float(B), C=_float(C), D=D, bias=bias)
+    problem.give(initial=initial)
     problem.give(order=None if order is None else order.to(torch.int64).contiguous())  # (b', K, l)
     return problem
 
@@ -192,9 +193,9 @@ def _call(name, problem):
         raise MemoryError("the native scan has no memory for its work buffers")
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
-    """(y, last, states) of the scan that reference.py describes."""
-    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied, keep_states):
+    """(y, last, states) of the scan that reference.py describes, without `carried`."""
+    problem = _problem(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied)
     y = _like(u.new_empty(()).expand(delta.shape) if problem.shared else u)
     last = A.new_empty(*delta.shape[:2], delta.shape[3], problem.states)
     kept = A.new_empty(states_shape(*delta.shape, problem.states) if keep_states else (0,))
@@ -203,9 +204,12 @@ def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_
     return y.to(u.dtype), last, kept
 
 
-def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
-    """Gradients of u, delta, A, B, C, D, z and bias in their arguments' shapes; None where one is None."""
-    problem = _problem(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+def backward(
+    grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied
+):
+    """Gradients of u, delta, A, B, C, D, z, bias and initial in their shapes; None where one is None."""
+    problem = _problem(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied)
+    dinitial = None if initial is None else torch.empty_like(initial)
     problem.give(grad_y=_rows(grad_y), grad_last=_float(grad_last), kept=states)
     problem.pieces = load().nf_pieces(problem)
     # Directions that share u add to du one after another: without rounding in between.
@@ -216,8 +220,9 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     for name, x in sums.items():
         count = problem.pieces if name in ("dB", "dC") else problem.batch
         sums[name] = None if x is None else A.new_empty(count, *x.shape)
-    problem.give(**rows, **sums)
+    problem.give(**rows, **sums, dinitial=dinitial)
     _call("nf_backward", problem)
     # One term after another: the same bits at any number of threads.
     found = rows | {name: None if x is None else functools.reduce(torch.add, x) for name, x in sums.items()}
-    return tuple(found[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias"))
+    found["dinitial"] = dinitial
+    return tuple(found[f"d{name}"] for name in "u delta A B C D z bias initial".split())

@@ -22,11 +22,12 @@ def module(name):
     return importlib.import_module(_MODULES[name])
 
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias"
-_OPTIONS = "Tensor? order, int reverse, bool softplus, bool tied"
+_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
+_INPUTS += "Tensor? initial"
+_OPTIONS = "Tensor? order, Tensor? carried, int reverse, bool softplus, bool tied"
 # `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
 _FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
-_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 7}Tensor)"
+_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 8}Tensor)"
 
 _ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
 _called_ahead, _pending = set(), set()
@@ -88,9 +89,10 @@ def _function(operation, setup, backward):
 def _register(name):
     """Tell PyTorch of one backend: what it computes, the shapes it returns, its derivative."""
 
-    def run(u, delta, A, B, C, D, z, bias, order, *options):  # reverse, softplus, tied, keep_states, layout
-        check_permutation(order)
-        y, last, states = _call(name, "forward", u, delta, A, B, C, D, z, bias, order, *options[:4])
+    def run(*arguments):  # of the schema
+        check_permutation(arguments[9])
+        y, last, states = _call(name, "forward", *arguments[:15])
+        u = arguments[0]
         return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
 
     def run_backward(grad_y, grad_last, states, *given):
@@ -102,8 +104,8 @@ def _register(name):
     backward_op = operation(f"nfhelpers::scan_{name}_backward", run_backward, schema=_BACKWARD)
 
     @op.register_fake
-    def _(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states, layout=""):
-        given = (u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+    def _(*arguments):
+        (u, delta, A, B, *_), keep_states, given = arguments, arguments[14], arguments[:14]
         for keep in (keep_states, False):  # what is trained is evaluated, too
             _compile_ahead(name, "forward", *given, keep)
         kept = module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
@@ -114,14 +116,14 @@ def _register(name):
     @backward_op.register_fake
     def _(grad_y, grad_last, states, *given):
         _compile_ahead(name, "backward", grad_y, grad_last, states, *given)
-        return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:8])
+        return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:9])
 
     def setup(ctx, inputs, output):
         ctx.set_materialize_grads(False)
         y, _, states = output
         ctx.mark_non_differentiable(states)
-        ctx.save_for_backward(states, *inputs[:9])
-        ctx.options, ctx.shape = inputs[9:12], y.shape
+        ctx.save_for_backward(states, *inputs[:11])
+        ctx.options, ctx.shape = inputs[11:14], y.shape
 
     def differentiate(ctx, grad_y, grad_last, _):
         if forward_ad._current_level >= 0:
@@ -131,7 +133,7 @@ def _register(name):
         run = twice if is_transformed() else backward_op
         grads = run(grad_y, grad_last, states, *given, *ctx.options)
         grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
-        return *grads, *[None] * 6  # order ... layout
+        return *grads, *[None] * 7  # order ... layout
 
     op.register_autograd(differentiate, setup_context=setup)
     backward_op.register_autograd(_refuse)

@@ -1,6 +1,6 @@
 """The scans as they are written: one step after another, in any floating dtype. The truth of the tests.
 
-    h_l = exp(delta_l A) h_{l-1} + Bbar_l u_l          h: (B, D, N), h_{-1} = 0
+    h_l = exp(delta_l A) h_{l-1} + Bbar_l u_l          h: (B, D, N), h_{-1} = 0 or given
     y_l = sum_n C_l h_l + D u_l,  then  y_l * silu(z_l) if z is given
 
 `discretization="mamba"` takes Bbar = delta B (Gu and Dao, "Mamba", 2023, and the kernel they released);
@@ -8,17 +8,21 @@
 
 The backends implement the operation behind both public scans, which `as_groups` states by such a scan:
 
-    forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states) -> y, last, states
-    backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-        -> the gradients of u, delta, A, B, C, D, z, bias, None for None
+    forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied, keep_states)
+        -> y, last, states
+    backward(grad_y, grad_last, states, u, ..., tied)
+        -> the gradients of u, delta, A, B, C, D, z, bias, initial, None for None
 
 b batch, k direction, l token (row), d channel, n state, g group of channels that share B and C
     u           (b, K, l, d), or (b, 1, l, d) when the directions share one input
     delta, z    (b, K, l, d)
     A           (K, d, N); tied (K, d), where state n decays at the rate (n + 1) A
     B, C        (b, K, G, l, N)
-    D, bias     (K, d); they and A come contiguous in the state's dtype, the rest in any dtype and strides
+    D, bias     (K, d)
+    initial     (b, K, d, N), state before the first step
+                These and A come contiguous in the state's dtype, the rest in any dtype and strides.
     order       None, or (1 or b, K, l): row visited at step t
+    carried     None, or, where there is no order and nothing is reversed, (b, l): factor of the decays
     reverse     bit k set: direction k walks its order from the last step to the first
     y, last     (b, K, l, d) in the order of the rows, (b, K, d, N) state after the last step
     states      what the backend keeps for its backward pass; (0,) when keep_states is False
@@ -74,9 +78,9 @@ def _step_by_step(weight, channels):
 
 def selective_scan_reference(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
-    *, initial_state=None, discretization="mamba", tied_decay=False,
+    *, initial_state=None, carried=None, discretization="mamba", tied_decay=False,
 ):  # fmt: skip
-    """`kernels.selective_scan` step by step, from initial_state (B, D, N) on; autograd keeps O(B D L N)."""
+    """`kernels.selective_scan` step by step, decays times carried (B, L); autograd keeps O(B D L N)."""
     dtype = compute_dtype(u, delta, A, B, C, D, z, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
         x, step = (rows.to(dtype).permute(2, 0, 1) for rows in (u, delta))  # (L, B, D)
@@ -86,9 +90,11 @@ def selective_scan_reference(
         A = state_rates(A.to(dtype), B.shape[-1]) if tied_decay else A.to(dtype)  # (D, N)
         weight = hold(step, A) if discretization == "zoh" else step
         state = x.new_zeros(*x.shape[1:], A.shape[1]) if initial_state is None else initial_state.to(dtype)
+        decays = torch.exp(step * A)  # (L, B, D, N)
+        decays = decays if carried is None else decays * carried.T[..., None, None]
         states = []
         # unbind and stack, never h[l]: the backward of a slice fills a tensor of the size of the whole.
-        steps = zip(torch.exp(step * A).unbind(), (weight * B * x.unsqueeze(-1)).unbind(), strict=True)
+        steps = zip(decays.unbind(), (weight * B * x.unsqueeze(-1)).unbind(), strict=True)
         for decay, added in steps:
             state = decay * state + added  # (B, D, N)
             states.append(state)

@@ -1,10 +1,14 @@
-"""The scan in Triton: serial in time, parallel over batch, directions and channels, state in registers.
+"""The scan in Triton: parallel over batch, directions and channels, state in registers.
 
 A program is one warp: it walks one direction of one sample for a tile of channels. The gather is the address
-of each load, so all directions go in one launch. The forward kernel saves the state every STEPS steps; the
-backward kernel walks groups of GROUP steps from the last to the first, recomputes the states of one group and
-differentiates it. Gradients that several programs add to are written as one partial a program and summed
-afterwards: no atomics, so two runs agree bitwise. States and parameters are float32. What makes it fast:
+of each load, so all directions go in one launch. Where such programs leave a GPU idle, time is cut into
+segments: each is scanned from zero (its decay is exp(A sum delta)), is then told what it really starts from,
+and is scanned again; the backward pass likewise, from the last to the first.
+
+The forward kernel saves the state every STEPS steps; the backward kernel walks groups of GROUP steps from the
+last to the first, recomputes the states of one group and differentiates it. Gradients that several programs
+add to are one partial a program, summed afterwards: no atomics, so two runs agree bitwise. States and
+parameters are float32. What makes it fast:
 
 - A state tile is (N, D), its addresses kept from being vectorised along channels: a thread holds all N states
   of one channel (of N > 16, a part), so that sums over states, softplus and gate stay within it.
@@ -13,24 +17,25 @@ afterwards: no atomics, so two runs agree bitwise. States and parameters are flo
   than holding them, and keeps the states of four steps, not eight.
 - The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
   which the products are; a reduction across threads would take most of the time.
- Letters are those of `reference`; t is a step of the walk, a its decay exp(delta A).
+Letters are those of `reference`; t is a step of the walk, a its decay exp(delta A).
 """
 
-# ruff: noqa: E741, RUF005 (Triton has no unpacking)
+# ruff: noqa: RUF005 (Triton has no unpacking)
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from .triton_parts import QUAD, carry, pack, sums
+
 STEPS = 8  # steps between saved states
 GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
 TILE = 512  # states of a program: 16 in each of 32 threads
-PACK_TILE = 1024  # weights of a program of `pack_kernel`
+SHORTEST = 16  # steps of a segment, a multiple of STEPS
+WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
-SUM_TILE = 8, 256  # rows and columns that a program of `sum_kernel`, one warp, adds at once
 
-QUAD = tl.constexpr(4)  # B and C alternate by so many states
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -65,19 +70,28 @@ def powers(e, N: tl.constexpr):
 
 
 @triton.jit
-def decay(delta, A2, TIED: tl.constexpr, N: tl.constexpr):
-    """a = exp(delta A) (N, D). A2 is A log2(e): (N, D), or of the first state (D,) when decays are tied."""
+def decay(delta, A2, factor, TIED: tl.constexpr, N: tl.constexpr):
+    """a = exp(delta A) (N, D), times a factor. A2 is A log2(e): (N, D), tied (D,) of the first state."""
     if TIED:
-        return powers(tl.exp2(delta * A2), N)
+        return powers(tl.exp2(delta * A2) * factor, N)
     else:
-        return tl.exp2(delta[None, :] * A2)
+        return tl.exp2(delta[None, :] * A2) * factor
 
 
 @triton.jit
-def step_size(raw, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+def load_factor(carried_ptr, row, live):
+    """What the decay of a step is multiplied by."""
+    if carried_ptr is None:
+        return 1.0
+    else:
+        return tl.load(carried_ptr + row, mask=live, other=1.0)
+
+
+@triton.jit
+def step_size(raw, bias, SOFTPLUS: tl.constexpr):
     """delta (D,) as the recurrence uses it, and its derivative with respect to what was loaded."""
     delta = raw.to(tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         delta += bias
     if SOFTPLUS:
         return softplus(delta)
@@ -86,9 +100,9 @@ def step_size(raw, bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def advance(h, delta, u, B, A2, TIED: tl.constexpr, N: tl.constexpr):
+def advance(h, delta, u, B, A2, factor, TIED: tl.constexpr, N: tl.constexpr):
     """The state (N, D) after one more step."""
-    a = decay(delta, A2, TIED, N)
+    a = decay(delta, A2, factor, TIED, N)
     x = (delta * u)[None, :] * B
     return a * h + x
 
@@ -157,18 +171,13 @@ def pick(t, xs):
 
 
 @triton.jit
-def row_at(order_ptr, t, L, backwards, HAS_ORDER: tl.constexpr, WIDE: tl.constexpr):
+def row_at(order_ptr, t, L, backwards, WIDE: tl.constexpr):
     """Row visited at step t; steps past the end visit the last row, and what they do there is dropped."""
     t = tl.minimum(t, L - 1)
     t = tl.where(backwards, L - 1 - t, t)
-    if HAS_ORDER:
+    if order_ptr is not None:
         t = tl.load(order_ptr + t)
     return t.to(tl.int64) if WIDE else t.to(tl.int32)
-
-
-@triton.jit
-def load_channels(ptr, at, d_mask):
-    return tl.load(ptr + at, mask=d_mask, other=0.0)
 
 
 @triton.jit
@@ -190,31 +199,31 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def pack_kernel(xs, strides, rows_ptr, G, L, num_state, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr):
-    """B and C (b, k, g, l, n) as rows of which one load takes a step's weights: four of B, four of C, ..."""
-    l = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    l = l[:, None].to(tl.int64)  # (L, 1)
-    n = tl.arange(0, BLOCK_N)[None, :].to(tl.int64)  # (1, N)
-    kg = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    row = (b * tl.num_programs(1) + kg) * L + l
-    mask = (l < L) & (n < num_state)
-    for i in tl.static_range(len(xs)):
-        x_ptr = xs[i] + b * strides[i][0] + kg // G * strides[i][1] + kg % G * strides[i][2]
-        x = tl.load(x_ptr + l * strides[i][3] + n * strides[i][4], mask=mask, other=0.0)
-        at = row * (len(xs) * BLOCK_N) + (n // QUAD * len(xs) + i) * QUAD + n % QUAD
-        tl.store(rows_ptr + at, x.to(tl.float32), mask=l < L)
-
-
-@triton.jit
-def place(blocks_per_group, group_dim, dim, num_state, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a program owns: sample b, direction k, both in one, group g of so many, channels, states."""
+def place(
+    L, span, segments, blocks_per_group, group_dim, dim, num_state,
+    SEGMENTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a program owns: sample b, direction k, both in one, with the segment too, its steps, group g of so
+    many, channels, states.
+    """
     block = tl.program_id(0)
+    blocks = tl.num_programs(0)
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     bk = b * tl.num_programs(1) + k
+    if SEGMENTED:
+        blocks = blocks // segments
+        segment = block // blocks
+        block = block % blocks
+        part = (b * segments + segment) * tl.num_programs(1) + k
+        first = segment * span
+        stop = tl.minimum(first + span, L)
+    else:
+        part = bk
+        first = 0
+        stop = L
     g = block // blocks_per_group
-    groups = tl.num_programs(0) // blocks_per_group
+    groups = blocks // blocks_per_group
     within = block % blocks_per_group * BLOCK_D + tl.arange(0, BLOCK_D)
     d_mask = within < group_dim
     d = g * group_dim + within
@@ -222,40 +231,47 @@ def place(blocks_per_group, group_dim, dim, num_state, BLOCK_D: tl.constexpr, BL
     mask = d_mask[None, :] & (n < num_state)[:, None]
     # In 64 bits, so that a thread's states are at constant offsets of one address.
     nd = n.to(tl.int64)[:, None] * dim + d.to(tl.int64)[None, :]
-    return b, k, bk, g, groups, d, d_mask, nd, mask
+    return b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask
 
 
-@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
+@triton.jit(do_not_specialize=["L", "span", "segments", "group_dim", "reverse"])
 def forward_kernel(
-    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
-    y_ptr, states_ptr, last_ptr,
+    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
+    y_ptr, states_ptr, first_ptr, last_ptr, decays_ptr,
     u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
-    L, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    SOFTPLUS: tl.constexpr, TIED: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
+    L, span, segments, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
+    SEGMENTED: tl.constexpr, ENDS: tl.constexpr, ADJOINT: tl.constexpr, SOFTPLUS: tl.constexpr,
+    TIED: tl.constexpr, WIDE: tl.constexpr,
     STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, k, bk, g, groups, d, d_mask, nd, mask = place(
-        blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
+    # ENDS: only the state that a segment makes of zero, and its decay. ADJOINT: the same of the adjoint
+    # recurrence g_{t-1} = a_t (g_t + C_t dy_t), walked the other way, with dy, gated, in place of u.
+    b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask = place(
+        L, span, segments, blocks_per_group, group_dim, dim, num_state, SEGMENTED, BLOCK_D, BLOCK_N
     )
     row_n = tl.arange(0, ROW)
-    backwards = ((reverse >> k) & 1) == 1
+    backwards = ((reverse >> k) & 1) == (0 if ADJOINT else 1)
+    if ADJOINT:
+        first, stop = L - stop, L - first
     chunks = tl.cdiv(L, STEPS)
 
     if TIED:
         A2 = tl.load(A_ptr + k * dim + d, mask=d_mask, other=0.0) * LOG2E
     else:
         A2 = tl.load(A_ptr + k * num_state * dim + nd, mask=mask, other=0.0) * LOG2E
-    if HAS_D:
+    if D_ptr is not None:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
-    bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0) if HAS_BIAS else 0.0
+    bias = None if bias_ptr is None else tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0)
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
-    y_ptr += bk * L * dim
+    if not ENDS:
+        y_ptr += bk * L * dim
+    if carried_ptr is not None:
+        carried_ptr += b * L
     rows_ptr += (bk * groups + g) * L * ROW
-    if HAS_Z:
+    if z_ptr is not None:
         z_ptr += b * z_b + k * z_k
-    if HAS_ORDER:
+    if order_ptr is not None:
         order_ptr += b * order_b + k * order_k
 
     # What a step needs is loaded one chunk ahead; the rows it will be loaded from, two.
@@ -266,71 +282,93 @@ def forward_kernel(
     zs = ()
     weights = ()
     for i in tl.static_range(STEPS):
-        row = row_at(order_ptr, i, L, backwards, HAS_ORDER, WIDE)
+        row = row_at(order_ptr, first + i, L, backwards, WIDE)
         rows = rows + (row,)
-        later = later + (row_at(order_ptr, STEPS + i, L, backwards, HAS_ORDER, WIDE),)
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
-        if HAS_Z:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
+        later = later + (row_at(order_ptr, first + STEPS + i, L, backwards, WIDE),)
+        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
+        if z_ptr is not None:
+            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
         weights = weights + (tl.load(rows_ptr + row * ROW + row_n),)
 
-    h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for chunk in range(chunks):
-        if SAVE:
-            tl.store(states_ptr + (bk * chunks + chunk) * num_state * dim + nd, h, mask=mask)
+    if first_ptr is not None:
+        h = tl.load(first_ptr + part * num_state * dim + nd, mask=mask, other=0.0)
+    else:
+        h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    if ENDS:
+        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        kept = 1.0
+    for chunk in range(tl.cdiv(stop - first, STEPS)):
+        if states_ptr is not None:
+            saved = bk * chunks + first // STEPS + chunk
+            tl.store(states_ptr + saved * num_state * dim + nd, h, mask=mask)
         later2 = ()
         us2 = ()
         deltas2 = ()
         zs2 = ()
         weights2 = ()
         for i in tl.static_range(STEPS):
-            t = chunk * STEPS + i
+            t = first + chunk * STEPS + i
             u = us[i].to(tl.float32)
-            delta, _ = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
-            delta = tl.where(t < L, delta, 0.0)
+            delta, _ = step_size(deltas[i], bias, SOFTPLUS)
+            delta = tl.where(t < stop, delta, 0.0)
             B_t, C_t = split_weights(weights[i], BLOCK_N)
 
             row = later[i]
-            later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, HAS_ORDER, WIDE),)
-            us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
-            deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
-            if HAS_Z:
-                zs2 = zs2 + (load_channels(z_ptr, row * z_l + d, d_mask),)
+            later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, WIDE),)
+            us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+            deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
+            if z_ptr is not None:
+                zs2 = zs2 + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
             weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)
 
-            h = advance(h, delta, u, B_t, A2, TIED, BLOCK_N)
-            y = tl.sum(h * C_t, axis=0)
-            if HAS_D:
-                y += D * u
-            if HAS_Z:
-                z = zs[i].to(tl.float32)
-                y = y * z * tl.sigmoid(z)
-            tl.store(y_ptr + rows[i] * dim + d, y, mask=d_mask & (t < L))
+            factor = load_factor(carried_ptr, rows[i], t < stop)
+            if ENDS:
+                total += delta
+                kept *= factor
+            if ADJOINT:
+                u = tl.where(t < stop, u, 0.0)
+                if z_ptr is not None:
+                    z = zs[i].to(tl.float32)
+                    u = u * z * tl.sigmoid(z)
+                h = (h + u[None, :] * C_t) * decay(delta, A2, factor, TIED, BLOCK_N)
+            else:
+                h = advance(h, delta, u, B_t, A2, factor, TIED, BLOCK_N)
+            if not ENDS:
+                y = tl.sum(h * C_t, axis=0)
+                if D_ptr is not None:
+                    y += D * u
+                if z_ptr is not None:
+                    z = zs[i].to(tl.float32)
+                    y = y * z * tl.sigmoid(z)
+                tl.store(y_ptr + rows[i] * dim + d, y, mask=d_mask & (t < stop))
         rows = later
         later = later2
         us = us2
         deltas = deltas2
         zs = zs2
         weights = weights2
-    tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask)
+    if ENDS:
+        tl.store(last_ptr + part * num_state * dim + nd, h, mask=mask)
+        tl.store(decays_ptr + part * num_state * dim + nd, decay(total, A2, kept, TIED, BLOCK_N), mask=mask)
+    else:
+        tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask & (stop == L))
 
 
-@triton.jit(do_not_specialize=["L", "group_dim", "reverse"])
+@triton.jit(do_not_specialize=["L", "span", "segments", "group_dim", "reverse"])
 def backward_kernel(
-    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr,
+    u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
     states_ptr, dy_ptr, dlast_ptr,
-    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, one,
+    du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dfirst_ptr, one,
     u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
     dy_b, dy_k, dy_l, du_b, du_k, du_l, ddt_b, ddt_k, ddt_l, dz_b, dz_k, dz_l,
-    L, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    SOFTPLUS: tl.constexpr, TIED: tl.constexpr, HAS_DLAST: tl.constexpr, PRECISION: tl.constexpr,
+    L, span, segments, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
+    SEGMENTED: tl.constexpr, SOFTPLUS: tl.constexpr, TIED: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    b, k, bk, g, groups, d, d_mask, nd, mask = place(
-        blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
+    b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask = place(
+        L, span, segments, blocks_per_group, group_dim, dim, num_state, SEGMENTED, BLOCK_D, BLOCK_N
     )
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
@@ -343,11 +381,11 @@ def backward_kernel(
     else:
         A2 = tl.load(A_ptr + k * num_state * dim + nd, mask=mask, other=0.0) * LOG2E
         dA = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    if HAS_D:
+    if D_ptr is not None:
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
         dD = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    bias = tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0) if HAS_BIAS else 0.0
-    if HAS_BIAS:
+    bias = None if bias_ptr is None else tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0)
+    if bias_ptr is not None:
         dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
@@ -355,10 +393,12 @@ def backward_kernel(
     du_ptr += b * du_b + k * du_k
     ddelta_ptr += b * ddt_b + k * ddt_k
     rows_ptr += (bk * groups + g) * L * ROW
-    if HAS_Z:
+    if carried_ptr is not None:
+        carried_ptr += b * L
+    if z_ptr is not None:
         z_ptr += b * z_b + k * z_k
         dz_ptr += b * dz_b + k * dz_k
-    if HAS_ORDER:
+    if order_ptr is not None:
         order_ptr += b * order_b + k * order_k
     # Partial gradients of B and C: (blocks_per_group, B, K, G, L, N).
     part_at = (tl.program_id(0) % blocks_per_group * tl.num_programs(2) + b) * tl.num_programs(1) + k
@@ -374,12 +414,12 @@ def backward_kernel(
     part_t = column // S % PARTS
     part_mask = (part_n < num_state) & (column < columns)
 
-    if HAS_DLAST:
-        dh = tl.load(dlast_ptr + bk * num_state * dim + nd, mask=mask, other=0.0)
+    if dlast_ptr is not None:
+        dh = tl.load(dlast_ptr + part * num_state * dim + nd, mask=mask, other=0.0)
     else:  # zeros, by a load masked off everywhere: these get the layout of the states, others were converted
         dh = tl.load(states_ptr + nd, mask=mask & (L < 0), other=0.0)
 
-    groups_of_steps = tl.cdiv(L, GROUP)
+    groups_of_steps = tl.cdiv(stop, GROUP)
     rows = ()
     us = ()
     deltas = ()
@@ -387,30 +427,30 @@ def backward_kernel(
     zs = ()
     for i in tl.static_range(GROUP):
         last_t = (groups_of_steps - 1) * GROUP + i
-        row = row_at(order_ptr, last_t, L, backwards, HAS_ORDER, WIDE)
+        row = row_at(order_ptr, last_t, L, backwards, WIDE)
         rows = rows + (row,)
-        us = us + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas = deltas + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
-        dys = dys + (load_channels(dy_ptr, row * dy_l + d, d_mask & (last_t < L)),)
-        if HAS_Z:
-            zs = zs + (load_channels(z_ptr, row * z_l + d, d_mask),)
+        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
+        dys = dys + (tl.load(dy_ptr + (row * dy_l + d), mask=d_mask & (last_t < L), other=0.0),)
+        if z_ptr is not None:
+            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
     rows2 = ()
     us2 = ()
     deltas2 = ()
     for i in tl.static_range(GROUP):
         next_t = tl.maximum((groups_of_steps - 2) * GROUP, 0) + i
-        row = row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE)
+        row = row_at(order_ptr, next_t, L, backwards, WIDE)
         rows2 = rows2 + (row,)
-        us2 = us2 + (load_channels(u_ptr, row * u_l + d, d_mask),)
-        deltas2 = deltas2 + (load_channels(delta_ptr, row * dt_l + d, d_mask),)
+        us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
+        deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
-    for walked in range(groups_of_steps):
+    for walked in range(groups_of_steps - first // GROUP):
         start = (groups_of_steps - 1 - walked) * GROUP
         rows3 = ()
         for i in tl.static_range(GROUP):
             next_t = tl.maximum(start - 2 * GROUP, 0) + i
-            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, HAS_ORDER, WIDE),)
+            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, WIDE),)
 
         # The states once more: from the saved one up to the group, over the next group's steps ...
         if start % STEPS > 0:
@@ -418,14 +458,15 @@ def backward_kernel(
             for i in tl.static_range(GROUP):
                 B0 = B0 + (load_weight(rows_ptr + rows2[i] * ROW, False, BLOCK_N),)
             for i in tl.static_range(GROUP):
-                delta, _ = step_size(deltas2[i], bias, HAS_BIAS, SOFTPLUS)
-                h = advance(h, delta, us2[i].to(tl.float32), B0[i], A2, TIED, BLOCK_N)
+                delta, _ = step_size(deltas2[i], bias, SOFTPLUS)
+                factor = load_factor(carried_ptr, rows2[i], True)
+                h = advance(h, delta, us2[i].to(tl.float32), B0[i], A2, factor, TIED, BLOCK_N)
 
         # ... then within it. B and C are read well before their use: nothing else hides the latency.
         Bs = ()
         for i in tl.static_range(GROUP):
             Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N),)
-        if HAS_Z:
+        if z_ptr is not None:
             C = load_weight(rows_ptr + rows[0] * ROW, True, BLOCK_N)
         before = ()
         gated = ()
@@ -435,20 +476,21 @@ def backward_kernel(
         for i in tl.static_range(GROUP):
             live = start + i < L
             u = us[i].to(tl.float32)
-            delta, slope = step_size(deltas[i], bias, HAS_BIAS, SOFTPLUS)
+            delta, slope = step_size(deltas[i], bias, SOFTPLUS)
             delta = tl.where(live, delta, 0.0)
             slope = tl.where(live, slope, 0.0)
             if i == GROUP - 1:
                 B2 = load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N)
                 C2 = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N)
             before = before + (h,)
-            h = advance(h, delta, u, Bs[i], A2, TIED, BLOCK_N)
+            factor = load_factor(carried_ptr, rows[i], live)
+            h = advance(h, delta, u, Bs[i], A2, factor, TIED, BLOCK_N)
             dy = dys[i].to(tl.float32)
-            if HAS_Z:
+            if z_ptr is not None:
                 y = tl.sum(h * C, axis=0)
                 if i < GROUP - 1:
                     C = load_weight(rows_ptr + rows[i + 1] * ROW, True, BLOCK_N)
-                if HAS_D:
+                if D_ptr is not None:
                     y += D * u
                 z = zs[i].to(tl.float32)
                 gate = tl.sigmoid(z)
@@ -470,11 +512,11 @@ def backward_kernel(
         dys2 = ()
         zs2 = ()
         for i in tl.static_range(GROUP):
-            us3 = us3 + (load_channels(u_ptr, rows3[i] * u_l + d, d_mask),)
-            deltas3 = deltas3 + (load_channels(delta_ptr, rows3[i] * dt_l + d, d_mask),)
-            dys2 = dys2 + (load_channels(dy_ptr, rows2[i] * dy_l + d, d_mask),)
-            if HAS_Z:
-                zs2 = zs2 + (load_channels(z_ptr, rows2[i] * z_l + d, d_mask),)
+            us3 = us3 + (tl.load(u_ptr + (rows3[i] * u_l + d), mask=d_mask, other=0.0),)
+            deltas3 = deltas3 + (tl.load(delta_ptr + (rows3[i] * dt_l + d), mask=d_mask, other=0.0),)
+            dys2 = dys2 + (tl.load(dy_ptr + (rows2[i] * dy_l + d), mask=d_mask, other=0.0),)
+            if z_ptr is not None:
+                zs2 = zs2 + (tl.load(z_ptr + (rows2[i] * z_l + d), mask=d_mask, other=0.0),)
 
         # And backwards through them.
         dus = ()
@@ -494,7 +536,7 @@ def backward_kernel(
             dh += dy[None, :] * C
             # `one` keeps the compiler from holding every decay of the group until here: computing it again is
             # cheaper than memory.
-            a = decay(delta * one, A2, TIED, BLOCK_N)
+            a = decay(delta * one, A2, load_factor(carried_ptr, rows[i], start + i < L), TIED, BLOCK_N)
             dx = tl.sum(dh * B, axis=0)
             du = delta * dx
             ddelta = u * dx
@@ -513,11 +555,11 @@ def backward_kernel(
             else:
                 ddelta += tl.sum(da * A2, axis=0) * LN2
                 dA += delta[None, :] * da
-            if HAS_D:
+            if D_ptr is not None:
                 du += dy * D
                 dD += dy * u
             ddelta *= slopes[i]
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 dbias += ddelta
             dus = (du,) + dus
             ddeltas = (ddelta,) + ddeltas
@@ -535,42 +577,16 @@ def backward_kernel(
         dys = dys2
         zs = zs2
 
+    if dfirst_ptr is not None:
+        tl.store(dfirst_ptr + bk * num_state * dim + nd, dh, mask=mask & (first == 0))
     if TIED:
-        tl.store(dA_ptr + bk * dim + d, dA, mask=d_mask)
+        tl.store(dA_ptr + part * dim + d, dA, mask=d_mask)
     else:
-        tl.store(dA_ptr + bk * num_state * dim + nd, dA, mask=mask)
-    if HAS_D:
-        tl.store(dD_ptr + bk * dim + d, dD, mask=d_mask)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + bk * dim + d, dbias, mask=d_mask)
-
-
-@triton.jit
-def sum_rows(x_ptr, out_ptr, rows, columns, block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One block of columns of out = x.sum(0), in float32, ROWS rows loaded before they are added."""
-    j = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    j_mask = j < columns
-    at = x_ptr + j
-    total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for start in range(0, rows, ROWS):
-        xs = ()
-        for i in tl.static_range(ROWS):
-            xs = xs + (tl.load(at, mask=j_mask & (start + i < rows), other=0.0),)
-            at += columns
-        for i in tl.static_range(ROWS):
-            total += xs[i].to(tl.float32)
-    tl.store(out_ptr + j, total, mask=j_mask)
-
-
-@triton.jit
-def sum_kernel(xs, outs, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = x.sum(0) of each of these matrices (rows, columns), in one launch over all blocks of columns."""
-    block = tl.program_id(0)
-    for i in tl.static_range(len(xs)):
-        blocks = tl.cdiv(columns[i], COLUMNS)
-        if (block >= 0) & (block < blocks):
-            sum_rows(xs[i], outs[i], rows[i], columns[i], block, ROWS, COLUMNS)
-        block -= blocks
+        tl.store(dA_ptr + part * num_state * dim + nd, dA, mask=mask)
+    if D_ptr is not None:
+        tl.store(dD_ptr + part * dim + d, dD, mask=d_mask)
+    if bias_ptr is not None:
+        tl.store(dbias_ptr + part * dim + d, dbias, mask=d_mask)
 
 
 def states_shape(batch, directions, length, channels, states):
@@ -594,8 +610,27 @@ def _is_wide(length, *widths):
     return length * max(steps) >= WIDE_FROM
 
 
-def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
-    """What both kernels take, by name, and the grid: one program a channel block, direction and sample."""
+def _carries(arguments, grid, first, adjoint=False):
+    """What each segment starts from, (b, segments, K, N, d); the whole from `first` or zero."""
+    count, states, channels = (arguments[name] for name in ("segments", "num_state", "dim"))
+    if count == 1:
+        return first
+    ends, decays = arguments["u_ptr"].new_empty(
+        2, grid[2], count, grid[1], states, channels, dtype=torch.float32
+    )
+    forward_kernel[grid](
+        **arguments | dict(D_ptr=None, z_ptr=arguments["z_ptr"] if adjoint else None),
+        y_ptr=None, states_ptr=None, first_ptr=None, last_ptr=ends, decays_ptr=decays,
+        ENDS=True, ADJOINT=adjoint,
+    )  # fmt: skip
+    carry(ends, decays, first, adjoint)
+    return ends
+
+
+def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse, softplus, tied):
+    """What both kernels take, by name, and the grid: one program a channel block, direction and sample, and a
+    segment, of which there are as many as the GPU has room for, so many warps on each multiprocessor.
+    """
     batch, directions, length, channels = delta.shape
     groups, states = B.shape[2], B.shape[4]
     u, delta, z = (_channels_last(x) for x in (u, delta, z))
@@ -604,43 +639,49 @@ def _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
     block_d = 32 if min(TILE // block_n, triton.next_power_of_2(channels // groups)) >= 32 else 16
     block_n = max(block_n, 128 // block_d)  # four states of a thread, the fewest that the matrix unit adds
     blocks = triton.cdiv(channels // groups, block_d)
-    rows = torch.empty(*B.shape[:4], 2 * block_n, dtype=torch.float32, device=u.device)
-    block_l = max(1, PACK_TILE // block_n)
-    pack_kernel[triton.cdiv(length, block_l), directions * groups, batch](
-        (B, C), (B.stride(), C.stride()), rows, groups, length, states, BLOCK_L=block_l, BLOCK_N=block_n
-    )
+    room = torch.cuda.get_device_properties(u.device).multi_processor_count if u.is_cuda else 2
+    count = min(room * warps // (groups * blocks * directions * batch), length // SHORTEST)
+    span = STEPS * triton.cdiv(length, STEPS * count) if count > 2 else max(1, length)  # it is scanned twice
+    count = max(1, triton.cdiv(length, span))
     arguments = dict(
-        u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(), rows_ptr=rows,
-        D_ptr=D, z_ptr=z, bias_ptr=bias, order_ptr=order, **_strides(u=u, dt=delta, z=z),
+        u_ptr=u, delta_ptr=delta, A_ptr=A if tied else A.transpose(1, 2).contiguous(),
+        rows_ptr=pack(B, C, block_n), D_ptr=D, z_ptr=z, bias_ptr=bias, order_ptr=order, carried_ptr=carried,
+        **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        L=length, dim=channels, group_dim=channels // groups, num_state=states, reverse=reverse,
-        blocks_per_group=blocks, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
-        HAS_ORDER=order is not None, SOFTPLUS=softplus, TIED=tied, ROW=2 * block_n,
+        L=length, span=span, segments=count, SEGMENTED=count > 1, reverse=reverse, dim=channels,
+        group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
         WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
-        STEPS=STEPS, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
+        STEPS=STEPS, ROW=2 * block_n, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
+        maxnreg=128 if block_n <= 16 else 255,  # 128: four warps a scheduler
     )  # fmt: skip
-    return arguments, (groups * blocks, directions, batch)
+    return arguments, (count * groups * blocks, directions, batch)
 
 
-def forward(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied, keep_states):
+def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied, keep_states):
     """(y, last, states) of the operation that reference.py describes."""
+    given = (u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied)
     batch, directions, length, channels = delta.shape
     new = functools.partial(torch.empty, dtype=torch.float32, device=u.device)
     y = new(delta.shape, dtype=u.dtype)
     last = new(batch, directions, B.shape[4], channels)
     saved = new(states_shape(*delta.shape, B.shape[4]) if keep_states else (0,))
     with torch.cuda.device_of(u):  # Triton launches on the current device
-        arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
-        registers = 128 if arguments["BLOCK_N"] <= 16 else 255  # 128: four warps a scheduler
+        arguments, grid = _arguments(WARPS[0], *given)
+        first = None if initial is None else initial.transpose(2, 3).contiguous()
+        first = _carries(arguments, grid, first)
         forward_kernel[grid](
-            **arguments, y_ptr=y, states_ptr=saved, last_ptr=last, SAVE=keep_states, maxnreg=registers
-        )
+            **arguments, y_ptr=y, states_ptr=saved if keep_states else None, first_ptr=first, last_ptr=last,
+            decays_ptr=None, ENDS=False, ADJOINT=False,
+        )  # fmt: skip
     return y, last.transpose(2, 3).contiguous(), saved
 
 
-def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied):
-    """Its gradients: (du, ddelta, dA, dB, dC, dD, dz, dbias), None for an argument that is None."""
+def backward(
+    grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied
+):
+    """Gradients of u, delta, A, B, C, D, z, bias and initial; None for an argument that is None."""
+    given = (u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, softplus, tied)
     batch, directions, length, channels = delta.shape
     groups, num_state = B.shape[2], B.shape[4]
     grad_y = _channels_last(grad_y)
@@ -652,35 +693,25 @@ def backward(grad_y, grad_last, states, u, delta, A, B, C, D, z, bias, order, re
     partial = torch.bfloat16 if B.dtype == C.dtype == torch.bfloat16 else torch.float32
     precision = "tf32x3" if torch.float32 in (B.dtype, C.dtype) else "tf32"
     precision = "bf16" if partial is torch.bfloat16 else precision
-    per_channel = (batch, directions, channels)
+    dinitial = None if initial is None else new(batch, directions, num_state, channels)
     with torch.cuda.device_of(u):
-        arguments, grid = _arguments(u, delta, A, B, C, D, z, bias, order, reverse, softplus, tied)
+        arguments, grid = _arguments(WARPS[1], *given)
         arguments["WIDE"] |= _is_wide(length, grad_y)
-        dA = new(per_channel if tied else (batch, directions, num_state, channels))
+        dys = dict(zip(("u_b", "u_k", "u_l"), grad_y.stride(), strict=False))
+        grad_last = _carries(arguments | dict(u_ptr=grad_y, **dys), grid, grad_last, adjoint=True)
+        per_channel = (batch * arguments["segments"], directions, channels)
+        dA = new(per_channel if tied else (*per_channel[:2], num_state, channels))
         per_row = (arguments["blocks_per_group"], batch, directions, groups, length, num_state)
         dB, dC = (new(per_row, dtype=partial) for _ in "BC")
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
-            **arguments, states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
+            **arguments | dict(maxnreg=255), states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
-            dbias_ptr=dbias, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
-            HAS_DLAST=grad_last is not None, PRECISION=precision,
+            dbias_ptr=dbias, dfirst_ptr=dinitial, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
+            PRECISION=precision, GROUP=GROUP,
             PARTS=4 if precision == "bf16" else 2,  # steps whose sums over channels are taken at once
-            GROUP=GROUP, maxnreg=255,
         )  # fmt: skip
-        dA, dD, dbias, dB, dC = _sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
+        dA, dD, dbias, dB, dC = sums((dA, dD, dbias, dB, dC), (A, D, bias, B, C))  # the slowest first
     du = du.sum(1, keepdim=True) if u.shape[1] < directions else du
-    return du, ddelta, dA if tied else dA.transpose(1, 2), dB, dC, dD, dz, dbias
-
-
-def _sums(partials, like):
-    """The sum of each partial over its first dimension, in the dtype of its `like`; None for None."""
-    found = [
-        None if x is None else torch.empty(x.shape[1:], dtype=y.dtype, device=x.device)
-        for x, y in zip(partials, like, strict=True)
-    ]
-    xs, sums = (tuple(x for x in xs if x is not None) for xs in (partials, found))
-    columns = tuple(y.numel() for y in sums)
-    blocks = sum(triton.cdiv(size, SUM_TILE[1]) for size in columns)
-    sum_kernel[(blocks,)](xs, sums, tuple(len(x) for x in xs), columns, *SUM_TILE, num_warps=1)
-    return found
+    dinitial = None if initial is None else dinitial.transpose(2, 3)
+    return du, ddelta, dA if tied else dA.transpose(1, 2), dB, dC, dD, dz, dbias, dinitial

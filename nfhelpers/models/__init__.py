@@ -9,6 +9,7 @@ In `diffae`: M cosines a side, C channels of the latent; in `local_mamba` M is t
 import json
 from pathlib import Path
 
+from nfhelpers.files import config_of
 from nfhelpers.models.base import FieldModel, ModelConfig, evaluation_mode
 from nfhelpers.models.diffae import (
     LatentVelocityNetwork,
@@ -48,10 +49,7 @@ OTHER_MODELS: dict[str, tuple[type[FieldModel], type[ModelConfig]]] = {
 
 def load_model(folder: str | Path) -> FieldModel:
     """Open a folder written by `save_pretrained`, whichever model it holds: in eval mode, on the CPU."""
-    path, known = Path(folder) / "config.json", FIELD_MODELS | OTHER_MODELS
-    if not path.is_file():
-        inside = sorted(str(found.parent) for found in Path(folder).glob("*/config.json"))
-        raise ValueError(f"{str(folder)!r} is not a saved model" + (f"; it holds {inside}" if inside else ""))
+    path, known = config_of(folder), FIELD_MODELS | OTHER_MODELS
     try:
         model, _ = known[json.loads(path.read_text())["model_type"]]
     except (KeyError, TypeError, ValueError) as error:

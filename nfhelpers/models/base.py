@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nfhelpers.files import plain
+
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -21,9 +26,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # as JSON and TOML have them
-                object.__setattr__(self, field.name, tuple(value))
+            value = plain(getattr(self, field.name))
+            value = tuple(value) if isinstance(value, list) else value  # JSON and TOML have lists
+            object.__setattr__(self, field.name, value)
             legal = (int, float) if field.type is float else (field.type,)
             if field.type in (bool, int, float, str) and type(value) not in legal:
                 raise ValueError(f"{field.name}={value!r} is not of type {field.type.__name__}")
@@ -116,8 +121,9 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
         if config is None or not path.exists():
             raise ValueError(f"{model_id!r} has no config.json or no {name}")
         model = cls(config)
-        try:
-            model.load_state_dict(load_file(path))
+        try:  # without what DataParallel and torch.compile put before names
+            weights = {WRAPPERS.sub("", name): tensor for name, tensor in load_file(path).items()}
+            model.load_state_dict(weights)
         except Exception as error:
             raise ValueError(f"{str(path)!r} is damaged or of another model: {error}") from error
         return model.eval()

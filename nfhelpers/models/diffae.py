@@ -83,13 +83,6 @@ def spectrum_scale(count, like):
     return (SPECTRUM_VARIANCE * spectrum_power(count, like.device)).sqrt()[:, None].to(like)
 
 
-def filled_share(coords):
-    """How much of the grid of their columns and rows points (B, I, 2) fill -> (B,): 1 for all pixels."""
-    steps = coords.sort(dim=1).values.diff(dim=1)  # (B, I-1, 2)
-    lines = 1 + (steps > SAME_LINE).sum(1)  # (B, 2), columns and rows
-    return (coords.shape[1] / lines.prod(-1).to(coords)).clamp(max=1)  # (B,)
-
-
 def fit_spectrum(coords, values, count):
     """Amplitudes a of the `cosines` C of a field at points (B, I, 2), values v (B, I, 3) -> (B, count^2, 3).
 
@@ -101,7 +94,9 @@ def fit_spectrum(coords, values, count):
     weighted = cosines(coords, count) * root  # (B, I, M^2)
     primal = weighted.shape[1] > weighted.shape[2]  # the system has the smaller of I and M^2 unknowns
     gram = weighted.mT @ weighted if primal else weighted @ weighted.mT  # (B, S, S), S = min(I, M^2)
-    noise = SPECTRUM_NOISE + SPECTRUM_TAIL * (1 - filled_share(coords))  # (B,)
+    lines = 1 + (coords.sort(dim=1).values.diff(dim=1) > SAME_LINE).sum(1)  # (B, 2), columns and rows
+    missing = 1 - coords.shape[1] / lines.prod(-1).to(coords)  # (B,), share of the grid of these lines
+    noise = SPECTRUM_NOISE + SPECTRUM_TAIL * missing.clamp(min=0)  # (B,)
     gram.diagonal(dim1=1, dim2=2).add_(noise[:, None])
     if primal:
         return root[:, None] * solve_positive(gram, weighted.mT @ values)  # (B, M^2, 3)

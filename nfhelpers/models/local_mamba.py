@@ -56,13 +56,6 @@ def spread_patches(grid):
     return patches.flatten(3, 4).flatten(1, 2)  # (B, 2H, 2W, D)
 
 
-def tag_mapping(module):
-    """Mark parameters as of the mapping network: they learn at a third of the rate (Crowson et al. 2024)."""
-    for parameter in module.parameters():
-        parameter._mapping = True
-    return module
-
-
 class MappingNetwork(nn.Module):
     """What is known of a sample, concatenated, to one conditioning vector (Crowson et al. 2024)."""
 
@@ -72,7 +65,6 @@ class MappingNetwork(nn.Module):
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
         self.layers = nn.ModuleList(mlp(width, 2 * width, width, dropout) for _ in range(depth))
         self.out_norm = nn.RMSNorm(width)
-        tag_mapping(self)
 
     def forward(self, features):
         condition = self.in_proj(features).to(self.out_norm.weight.dtype)  # (B, M)
@@ -89,7 +81,6 @@ class AdaRMSNorm(nn.Module):
     def __init__(self, dim, mapping_width):
         super().__init__()
         self.head = zero(nn.Linear(mapping_width, 2 * dim))
-        tag_mapping(self)
 
     def forward(self, grid, condition):
         scale, shift = self.head(condition)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, D) each
@@ -104,11 +95,8 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch):
-        if not self.training or self.rate == 0:
-            return branch
-        kept = torch.rand(branch.shape[0], device=branch.device) >= self.rate  # (B,)
-        weight = kept.to(branch.dtype) / (1 - self.rate)  # (B,)
-        return branch * weight.view(-1, *[1] * (branch.ndim - 1))
+        samples = branch.flatten(1)[None]  # as channels, which are dropped whole
+        return F.dropout1d(samples, self.rate, self.training).view_as(branch)
 
 
 class BiAttn(nn.Module):
@@ -302,6 +290,10 @@ class LocalMamba2D(FieldModel):
         self.splits = nn.ModuleList(TokenSplit(dims[s + 1], dims[s]) for s in reversed(range(stages - 1)))
         self.out_norm = nn.RMSNorm(dims[0])
         self.out_proj = zero(nn.Linear(dims[0], 4 * config.channels))
+        for module in self.modules():
+            if isinstance(module, MappingNetwork | AdaRMSNorm):
+                for parameter in module.parameters():
+                    parameter._mapping = True  # it learns at a third of the rate (Crowson et al. 2024)
 
     def _block(self, stage, drop_path):
         c, dim = self.config, self.config.dims[stage]

@@ -195,12 +195,9 @@ class BidirectionalMamba(nn.Module):
 
     def __init__(self, d_model, num_layers, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__()
-
-        def half():
-            block = (d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
-            return stack(MambaBlock(*block) for _ in range(num_layers // 2))
-
-        self.forward_blocks, self.backward_blocks = half(), half()
+        block = (d_model, d_state, expand, tied_decay, mlp_ratio, dropout)
+        self.forward_blocks = stack(MambaBlock(*block) for _ in range(num_layers // 2))
+        self.backward_blocks = stack(MambaBlock(*block) for _ in range(num_layers // 2))
         self.combine = nn.Linear(2 * d_model, d_model)
 
     def forward(self, tokens):
