@@ -36,7 +36,7 @@ from nfhelpers import kernels, models, run, train
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels.orders import inverse_order
 from nfhelpers.kernels.reference import state_rates
-from nfhelpers.models import field, local_mamba, ssm
+from nfhelpers.models import field, ssm
 
 MODELS = ("v1", "multidir", "v2", "field", "diffae_phase1", "diffae_phase2", "localmamba")
 INPUTS, SIDE, QUICK_SIDE = 204, 32, 4
