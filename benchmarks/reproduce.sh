@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# Trains every model and writes every table of the README, on a GPU box, in one call or in slices:
+# Trains the weights in checkpoints/ anew, by their names, and writes every table of the README, on a GPU box, in one
+# call or in slices:
 #
-#     bash benchmarks/reproduce.sh                        all stages, one after the other
-#     SLICE=480 bash benchmarks/reproduce.sh              at most 8 minutes; the next call goes on
-#     bash benchmarks/reproduce.sh train-v1 means-photos  these stages only
-#     DRY=1 bash benchmarks/reproduce.sh                  print the commands
+#     bash benchmarks/reproduce.sh                               all stages, one after the other
+#     SLICE=480 bash benchmarks/reproduce.sh                     at most 8 minutes; the next call goes on
+#     bash benchmarks/reproduce.sh train-v1-photos means-photos  these stages only
+#     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
-# Stages: train-v1, train-multidir, train-v2, train-field, train-diffae_phase1, train-diffae_phase2 (on phase 1),
-# train-localmamba; then means-*, samples-* (posterior means and samples of all models), scales-photos, pca-* (the
-# autoencoder), generated-* (LocalMamba); and scan, train-step, sampling.
+# Stages: train-NAME of each folder in checkpoints/ (diffae-photos after its phase 1, train-diffae-photos-1); then
+# means-*, samples-* (posterior means and samples of all models of fields), scales-photos, pca-* (autoencoders),
+# generated-* (LocalMamba); and scan, train-step, sampling.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
-# was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages take minutes and start again.
+# was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages and the two flagships take minutes and start
+# again.
 #
 #     OUT       folder of runs, results and tables             (runs/reproduce/$PRESET)
-#     PRESET    of presets.toml; smoke runs everything small    (full)
+#     PRESET    full, or smoke: everything small, without the flagships    (full)
 #     SLICE     seconds after which the call ends with exit status 75, "call again"; none: no limit
-#     COMPILE   models to train with torch.compile, or all      (v1; none in smoke)
-#     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=128"
-#     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else
-#               CIFAR-10 is downloaded)
+#     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=64"
+#     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else they
+#               are downloaded)
+#     WINDOWS   an .npz of photographs of 128 px for the flagships beside their named source       (none)
 #     DEVICE    cuda or cpu                                     (cuda where there is one)
 #     PYTHON    interpreter                                     (.venv/bin/python, else python3)
 #
@@ -30,7 +32,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PRESET=${PRESET:-full}
 OUT=${OUT:-runs/reproduce/$PRESET}
 SLICE=${SLICE:-}
-[ "$PRESET" = smoke ] && COMPILE=${COMPILE:-} || COMPILE=${COMPILE-v1}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 if [ -z "${NF_DATA:-}" ] && [ -d ../shared/data/cifar-10-batches-bin ]; then
     NF_DATA=$(cd ../shared/data && pwd)
@@ -41,24 +42,44 @@ read -ra set <<<"${SET:-}"
 device=()
 [ -n "${DEVICE:-}" ] && device=(--device "$DEVICE")
 
-sections=(v1 multidir v2 field diffae_phase1 diffae_phase2 localmamba)
-fields=(v1 multidir v2 field)
+# What the cards say, but for the preset: section of presets.toml, then settings.
+photos="data.source=photos data.train_images=16384 data.validation_images=64 train.batch_size=128"
+photos+=" train.learning_rate=1e-3 train.num_workers=4"
+fields="$photos train.epochs=9 train.evaluate_every=2 model.fourier_scale=4.0"
+coder="model.num_encoder_layers=1 model.num_fourier_features=64"
+cifar="data.observed=1.0 data.queries=1.0 train.epochs=9 train.batch_size=128 model.dropout=0.0 model.d_model=96"
+cifar+=" model.num_decoder_layers=3 $coder"
+declare -A recipes=(
+    [v1-photos]="v1 $fields model.d_model=256"
+    [multidir-photos]="multidir $fields model.d_model=160 model.num_layers=4 model.mlp_ratio=2.0"
+    [lightweight-photos]="multidir $fields model.d_model=192 model.num_layers=4 model.mlp_ratio=2.0 model.shared_weights=true"
+    [v2-photos]="v2 $fields model.num_layers=6"
+    [diffae-photos-1]="diffae_phase1 $photos train.epochs=5 model.d_model=128 model.num_decoder_layers=2
+        model.spectrum_width=512 $coder"
+    [diffae-photos]="diffae_phase2 $photos train.epochs=5"
+    [diffae-cifar10]="diffae_phase1 $cifar train.learning_rate=5e-4 model.latent_dim=512"
+    [diffae-cifar10-128]="diffae_phase1 $cifar train.learning_rate=1e-3 model.latent_dim=128"
+    [localmamba-fsdd]="localmamba model.dims=[64,128,192] model.depths=[1,2,4] model.mlp_ratio=2.0
+        model.mapping_width=128 train.epochs=80 train.learning_rate=1e-3"
+)
+names=(v1-photos multidir-photos lightweight-photos v2-photos diffae-photos-1 diffae-photos diffae-photos-latent
+    diffae-cifar10 diffae-cifar10-128 localmamba-fsdd)
+models=("$OUT"/{v1,multidir,lightweight,v2}-photos/latest)
 if [ "$PRESET" = smoke ]; then
     sources=(photos) grids=(chirps --size 32) mean_images=2 images=2 steps=2 scales=(32 64) quick=(--quick)
 else
+    names+=(field-photos field-cifar10)
+    models+=("$OUT"/field-photos "$OUT"/field-cifar10)
     sources=(photos cifar10) grids=(fsdd --size 64) mean_images=64 images=16 steps=50
     scales=(32 64 96 128) quick=()
 fi
-# The autoencoder is shown the images that its phases were trained on.
-pictures=${sources[-1]}
-stages=("${sections[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
+pictures=${sources[-1]} # that the autoencoders are shown
+stages=("${names[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
     "pca-$pictures" "generated-${grids[0]}" scan train-step sampling)
-models=()
-for name in "${fields[@]}"; do models+=("$OUT/$name/best"); done
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {
-    local what=${1#*-} name
+    local what=${1#*-} section settings word
     local result=(--out "$OUT/results/$1.json")
     local folder=(--out "$OUT/results/$1")
     case $1 in
@@ -66,13 +87,24 @@ command_of() {
         command=("$PYTHON" "benchmarks/${1/-/_}.py" "${quick[@]}" "${device[@]}" "${result[@]}") ;;
     scan)
         command=("$PYTHON" benchmarks/scan.py "${quick[@]}" "${device[@]}" "${result[@]}" --figure "$OUT/scan.png") ;;
+    train-field-*)
+        command=("$PYTHON" benchmarks/flagship.py "$what" --out "$OUT/$what" --data)
+        case $what${WINDOWS:+ with windows} in
+        field-photos) command+=(photos:1) ;;
+        field-cifar10) command+=(cifar10:1) ;;
+        "field-photos with windows") command+=("$WINDOWS:0.9" photos:0.1) ;;
+        *) command+=(cifar10:0.7 "$WINDOWS:0.3") ;;
+        esac ;;
+    train-diffae-photos-latent)
+        command=("$PYTHON" benchmarks/latent_flow.py "$OUT/diffae-photos/latest" --out "$OUT/$what" "${quick[@]}"
+            "${device[@]}") ;;
     train-*)
-        command=("$PYTHON" -m nfhelpers train "$what" --preset "$PRESET" --output "$OUT/$what" "${device[@]}")
-        [ "$what" = diffae_phase2 ] && command+=(--init "$OUT/diffae_phase1/best")
-        for name in ${COMPILE/#all/${sections[*]}}; do
-            [ "$name" = "$what" ] && command+=(--set train.compile=true)
-        done
-        for name in "${set[@]}"; do command+=(--set "$name"); done ;;
+        read -r -d '' -a settings <<<"${recipes[$what]}"
+        section=${settings[0]}
+        command=("$PYTHON" -m nfhelpers train "$section" --preset "$PRESET" --output "$OUT/$what" "${device[@]}")
+        [ "$what" = diffae-photos ] && command+=(--init "$OUT/diffae-photos-1/latest")
+        [ "$PRESET" = smoke ] && settings=("$section")
+        for word in "${settings[@]:1}" "${set[@]}"; do command+=(--set "$word"); done ;;
     means-*)
         command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "$mean_images" "${device[@]}"
             "${folder[@]}") ;;
@@ -83,10 +115,10 @@ command_of() {
         command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --sizes "${scales[@]}" --images "$images"
             "${device[@]}" "${folder[@]}") ;;
     pca-*)
-        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae_phase1/best" --data "$what" --images "$mean_images"
-            "${device[@]}" "${result[@]}") ;;
+        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae-cifar10/latest" "$OUT/diffae-cifar10-128/latest"
+            --data "$what" --images "$mean_images" "${device[@]}" "${result[@]}") ;;
     generated-*)
-        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba/best" --data "${grids[@]}"
+        command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba-fsdd/best" --data "${grids[@]}"
             --steps "$steps" --guidance 1 2.5 "${device[@]}" "${result[@]}") ;;
     esac
 }

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,8 +113,9 @@ def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):
             trained += [options.model] if arguments[1] == "train" else []
         else:
             assert (repository / program).is_file()
-    assert (
-        trained == "v1 multidir v2 field diffae_phase1 diffae_phase2 localmamba".split() and len(lines) > 12
-    )
+    kinds = "v1 multidir multidir v2 diffae_phase1 diffae_phase2 diffae_phase1 diffae_phase1 localmamba"
+    assert trained == kinds.split() and len(lines) > 18
+    shipped = {path.name for path in (repository / "checkpoints").iterdir()}
+    assert shipped <= {Path(word).name for _, *words in lines for word in words}
     unknown = subprocess.run([*command, "train-v9"], env=os.environ | environment, capture_output=True)
     assert unknown.returncode == 2

@@ -132,6 +132,14 @@ def test_start_resolves_prints_and_seeds(project, capsys):
         run.start("02")
 
 
+def test_a_source_that_cannot_be_had_has_a_stand_in(project, monkeypatch, capsys):
+    monkeypatch.setenv("NF_DATA", str(project / "data"))
+    monkeypatch.setattr("pooch.retrieve", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    photos, chirps = run.start(NOTEBOOK, "gpu").settings, run.start("07_local_mamba", "gpu").settings
+    assert photos["data"]["source"] == "photos" and chirps["data"]["source"] == "chirps"
+    assert chirps["model"]["num_classes"] == 4 and "cifar10 is not in NF_DATA" in capsys.readouterr().out
+
+
 def test_the_root_is_this_repository_and_no_other_project(project, monkeypatch, repository, tmp_path_factory):
     inner = project / "notebooks" / "mine"
     inner.mkdir()

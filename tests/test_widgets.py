@@ -55,6 +55,14 @@ def test_a_panel_shows_its_error_in_place_of_the_picture_and_recovers():
         widgets.panel(lambda height: 1 / 0, {"height": ipywidgets.IntSlider()})
 
 
+def test_a_control_without_effect_is_greyed_out():
+    controls = {"height": widgets.slider(1, 1, 5, 1, "height"), "kind": widgets.choice("ab", "a", "kind")}
+    widgets.panel(lambda height, kind: bars(height), controls, uses={"height": ("kind", ["b"])})
+    assert controls["height"].disabled
+    controls["kind"].value = "b"
+    assert not controls["height"].disabled
+
+
 def test_a_panel_with_a_button_waits_for_it():
     box = widgets.panel(bars, {"height": widgets.steps([1, 2, 4], 1, "height")}, button="draw")
     slider, _, image, below = parts(box)
