@@ -160,8 +160,8 @@ def write_wav(file, samples, sample_rate: int, normalise: bool = False) -> None:
     import soundfile
 
     samples = np.asarray(samples, dtype=np.float64)
-    samples = samples * (0.9 / max(np.abs(samples).max(), 1e-12)) if normalise else samples
-    soundfile.write(file, samples, sample_rate, format="WAV", subtype="PCM_16")
+    peak = max(np.abs(samples).max(), 1e-12) if normalise else 0.9
+    soundfile.write(file, samples * (0.9 / peak), sample_rate, format="WAV", subtype="PCM_16")
 
 
 def _chirps(split, limit, size):
