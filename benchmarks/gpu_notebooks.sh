@@ -83,7 +83,7 @@ for number in "$@"; do
         touch "build/notebooks/$name.done"
     else
         failed=1
-        tail -n 25 build/notebooks/"$name".log | cut -c 1-300
+        tail -n 25 build/notebooks/"$name".log | sed 's/\x1b\[[0-9;]*m//g' | cut -c 1-200
     fi
     collect
 done
