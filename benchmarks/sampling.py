@@ -104,7 +104,8 @@ def main(arguments=None):
     parser.add_argument(
         "--sides", nargs="+", type=int, default=[32, 96], help="of photographs, with --checkpoints"
     )
-    parser.add_argument("--samplers", nargs="+", choices=samplers.SAMPLERS, default=list(samplers.SAMPLERS))
+    every = [name for name in samplers.SAMPLERS if name != "shortcut"]  # which not all models take
+    parser.add_argument("--samplers", nargs="+", choices=samplers.SAMPLERS, default=every)
     parser.add_argument("--steps", type=int, default=10, help="of the sampler (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="fields at once (default: 1 on a CPU, 16 on a GPU)")
     parser.add_argument("--quick", action="store_true", help="preset smoke and small fields, in seconds")

@@ -68,7 +68,7 @@ def check_paths(*models, source=None, output=None):
     """Find out without torch that a folder holds no model, data are nowhere, or nothing can be written."""
     for folder in filter(None, models):
         files.config_of(folder)
-    if source not in (None, *SOURCES) and not Path(source).expanduser().exists():
+    if source not in (None, *SOURCES) and not os.path.exists(os.path.expanduser(source)):
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
         if "\\udc" in ascii(output.absolute()):
@@ -244,10 +244,8 @@ def diagnose(options):
     if options.model:
         model = models.load_model(options.model)
         bad = [name for name, x in model.state_dict().items() if not x.isfinite().all()]
-        size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        card = (options.model / "README.md").is_file()
-        rows += [(type(model).__name__, True, size), ("card", card, "README.md")]
-        rows += [("finite weights", not bad, ", ".join(bad) or "all")]
+        size = f"{sum(p.numel() for p in model.parameters()):,} finite parameters"
+        rows += [(type(model).__name__, not bad, f"not finite: {', '.join(bad)}" if bad else size)]
     for item, met, found in rows:
         print(f"{'ok' if met else 'missed':<6} {item:<26} {found}")
     return 0 if all(met for _, met, _ in rows) else 1

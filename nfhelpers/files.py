@@ -82,11 +82,12 @@ def split_files(source, usable):
 
 
 def _walk(root):
-    """(name, path) of all files; what is linked twice, or in a circle, comes once."""
+    """(name, path) of all files; what is linked twice or in a circle comes once, in a split if it can."""
     seen, closed = set(map(str, Path(root).resolve().parents)), []
     for base, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
         real = os.path.realpath(base)
-        folders[:] = sorted(name for name in folders if real not in seen and not HIDDEN.search(f"{name}/"))
+        shown = [f"{name}/" for name in folders if real not in seen and not HIDDEN.search(f"{name}/")]
+        folders[:] = [name[:-1] for name in sorted(shown, key=lambda name: (split_of(name) is None, name))]
         for path in (Path(base, name) for name in names if real not in seen):
             yield path.relative_to(root).as_posix(), path
         seen.add(real)

@@ -245,6 +245,10 @@ def test_linked_folders_are_followed_and_names_may_be_of_any_encoding(tmp_path):
     fill(tmp_path / "set", [9], "caf\udce9-{}.png")
     found = colours(tmp_path / "set", "train") + colours(tmp_path / "set", "test")
     assert sorted(found) == [0, 1, 2, 3, 9]  # what is linked twice would be in train and in test
+    for split in ("train", "test"):
+        fill(tmp_path / "pool" / "all" / split[:2], range(len(split)))
+        (tmp_path / "pool" / split).symlink_to(tmp_path / "pool" / "all" / split[:2])
+    assert sorted(colours(tmp_path / "pool", "test")) == [0, 1, 2, 3]
 
 
 def test_every_format_of_one_image_counts(tmp_path):

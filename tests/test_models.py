@@ -34,7 +34,7 @@ ARGUMENTS = ("noisy_values", "query_coords", "t", "input_coords", "input_values"
 SMALL = dict(d_model=16, num_layers=2, num_fourier_features=8, fourier_scale=2.0, num_heads=2)
 SIZES = dict(latent_dim=6, d_model=16, num_cosines=4, spectrum_width=8, d_state=4, num_fourier_features=8)
 AUTOENCODER = dict(SIZES, num_encoder_layers=1, num_decoder_layers=1, fourier_scale=2.0, dropout=0.0)
-LATTICE = dict(nodes=8, scans=2, d_scan=8, d_state=4, d_time=16)
+LATTICE = dict(nodes=8, scans=2, d_state=4, d_time=16)
 TINY = {
     "v1": dict(SMALL, d_state=4),
     "multidir": dict(SMALL, d_state=4),

@@ -181,6 +181,25 @@ def row_at(order_ptr, t, L, backwards, WIDE: tl.constexpr):
 
 
 @triton.jit
+def rows_at(order_ptr, t, count: tl.constexpr, L, backwards, WIDE: tl.constexpr):
+    """Rows visited at `count` steps from t on."""
+    rows = ()
+    for i in tl.static_range(count):
+        rows = rows + (row_at(order_ptr, t + i, L, backwards, WIDE),)
+    return rows
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, columns, mask):
+    """These columns of each of the rows; nothing of a tensor that is None."""
+    xs = ()
+    if ptr is not None:
+        for i in tl.static_range(len(rows)):
+            xs = xs + (tl.load(ptr + (rows[i] * stride + columns), mask=mask, other=0.0),)
+    return xs
+
+
+@triton.jit
 def split_weights(rows, BLOCK_N: tl.constexpr):
     """B and C of one step, (N, 1), from what was loaded of its row."""
     pairs = tl.permute(tl.reshape(rows, (BLOCK_N // QUAD, 2, QUAD)), (0, 2, 1))  # B and C in turn, 4 by 4
@@ -275,21 +294,12 @@ def forward_kernel(
         order_ptr += b * order_b + k * order_k
 
     # What a step needs is loaded one chunk ahead; the rows it will be loaded from, two.
-    rows = ()
-    later = ()
-    us = ()
-    deltas = ()
-    zs = ()
-    weights = ()
-    for i in tl.static_range(STEPS):
-        row = row_at(order_ptr, first + i, L, backwards, WIDE)
-        rows = rows + (row,)
-        later = later + (row_at(order_ptr, first + STEPS + i, L, backwards, WIDE),)
-        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
-        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
-        if z_ptr is not None:
-            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
-        weights = weights + (tl.load(rows_ptr + row * ROW + row_n),)
+    rows = rows_at(order_ptr, first, STEPS, L, backwards, WIDE)
+    later = rows_at(order_ptr, first + STEPS, STEPS, L, backwards, WIDE)
+    us = load_rows(u_ptr, rows, u_l, d, d_mask)
+    deltas = load_rows(delta_ptr, rows, dt_l, d, d_mask)
+    zs = load_rows(z_ptr, rows, z_l, d, d_mask)
+    weights = load_rows(rows_ptr, rows, ROW, row_n, row_n < ROW)
 
     if first_ptr is not None:
         h = tl.load(first_ptr + part * num_state * dim + nd, mask=mask, other=0.0)
@@ -420,37 +430,22 @@ def backward_kernel(
         dh = tl.load(states_ptr + nd, mask=mask & (L < 0), other=0.0)
 
     groups_of_steps = tl.cdiv(stop, GROUP)
-    rows = ()
-    us = ()
-    deltas = ()
+    last_t = (groups_of_steps - 1) * GROUP
+    rows = rows_at(order_ptr, last_t, GROUP, L, backwards, WIDE)
+    us = load_rows(u_ptr, rows, u_l, d, d_mask)
+    deltas = load_rows(delta_ptr, rows, dt_l, d, d_mask)
+    zs = load_rows(z_ptr, rows, z_l, d, d_mask)
     dys = ()
-    zs = ()
     for i in tl.static_range(GROUP):
-        last_t = (groups_of_steps - 1) * GROUP + i
-        row = row_at(order_ptr, last_t, L, backwards, WIDE)
-        rows = rows + (row,)
-        us = us + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
-        deltas = deltas + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
-        dys = dys + (tl.load(dy_ptr + (row * dy_l + d), mask=d_mask & (last_t < L), other=0.0),)
-        if z_ptr is not None:
-            zs = zs + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
-    rows2 = ()
-    us2 = ()
-    deltas2 = ()
-    for i in tl.static_range(GROUP):
-        next_t = tl.maximum((groups_of_steps - 2) * GROUP, 0) + i
-        row = row_at(order_ptr, next_t, L, backwards, WIDE)
-        rows2 = rows2 + (row,)
-        us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
-        deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
+        dys = dys + (tl.load(dy_ptr + (rows[i] * dy_l + d), mask=d_mask & (last_t + i < L), other=0.0),)
+    rows2 = rows_at(order_ptr, tl.maximum(last_t - GROUP, 0), GROUP, L, backwards, WIDE)
+    us2 = load_rows(u_ptr, rows2, u_l, d, d_mask)
+    deltas2 = load_rows(delta_ptr, rows2, dt_l, d, d_mask)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps - first // GROUP):
         start = (groups_of_steps - 1 - walked) * GROUP
-        rows3 = ()
-        for i in tl.static_range(GROUP):
-            next_t = tl.maximum(start - 2 * GROUP, 0) + i
-            rows3 = rows3 + (row_at(order_ptr, next_t, L, backwards, WIDE),)
+        rows3 = rows_at(order_ptr, tl.maximum(start - 2 * GROUP, 0), GROUP, L, backwards, WIDE)
 
         # The states once more: from the saved one up to the group, over the next group's steps ...
         if start % STEPS > 0:
@@ -507,16 +502,10 @@ def backward_kernel(
             sizes = sizes + (delta,)
             slopes = slopes + (slope,)
         # The loads of the next group now: the compiler cannot move a load past a store.
-        us3 = ()
-        deltas3 = ()
-        dys2 = ()
-        zs2 = ()
-        for i in tl.static_range(GROUP):
-            us3 = us3 + (tl.load(u_ptr + (rows3[i] * u_l + d), mask=d_mask, other=0.0),)
-            deltas3 = deltas3 + (tl.load(delta_ptr + (rows3[i] * dt_l + d), mask=d_mask, other=0.0),)
-            dys2 = dys2 + (tl.load(dy_ptr + (rows2[i] * dy_l + d), mask=d_mask, other=0.0),)
-            if z_ptr is not None:
-                zs2 = zs2 + (tl.load(z_ptr + (rows2[i] * z_l + d), mask=d_mask, other=0.0),)
+        us3 = load_rows(u_ptr, rows3, u_l, d, d_mask)
+        deltas3 = load_rows(delta_ptr, rows3, dt_l, d, d_mask)
+        dys2 = load_rows(dy_ptr, rows2, dy_l, d, d_mask)
+        zs2 = load_rows(z_ptr, rows2, z_l, d, d_mask)
 
         # And backwards through them.
         dus = ()
