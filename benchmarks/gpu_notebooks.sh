@@ -2,7 +2,7 @@
 # Runs the notebooks on a GPU box that may have no network, one after the other, and collects what they made:
 #
 #     bash benchmarks/gpu_notebooks.sh                      all of them
-#     SLICE=570 bash benchmarks/gpu_notebooks.sh 01 02 03   these; after 570 s none is started, or goes on
+#     SLICE=570 bash benchmarks/gpu_notebooks.sh 01 02 03   these, in at most 570 s; the next call goes on
 #
 # What the box lacks lies in .gpu/ (benchmarks/gpu_pack.sh): wheels are unpacked into .gpu/site, checkpoints and data
 # put where notebooks look for them. A notebook that fails is said at once, kept as far as it came, and the next one
@@ -12,6 +12,7 @@
 #              and figures, in parts of 16 MiB where it is larger    (build/gpu)
 #     LIMIT    seconds for a notebook                                (420)
 #     SLICE    seconds for the call                                  (no limit)
+#     NEED     seconds of it that must be left to start a notebook   (200)
 #     NF_PRESET                                                      (auto)
 #     PYTHON   interpreter                                           (.venv/bin/python, else python3)
 #
@@ -23,6 +24,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 OUT=${OUT:-build/gpu}
 LIMIT=${LIMIT:-420}
 SLICE=${SLICE:-1000000}
+NEED=${NEED:-200}
 mkdir -p "$OUT" build/notebooks
 OUT=$(cd "$OUT" && pwd)
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -69,7 +71,7 @@ for number in "$@"; do
     name=$(basename notebooks/"$number"_*.ipynb)
     left=$((SLICE - SECONDS))
     [ -e "build/notebooks/$name.done" ] && continue
-    if [ "$left" -lt 30 ]; then
+    if [ "$left" -lt "$NEED" ]; then
         say "$name: the slice is over; call again to go on"
         collect
         exit 75
@@ -83,7 +85,7 @@ for number in "$@"; do
         touch "build/notebooks/$name.done"
     else
         failed=1
-        tail -n 25 build/notebooks/"$name".log | cut -c 1-300
+        tail -n 25 build/notebooks/"$name".log | sed 's/\x1b\[[0-9;]*m//g' | cut -c 1-200
     fi
     collect
 done

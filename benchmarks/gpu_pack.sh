@@ -5,7 +5,8 @@
 #
 # The box has Python 3.12, torch, triton and the usual scientific packages (BOX below); wheels of the rest, in the
 # versions of constraints.txt, are in .gpu/1. Data and checkpoints lie with the notebooks that read them: 01 to 03
-# in .gpu/1, 04 and 05 in .gpu/2, 06 and 07 in .gpu/3. Call them in this order while the box keeps its files.
+# in .gpu/1, 04 and 05 in .gpu/2, 06 and 07 in .gpu/3. Call them in this order while the box keeps its files, from a
+# sparse checkout: git sparse-checkout set --no-cone '/*' '!/checkpoints/' '!/figures/'
 #
 #     PYTHON    an interpreter with pip                          (.venv/bin/python, else python3)
 #     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip   (../shared/data)
@@ -42,7 +43,13 @@ wheels .gpu/1/wheels "${packages[@]}"
 wheels .gpu/3/wheels diffusers importlib_metadata
 for call in 1 2 3; do
     names="checkpoints_$call[@]"
-    for name in "${!names}"; do cp -r "checkpoints/$name" ".gpu/$call/checkpoints/"; done
+    for name in "${!names}"; do
+        if [ -d "checkpoints/$name" ]; then
+            cp -r "checkpoints/$name" ".gpu/$call/checkpoints/"
+        else # a sparse checkout, so that they do not travel twice
+            git archive HEAD "checkpoints/$name" | tar -x -C ".gpu/$call"
+        fi
+    done
 done
 cp -r "$data/cifar-10-batches-bin" .gpu/1/data/
 cp "$data/fsdd-recordings.zip" .gpu/3/data/

@@ -3,6 +3,7 @@
 Magnitudes in decibels are mapped to [-1, 1]: 1 is the loudest entry of a clip, -1 is `DYNAMIC_RANGE` below.
 """
 
+import hashlib
 import io
 import re
 import struct
@@ -23,6 +24,7 @@ SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `fra
 CHIRP_CLASSES = ("rising", "falling", "constant", "two-tone")
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 FSDD_NAMES = "fsdd-recordings.zip free-spoken-digit-dataset-1.0.10.zip v1.0.10.zip fsdd recordings".split()
+FSDD_DIGEST = "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e"  # of `_digest`
 DIGIT = re.compile(r"(\d)_(.+)_(\d+)\.\w+")  # digit, speaker, take
 SOUNDS = set(".wav .wave .flac .ogg .opus".split())
 
@@ -59,17 +61,15 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
     """The first `limit` clips of a source as labelled spectrograms of a size: (H, W), or a number for both.
 
     - "chirps": synthetic tones in noise of four classes at 8 kHz, 2,048 to train on and 256 of other splits.
-    - "fsdd": spoken digits in `data_folder()`; or a folder or zip archive of {digit}_{speaker}_{take}.wav.
-      Takes 0 to 4 are test, as the authors of the Free Spoken Digit Dataset say.
+    - "fsdd": spoken digits, from `data_folder()`, downloaded if they are not there; or a folder or archive of
+      {digit}_{speaker}_{take}.wav. Takes 0 to 4 are test, as the Free Spoken Digit Dataset's authors say.
     - a folder of sounds of one sample rate, whose classes are its folders. held_out: `files.take_split`.
     """
     path = source_path(source, ("chirps", "fsdd"), split)
     if path == "chirps":
         return _chirps(split, limit, size)
     if path == "fsdd":
-        path = next((data_folder() / name for name in FSDD_NAMES if (data_folder() / name).exists()), None)
-        if path is None:
-            raise FileNotFoundError(f"put {FSDD_URL} into {data_folder()}, or set NF_DATA to where it is")
+        path = _digits()
     found, classes = _files(path)
     items = take_split(found, split, path, held_out)[:limit]
     rows = read_usable(lambda item: (*_clip(item[0], size), item[1], str(item[0])), items)
@@ -77,6 +77,38 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
     if len(examples := dict(zip(rates, names, strict=True))) > 1:
         raise ValueError(f"sample rates (Hz) differ, as in {examples}; resample all files to one")
     return _spectrograms(clips, rates[0], size, labels, classes, names)
+
+
+def _digits():
+    """The folder or archive of spoken digits in `data_folder()`, downloaded if none is there."""
+    import pooch
+    from filelock import FileLock
+
+    root = data_folder()
+    if path := next((root / name for name in FSDD_NAMES if (root / name).exists()), None):
+        return path
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / "fsdd.lock"):  # one process downloads, the others wait
+            if not (path := root / FSDD_NAMES[1]).exists():  # it is whole once it has its name
+                found = Path(pooch.retrieve(FSDD_URL, None, "fsdd.part", root, progressbar=True))
+                if _digest(found) != FSDD_DIGEST:
+                    found.unlink()
+                    raise OSError("what was downloaded has other recordings")
+                found.rename(path)
+    except OSError as error:
+        raise OSError(f"{FSDD_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
+    return path
+
+
+def _digest(path):
+    """SHA-256 of names and bytes of an archive's recordings: whoever packs them anew packs other bytes."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(path) as archive:
+        names = {Path(name).name: name for name in archive.namelist() if name.endswith(".wav")}
+        for name in sorted(names):
+            digest.update(name.encode() + archive.read(names[name]))
+    return digest.hexdigest()
 
 
 def load_clip(file, size=64) -> tuple[Spectrograms, torch.Tensor]:

@@ -14,6 +14,8 @@ trained. Not so under full, where training takes hours: a run that was stopped g
 """
 
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -29,6 +31,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell
+from PIL import Image
 
 from nfhelpers.run import resolve_preset
 
@@ -125,6 +128,7 @@ def execute(path, preset, timeout):
         complaints.append(str(error).strip())
     peak = "".join(output.get("text", "") for output in notebook.cells.pop().outputs).strip()
     tidy(notebook)
+    shrink(notebook)
     return notebook, peak, complaints or problems(notebook)
 
 
@@ -143,6 +147,23 @@ def tidy(notebook):
                 output.data = nbformat.from_dict({"text/plain": "(a widget: run the notebook to use it)"})
         outputs = last_lines(cell.outputs)
         cell.outputs = nbformat.from_dict(json.loads(shorten_paths(json.dumps(outputs))))
+
+
+def size_of(notebook):
+    return len(nbformat.writes(notebook).encode())
+
+
+def shrink(notebook):
+    """Give the pictures of a notebook that is too large fewer shades a channel, which the eye hardly sees."""
+    for shades in (64, 32, 16):
+        if size_of(notebook) <= LARGEST:
+            return
+        table = [round(round(v * (shades - 1) / 255) * 255 / (shades - 1)) for v in range(256)]
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            if png := output.get("data", {}).get("image/png"):
+                picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+                picture.point(3 * table).save(file, "png", optimize=True)
+                output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
 def last_lines(outputs):
@@ -173,7 +194,7 @@ def problems(notebook):
     found = []
     if "widgets" in notebook.metadata:
         found.append("metadata.widgets is set")
-    size = len(nbformat.writes(notebook).encode())
+    size = size_of(notebook)
     if size > LARGEST:
         found.append(f"{size:,} bytes is more than {LARGEST:,}; draw smaller figures")
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]

@@ -136,6 +136,7 @@ def test_panels_keep_up_show_their_errors_and_take_files(page, lab, tmp_path):
     run_cells(page, lab, "panels.ipynb", [PANELS, plain, own + "button='draw', cache=0)"])
     first, second = page.locator(PANEL).all()
     handle, picture = first.locator("[role=slider]"), first.locator("img")
+    assert first.locator(".slider-container").bounding_box()["width"] > 400  # the track uses the width
     handle.press("ArrowRight")
     first.get_by_text("AssertionError: no 1").wait_for(timeout=10_000)
     assert not picture.is_visible()

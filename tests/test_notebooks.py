@@ -1,13 +1,17 @@
 """Notebooks as they are committed (nbmake runs them), and the runner of `make notebooks`."""
 
 import ast
+import base64
+import io
 import re
 import statistics
 
 import nbformat
+import numpy as np
 import pytest
 import run_all
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from nfhelpers import run
 
@@ -137,6 +141,19 @@ def test_runner_stops_slow_cells_and_promotes_no_smoke(folder):
     assert run_all.main(["slow.ipynb", "--timeout", "2"]) == 1
     assert run_all.main(["quick.ipynb"]) == 0 and run_all.main(["--promote", "quick.ipynb"]) == 1
     assert run_all.main(["no.ipynb"]) == 2
+
+
+def test_large_notebooks_get_fewer_shades():
+    picture = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "png")
+    output = new_output("display_data", {"image/png": base64.b64encode(file.getvalue()).decode()})
+    notebook = new_notebook(cells=[new_code_cell("x", outputs=[output])])
+    assert run_all.size_of(notebook) > run_all.LARGEST
+    run_all.shrink(notebook)
+    shown = Image.open(io.BytesIO(base64.b64decode(notebook.cells[0].outputs[0].data["image/png"])))
+    assert run_all.size_of(notebook) <= run_all.LARGEST
+    assert np.abs(np.asarray(shown).astype(int) - picture).max() <= 255 / 15 / 2 + 1
 
 
 def test_problems_are_found():

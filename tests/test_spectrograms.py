@@ -1,5 +1,6 @@
 """Sounds: wav files, spectrograms and back, sources and their splits."""
 
+import hashlib
 import io
 import math
 import shutil
@@ -156,9 +157,30 @@ def test_digits_are_split_by_take(tmp_path, monkeypatch, kind):
         wanted = torch.tensor([digits()[name] / (RATE / part.meta.n_fft) for name in names])
         assert (bins - wanted).abs().max() <= 0.6
     assert load_spectrograms("fsdd", size=8).meta.names == parts[0].meta.names + parts[1].meta.names
-    monkeypatch.setenv("NF_DATA", str(tmp_path / "empty"))
-    with pytest.raises(FileNotFoundError, match="NF_DATA"):
+
+
+def test_downloaded_digits_are_kept_if_they_are_the_ones(tmp_path, monkeypatch):
+    def download(url, known_hash, fname, path, progressbar):
+        with zipfile.ZipFile(path / fname, "w") as file:
+            for take in range(6):
+                write(tmp_path / "0.wav", tone(300 + take))
+                file.write(tmp_path / "0.wav", f"v/recordings/0_ada_{take}.wav")
+        return path / fname
+
+    monkeypatch.setattr("pooch.retrieve", download)
+    monkeypatch.setenv("NF_DATA", str(tmp_path / "data"))
+    with pytest.raises(OSError, match="NF_DATA"):
         load_spectrograms("fsdd")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["fsdd.lock"]
+    recordings = [(f"0_ada_{take}.wav", tone(300 + take)) for take in range(6)]
+    digest = hashlib.sha256()
+    for name, samples in recordings:
+        write(tmp_path / "0.wav", samples)
+        digest.update(name.encode() + (tmp_path / "0.wav").read_bytes())
+    monkeypatch.setattr(module, "FSDD_DIGEST", digest.hexdigest())
+    assert len(load_spectrograms("fsdd", "test", 8)) == 5
+    monkeypatch.delattr("pooch.retrieve")
+    assert len(load_spectrograms("fsdd", "train", 8)) == 1  # found where it was put
 
 
 @pytest.mark.parametrize(
