@@ -11,7 +11,8 @@ SPLITS = ("train", "validation", "test")
 # Words for splits as Hugging Face datasets has them, by their first letters.
 WORD = r"(train(?:ing)?|val(?:id(?:ation|ate)?)?|dev|test(?:ing|s)?|eval(?:uation)?)"
 MEANING = {"tra": "train", "val": "validation", "dev": "validation", "tes": "test", "eva": "test"}
-MORE = r"(?:set|split|data(?:set)?|im(?:age|g)s?|pictures?|photos?|wavs?|audio|recordings?|[xab]|\d+)"
+# One digit at a time: to repeat what repeats takes forever to find that it does not fit.
+MORE = r"(?:set|split|data|im(?:age|g)s?|pictures?|photos?|wavs?|audio|recordings?|[xab]|\d)"
 FOLDER = re.compile(rf"(?:^|(?<=/))(?:{MORE}[ ._-]*)*{WORD}(?:[ ._-]*{MORE})*/", re.IGNORECASE)
 INSIDE = re.compile(rf"[ ._-]*(?<![a-z]){WORD}(?![a-z])[ ._-]*", re.IGNORECASE)
 # Names with a dot, and what systems put beside a user's files: thumbnails, resource forks, deleted files.
@@ -88,8 +89,8 @@ def _walk(root):
         real = os.path.realpath(base)
         shown = [f"{name}/" for name in folders if real not in seen and not HIDDEN.search(f"{name}/")]
         folders[:] = [name[:-1] for name in sorted(shown, key=lambda name: (split_of(name) is None, name))]
-        for path in (Path(base, name) for name in names if real not in seen):
-            yield path.relative_to(root).as_posix(), path
+        for path in (os.path.join(base, name) for name in names if real not in seen):
+            yield path[len(os.path.join(root, "")) :].replace(os.sep, "/"), Path(path)
         seen.add(real)
     left_out(f"{error.filename} ({error.strerror})" for error in closed)
 
