@@ -20,7 +20,7 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET NF_SCAN_BACKEND
 
 check='import sys, torch
@@ -58,7 +58,7 @@ step() {
     return "$status"
 }
 
-rm -f "$OUT"/{tests,mamba_ssm,scan,profile}.log
+rm -f "$OUT"/{tests,mamba_ssm,scan,mean,profile}.log
 
 # ---------------------------------------------------------------------- mamba_ssm, built while the tests run
 builder=""
@@ -111,6 +111,20 @@ fi
 # An interrupt makes the benchmark print what it has.
 step scan scan 180 INT "$PYTHON" benchmarks/scan.py --device cuda --out "$OUT/scan-$slug.json" \
     --figure "$OUT/scan_gpu.png" || failed=1
+step mean mean 40 TERM "$PYTHON" - <<'PY'
+import common, torch
+from nfhelpers.images import grid_coords
+from nfhelpers.models import load_model
+from nfhelpers.samplers import posterior_mean
+
+model, coords = load_model("checkpoints/field-photos").cuda(), grid_coords(256, 256)[None].cuda()
+order = torch.randperm(256 * 256).cuda()
+given, asked = coords[:, order[:13107]], coords[:, order[13107:]]
+with torch.autocast("cuda", torch.bfloat16):
+    run = lambda: posterior_mean(model, asked, given, torch.zeros(1, 13107, 3, device="cuda"))
+    milliseconds = 1e3 * common.best_seconds(run, torch.device("cuda"))
+print(f"a 256 px posterior mean of field-photos: {milliseconds:.1f} ms (target: <= 35)")
+PY
 step profile profile 25 TERM "$PYTHON" benchmarks/scan.py --profile table --backends "${profiled[@]}"
 if command -v ncu >/dev/null; then
     step ncu profile 30 TERM ncu --clock-control none --profile-from-start off --launch-count 2 \
@@ -128,5 +142,6 @@ grep -hE "^(FAILED|ERROR)" "$OUT/tests.log" | head -n 15 | cut -c 1-150
 tail -n 1 "$OUT/tests.log"
 grep -E "kernels of one|^ +[0-9.]+ +[0-9]+  |$show" "$OUT/profile.log" | cut -c 1-100
 cat "$OUT/scan.log"
+tail -n 1 "$OUT/mean.log"
 printf '%s\n' "" "$GPU" "${summary[@]}"
 exit "$failed"

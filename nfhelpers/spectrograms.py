@@ -187,6 +187,15 @@ def read_wav(file) -> tuple[np.ndarray, int]:
     return samples.mean(axis=1), rate
 
 
+def write_wav(file, samples, sample_rate: int, normalise: bool = False) -> None:
+    """Write samples (S,) in [-1, 1], clipped, as a 16-bit wav file; `normalise` scales their peak to 0.9."""
+    import soundfile
+
+    samples = np.asarray(samples, dtype=np.float64)
+    peak = max(np.abs(samples).max(), 1e-12) if normalise else 0.9
+    soundfile.write(file, samples * (0.9 / peak), sample_rate, format="WAV", subtype="PCM_16")
+
+
 def _chirps(split, limit, size):
     """The same at every size but for the sampling of time; clip i has class i % 4."""
     from scipy.signal import chirp

@@ -81,7 +81,7 @@ def outputs_and_gradients(scan, arguments, **options):
     """[outputs, gradient of every argument] for a loss that weighs every output."""
     given = {name: x.detach().requires_grad_() for name, x in arguments.items()}  # strides as they are
     outputs = scan(**given, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     generator = torch.Generator().manual_seed(99)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in outputs]
     loss = sum((x * weight).sum() for x, weight in zip(outputs, weights, strict=True))
@@ -199,18 +199,12 @@ def test_hold_weight_and_slope_near_zero(a, dtype):
     assert torch.autograd.grad(y, A)[0].item() == pytest.approx(slope, rel=tolerance)
 
 
-@pytest.mark.parametrize("fixed", ["B", "C", "B C"])
-def test_fixed_weights_are_those_of_every_step(fixed):
+def test_fixed_weights_are_those_of_every_step():
     """A weight (D, N) is one of D groups that does not vary."""
-    arguments = problem(2, 6, 9, 4, fixed=fixed, extras=ALL)
-    varying = dict(arguments)
-    for name in "BC":  # (B, D, N, L)
-        x = arguments[name][..., None] if name in fixed else arguments[name].unsqueeze(1)
-        varying[name] = x.expand(2, 6, 4, 9)
-    options = dict(delta_softplus=True, return_last_state=True)
-    found, wanted = (selective_scan(**given, **options) for given in (arguments, varying))
-    for x, y in zip(found, wanted, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    arguments = problem(2, 6, 9, 4, fixed="B C", extras=ALL)
+    varying = arguments | {name: arguments[name][..., None].expand(2, 6, 4, 9) for name in "BC"}
+    wanted, found = (selective_scan(**given, delta_softplus=True) for given in (varying, arguments))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "native", "triton", "mamba_ssm"])
@@ -295,53 +289,41 @@ def test_a_direction_is_a_scan_of_the_permuted_sequence(backend):
         torch.testing.assert_close(y[:, k, walk], plain.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
-def in_two_pieces(cut, return_last_state=True, initial_state=None, **arguments):
-    """A scan up to a step, and from its last state on."""
-    parts = [{n: x[..., s] if x.dim() > 2 else x for n, x in arguments.items() if torch.is_tensor(x)}
-             for s in (slice(cut), slice(cut, None))]  # fmt: skip
-    options = {name: x for name, x in arguments.items() if not torch.is_tensor(x)} | dict(
-        return_last_state=True
-    )
-    first, state = selective_scan(**parts[0], **options, initial_state=initial_state)
-    second, state = selective_scan(**parts[1], **options, initial_state=state)
-    return torch.cat([first, second], -1), state
+def in_pieces(counts, joined, initial_state=None, **arguments):
+    """A scan in pieces of so many steps, each from the last state of the one before or from zero."""
+    cut = {n: x.split(counts, -1) if torch.is_tensor(x) and x.dim() > 2 else [x] * len(counts)
+           for n, x in arguments.items()}  # fmt: skip
+    outputs, start = [], initial_state
+    for part in zip(*cut.values(), strict=True):
+        y, last = selective_scan(**dict(zip(cut, part, strict=True)), initial_state=start)
+        outputs, start = [*outputs, y], last if joined else None
+    return torch.cat(outputs, -1), last
 
 
-def one_by_one(seq_idx, initial_state=None, **arguments):
-    """Packed sequences (B, L), each scanned alone: outputs, states after the last of each sample."""
-    rows, lasts = [], []
-    for b, counts in enumerate(row.unique_consecutive(return_counts=True)[1].tolist() for row in seq_idx):
-        cut = {n: x[b : b + 1].split(counts, -1) if torch.is_tensor(x) and x.dim() > 2 else [x] * len(counts)
-               for n, x in arguments.items()}  # fmt: skip
-        states = [None if initial_state is None else initial_state[b : b + 1], *[None] * len(counts)]
-        parts = [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
-        found = [selective_scan(**part, initial_state=h) for part, h in zip(parts, states, strict=False)]
-        rows.append(torch.cat([y for y, _ in found], -1))
-        lasts.append(found[-1][1])
-    return torch.cat(rows), torch.cat(lasts)
+def unpacked(counts, **arguments):
+    """Sequences of so many steps, a list for each sample, scanned one by one."""
+    found = []
+    for b, pieces in enumerate(counts):
+        sample = {n: x[b : b + 1] if torch.is_tensor(x) and x.dim() > 2 else x for n, x in arguments.items()}
+        found.append(in_pieces(pieces, False, **sample))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
-def assert_pieces(backend, arguments, tolerance=1e-5, packed=True, **options):
-    """Two halves joined, and packed sequences, against float64: outputs, last states, all gradients."""
+def assert_pieces(backend, arguments, packed=True, **options):
+    """Pieces joined, and packed sequences, against float64: outputs, last states, all gradients."""
     doubles = {name: x.double().cpu() for name, x in arguments.items()}
-    device, (batch, _, length) = arguments["u"].device, arguments["u"].shape
     options |= dict(delta_softplus=True, return_last_state=True)
-    seq_idx = torch.randint(2, (batch, length), generator=torch.Generator().manual_seed(length))
-    seq_idx[:, length // 3 : length // 2] = 7
-    pairs = [
-        (
-            functools.partial(one_by_one, seq_idx),
-            functools.partial(selective_scan, seq_idx=seq_idx.to(device)),
-        )
-    ]
-    pairs = pairs if packed else []
-    pairs += [
-        (selective_scan, functools.partial(in_two_pieces, cut)) for cut in {1, length // 2} - {0, length}
-    ]
+    batch, _, length = arguments["u"].shape
+    third = length // 3
+    cuts = [[n for n in (min(b, 1), third, length - third - min(b, 1)) if n] for b in range(batch)]
+    seq_idx = [torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)) for counts in cuts]
+    scan = functools.partial(selective_scan, seq_idx=torch.stack(seq_idx).to(arguments["u"].device))
+    pairs = [(functools.partial(unpacked, cuts), scan)] if packed else []
+    pairs += [(selective_scan, functools.partial(in_pieces, counts, True)) for counts in cuts]
     for truth, scan in pairs:
         wanted = outputs_and_gradients(truth, doubles, backend="reference", **options)
         found = outputs_and_gradients(scan, arguments, backend=backend, **options)
-        assert all(relative_error(y, x) < tolerance for x, y in zip(wanted, found, strict=True))
+        assert all(relative_error(y, x) < 1e-5 for x, y in zip(wanted, found, strict=True))
 
 
 @WITH_REFERENCE
@@ -350,11 +332,14 @@ def assert_pieces(backend, arguments, tolerance=1e-5, packed=True, **options):
 def test_pieces_and_packed_sequences(backend, length, states, tied):
     arguments = problem(3, 6, length, states, groups=2, extras=ALL, tied=tied)
     assert_pieces(backend, arguments, packed=backend != "native", tied_decay=tied)
-    if backend == "native":  # has no packed sequences, and says so; the choice is another one
-        seq_idx = torch.arange(length).expand(3, -1)
-        with pytest.raises(ValueError, match="seq_idx"):
-            selective_scan(**arguments, seq_idx=seq_idx, backend="native", tied_decay=tied)
-        assert selective_scan(**arguments, seq_idx=seq_idx, tied_decay=tied).isfinite().all()
+
+
+def test_native_has_no_packed_sequences():
+    arguments, seq_idx = problem(), torch.zeros(2, 15)
+    y = selective_scan(**arguments, seq_idx=seq_idx)
+    assert torch.equal(y, selective_scan(**arguments, backend="chunked"))
+    with pytest.raises(ValueError, match="seq_idx"):
+        selective_scan(**arguments, seq_idx=seq_idx, backend="native")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -255,6 +255,10 @@ def test_cross_attention_without_queries_is_gaussian_kernel_interpolation(monkey
     torch.testing.assert_close(layer(*points), expected, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(CrossAttention, "LOGITS_AT_ONCE", 4 * 3 * 6 + 1)  # four queries at a time
     torch.testing.assert_close(layer(*points), expected, rtol=1e-4, atol=1e-5)
+    sizes = {1: torch.export.Dim("queries", min=2, max=99)}  # one program for any number of queries
+    program = torch.export.export(layer, points, dynamic_shapes=(sizes, sizes, None, None)).module()
+    points = queries[:, :9], query_coords[:, :9], inputs, input_coords
+    torch.testing.assert_close(program(*points), expected[:, :9], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [4, 6])

@@ -104,12 +104,9 @@ def _scan(backend, tensors, order, carried, reverse, softplus, tied):
     if size["d"] % size["G"]:
         raise ValueError(f"{size['G']} groups of B and C do not divide {size['d']} channels")
     dtype = reference.compute_dtype(*tensors)
-    uses = {
-        "float64": dtype == torch.float64,
-        "seq_idx": carried is not None,
-        "initial_state": initial is not None,
-    }
-    name, layout, transformed = _choose(u.device.type, backend, [use for use, given in uses.items() if given])
+    uses = ["seq_idx"] * (carried is not None) + ["initial_state"] * (initial is not None)
+    uses += ["float64"] * (dtype == torch.float64)
+    name, layout, transformed = _choose(u.device.type, backend, uses)
     if name in ("reference", "mamba_ssm"):
         scan = functools.partial(reference.selective_scan_reference, tied_decay=tied, carried=carried)
         scan = scan if initial is None else functools.partial(scan, initial_state=initial.flatten(1, 2))
@@ -118,25 +115,13 @@ def _scan(backend, tensors, order, carried, reverse, softplus, tied):
         return reference.as_groups(scan, u, delta, A, B, C, D, z, bias, order, reverse, softplus)
     A, D, bias, initial = (None if x is None else x.to(dtype).contiguous() for x in (A, D, bias, initial))
     mask = sum(1 << k for k, backwards in enumerate(reverse) if backwards)
+    tensors = (u, delta, A, B, C, D, z, bias, initial, order, carried)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    scan = OPERATIONS[name][transformed]
-    given = (u, delta, A, B, C, D, z, bias, initial, order, carried, mask, softplus, tied, keep, layout)
-    return scan(*given)[:2]
+    return OPERATIONS[name][transformed](*tensors, mask, softplus, tied, keep, layout)[:2]
 
 
-_DIMS = dict(
-    u="bkld",
-    delta="bKld",
-    A="KdN",
-    B="bKGlN",
-    C="bKGlN",
-    D="Kd",
-    z="bKld",
-    bias="Kd",
-    initial="bKdN",
-    order="aKl",
-    carried="bl",
-)
+_DIMS = "bkld bKld KdN bKGlN bKGlN Kd bKld Kd bKdN aKl bl".split()
+_DIMS = dict(zip("u delta A B C D z bias initial order carried".split(), _DIMS, strict=True))
 
 
 def _mamba_ssm_scan(u, delta, A, B, C, D, z, delta_bias, *options):
@@ -212,8 +197,7 @@ def self_check(backend, device="cpu"):
     """Largest relative errors in float32 against the float64 reference: dict(forward, backward)."""
     size = dict(b=2, k=1, K=3, l=37, d=6, G=2, N=4, a=1)
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn([size[i] for i in dims], generator=generator) for dims in _DIMS.values())
-    *tensors, order, _ = drawn
+    *tensors, order, _ = (torch.randn([size[i] for i in d], generator=generator) for d in _DIMS.values())
     order = order.argsort(-1)
 
     def run(backend, dtype, device):

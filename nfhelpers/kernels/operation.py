@@ -22,8 +22,9 @@ def module(name):
     return importlib.import_module(_MODULES[name])
 
 
-_INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, "
-_INPUTS += "Tensor? initial"
+_INPUTS = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0"
+)
 _OPTIONS = "Tensor? order, Tensor? carried, int reverse, bool softplus, bool tied"
 # `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
 _FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
@@ -82,8 +83,8 @@ def _refuse(*_):
 def _function(operation, setup, backward):
     """The operation for torch.func, which does not take the derivative that is registered for it."""
     methods = dict(forward=operation, setup_context=setup, backward=backward)
-    methods = {name: staticmethod(method) for name, method in methods.items()}
-    return type("Scan", (torch.autograd.Function,), dict(generate_vmap_rule=True, **methods)).apply
+    members = dict(generate_vmap_rule=True) | {name: staticmethod(x) for name, x in methods.items()}
+    return type("Scan", (torch.autograd.Function,), members).apply
 
 
 def _register(name):
