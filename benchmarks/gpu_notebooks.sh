@@ -38,7 +38,7 @@ if compgen -G '.gpu/*/wheels/*.whl' >/dev/null; then
     export PYTHONPATH=$PWD:$PWD/.gpu/site JUPYTER_PATH=$PWD/.gpu/site/share/jupyter
 fi
 for folder in .gpu/*/checkpoints/*/; do
-    if [ -d "$folder" ] && [ ! -d "checkpoints/$(basename "$folder")" ]; then
+    if [ -d "$folder" ] && [ ! -f "checkpoints/$(basename "$folder")/model.safetensors" ]; then
         mkdir -p checkpoints && cp -r "$folder" checkpoints/
     fi
 done
