@@ -121,10 +121,11 @@ def _sampler(method, legal=SAMPLERS):
     return SAMPLERS[method]
 
 
-def _field_sampler(model, method, steps):
+def _field_sampler(model, method, steps, footprint):
     """Name and steps of a sampler, if None the ones that the model is made for."""
     able = getattr(model, "shortcut", False)
-    method = method or ("shortcut" if able else "heun")
+    coarse = able and (footprint is None or footprint * model.config.nodes > 0.99)
+    method = method or ("shortcut" if coarse else "heun")
     _sampler(method, SAMPLERS if able else SAMPLERS.keys() - {"shortcut"})
     return method, (4 if method == "shortcut" else 50) if steps is None else steps
 
@@ -181,13 +182,14 @@ def sample(
     """Draw one posterior sample of the field at the query points -> (B, Nq, 3) in [-1, 1].
 
     query_coords (B, Nq, 2) and input_coords (B, Ni, 2) are in [0, 1], input_values (B, Ni, 3) in [-1, 1].
-    method: of SAMPLERS, in equal steps; None: "shortcut" in 4 steps where the model can, else "heun" in 50.
+    method: of SAMPLERS, in equal steps; None: "shortcut" in 4, where a model can and pixels are no finer than
+    the observed ones, else "heun" in 50.
     generator: of all noise, on any device. temperature: of "sde", how much noise a step replaces; else a
     factor on the initial noise, 1 for a posterior sample. footprint: side of the queried pixels, as 1 / 96,
     for models of several sizes. max_batch: most samples in the model at once; the result is the same.
     """
     check_field(query_coords, input_coords, input_values)
-    method, steps = _field_sampler(model, method, steps)
+    method, steps = _field_sampler(model, method, steps, footprint)
     integrate, options = SAMPLERS[method], dict(callback=callback, progress=progress)
     field = _as_parameters(model, query_coords, input_coords, input_values)
     x = draw(torch.randn, (*query_coords.shape[:2], input_values.shape[-1]), field[2], generator)

@@ -165,6 +165,15 @@ def test_shortcuts_are_exact_in_any_number_of_steps_and_what_such_a_model_is_sam
         torch.testing.assert_close(drawn, exact, rtol=0, atol=1e-5)
     with pytest.raises(ValueError):
         sample(GaussianField(), *field, method="shortcut")
+    for footprint, calls in ((1 / 8, 4), (1 / 16, 50)):  # finer pixels than were observed take Heun's steps
+        seen = []
+        sample(
+            tiny("MambaField"),
+            *field,
+            footprint=footprint,
+            callback=lambda *given, seen=seen: seen.append(given),
+        )
+        assert len(seen) == calls
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
@@ -248,6 +257,8 @@ def tiny(kind):
     sizes = dict(d_model=16, num_layers=2, d_state=4, num_fourier_features=8, num_heads=2)
     if kind == "LocalMamba2D":
         sizes = dict(channels=1, dims=(16, 32), depths=(1, 1), d_state=2, num_classes=3)
+    if kind == "MambaField":
+        sizes = dict(nodes=8, widths=(4, 4), blocks=(1, 1), d_time=4, d_state=2, shortcut=True)
     model = getattr(models, kind)(getattr(models, kind + "Config")(**sizes)).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
