@@ -60,7 +60,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(PARALLEL) tests --ignore tests/test_browser.py
 	@# Triton's interpreter is chosen at import, so its tests need a process of their own.
-	TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py tests/test_local_scan.py
+	TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks

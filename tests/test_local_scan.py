@@ -1,8 +1,4 @@
-"""The windowed scan: written-out orders, loops, the inverse, gradients, dtypes and layouts.
-
-The Triton kernel runs on a CUDA device, or on any machine in Triton's interpreter, in a process of its own,
-where it serves every test of this file: ``TRITON_INTERPRET=1 pytest tests/test_local_scan.py``.
-"""
+"""The windowed scan: written-out orders, loops, the inverse, gradients and layouts."""
 
 import itertools
 
@@ -62,13 +58,6 @@ def test_scan_is_the_bijection_of_the_loops_and_reverse_undoes_it(
         assert grid_order(height, width, f"w{window}" + "_flip" * flip).tolist() == order
 
 
-def test_tangent_moves_like_the_pixels_and_torch_func_gives_the_gradient():
-    x, v = draw(2, 3, 5, 4), draw(2, 3, 5, 4, seed=1)
-    scan = lambda x: local_scan(x, 2, True, True)  # noqa: E731
-    assert torch.equal(torch.func.jvp(scan, (x,), (v,))[1], scan(v))
-    assert torch.equal(torch.func.grad(lambda x: (scan(x) * scan(v)).sum())(x), v)
-
-
 @pytest.mark.parametrize("kind", ["h", "v", "w2", "w7_flip"])
 def test_directional_scan_needs_no_scanned_copy(kind):
     """SS2D with its copies (scan, run the recurrence, scan back) is one call with the order of the grid."""
@@ -94,49 +83,6 @@ def test_each_derivative_is_the_other_function(flip, column_first):
     pixels = local_reverse(weight, 5, 7, 3, flip, column_first)
     (grad,) = torch.autograd.grad((pixels * x.detach()).sum(), weight)
     assert torch.equal(grad, local_scan(x, 3, flip, column_first))
-
-
-def test_second_derivatives_are_right():
-    x, y = (draw(*shape, dtype=torch.float64).requires_grad_() for shape in ((1, 1, 2, 3), (1, 1, 6)))
-    assert torch.autograd.gradgradcheck(lambda x: local_scan(x, 2, True, True) ** 2, x)
-    assert torch.autograd.gradgradcheck(lambda y: local_reverse(y, 2, 3, 2, True, True) ** 2, y)
-
-
-def test_an_order_made_in_inference_mode_or_on_another_default_device_serves_training():
-    x = draw(1, 2, 11, 13)  # a grid of no other test
-    with torch.inference_mode(), torch.device("meta"):
-        inferred = local_scan(x, 4)
-    y = local_scan(x.requires_grad_(), 4)
-    assert torch.equal(y, inferred)
-    y.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
-
-
-@DEVICES
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
-        *(torch.int64, torch.int16, torch.uint8, torch.bool, torch.complex64),
-    ],
-    ids=lambda dtype: str(dtype).removeprefix("torch."),
-)
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_every_dtype_keeps_its_bits(dtype, memory, device):
-    generator = torch.Generator().manual_seed(0)
-    size = dtype.itemsize
-    # Random bytes: denormal numbers, infinities and NaN of every kind among them.
-    x = torch.randint(0, 2 if dtype == torch.bool else 256, (2 * 3 * 5 * 7 * size,), generator=generator)
-    x = x.to(device, torch.uint8).view(dtype).view(2, 3, 5, 7).contiguous(memory_format=memory)
-    y = local_scan(x, 3)
-    back = local_reverse(y, 5, 7, 3)
-    assert y.dtype == back.dtype == dtype
-
-    def raw(t):  # (..., bytes of an element)
-        return t.contiguous().view(-1, 1).view(torch.uint8).view(*t.shape, size)
-
-    assert torch.equal(raw(y), raw(x).flatten(2, 3)[:, :, by_loops(5, 7, 3, False, False)])
-    assert torch.equal(raw(back), raw(x))
 
 
 LAYOUTS = {
@@ -168,13 +114,6 @@ def test_what_is_no_grid_is_refused():
     for tokens, height, width, window in ((12, 3, 5, 2), (12, 3, 4, 0)):
         with pytest.raises(ValueError):
             local_reverse(torch.ones(2, 3, tokens), height, width, window)
-
-
-@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_op_is_registered_as_torch_wants_it(memory):
-    x = draw(2, 3, 4, 5).contiguous(memory_format=memory).flatten(2).requires_grad_()
-    for reverse in (False, True):
-        torch.library.opcheck(torch.ops.nfhelpers.local_scan.default, (x, 4, 5, 2, reverse, True, True))
 
 
 def test_compiles_without_a_graph_break_and_for_changing_sizes():
