@@ -283,7 +283,8 @@ class _Run:
 
         path = self.folder / "training.png"
         training_figure(self.history, fields, title).savefig(path)
-        if self.config.progress and "ipykernel" in sys.modules:
+        ipython = sys.modules.get("IPython")
+        if self.config.progress and ipython and hasattr(ipython.get_ipython(), "kernel"):
             from IPython.display import Image, display
 
             self.shown = self.shown or display(display_id=True)
