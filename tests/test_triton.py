@@ -183,22 +183,9 @@ def test_half_precision_inputs_keep_a_float32_state(dtype, channels, states, tie
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_kernels_compile_while_torch_compile_traces(monkeypatch):
+def test_a_compiled_scan_is_the_same():
     arguments = to_device(problem(channels=48, length=21, extras=ALL, seed=5))
-    calls = []
-    for name in ("forward", "backward"):
-        function = getattr(triton_scan, name)
-
-        def record(*given, name=name, function=function):
-            calls.append((name, bool(given[0].any())))  # zeros ahead
-            return function(*given)
-
-        monkeypatch.setattr(triton_scan, name, record)
     scan = functools.partial(selective_scan, delta_softplus=True, backend="triton")
     eager = outputs_and_gradients(scan, arguments)
-    calls.clear()
     compiled = outputs_and_gradients(torch.compile(scan, dynamic=False), arguments)
-    for name in ("forward", "backward"):
-        real = [values for called, values in calls if called == name]
-        assert not real[0] and real[-1]
     assert all(relative_error(x, y) < 1e-5 for x, y in zip(compiled, eager, strict=True))

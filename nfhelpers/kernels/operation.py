@@ -6,7 +6,6 @@ whose steps are PyTorch's. The derivative of a backend's gradient is refused.
 
 import functools
 import importlib
-from concurrent import futures
 
 import torch
 from torch.autograd import forward_ad
@@ -30,36 +29,8 @@ _OPTIONS = "Tensor? order, Tensor? carried, int reverse, bool softplus, bool tie
 _FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
 _BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 8}Tensor)"
 
-_ahead = futures.ThreadPoolExecutor(3, "compile ahead")  # two forward kernels and the backward one
-_called_ahead, _pending = set(), set()
-
-
-def _compile_ahead(name, function, *arguments):
-    """While a call of Triton on a GPU is traced, make it on another thread with zeros in place of tensors:
-    a kernel compiles for 5 to 15 s, mostly without the GIL, while torch.compile is busy before any launch.
-    """
-    if name != "triton" or not arguments[0].is_cuda or not torch.cuda.is_initialized():
-        return
-    like = [(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x for x in arguments]
-    sizes = [n for x in like if isinstance(x, tuple) for n in (*x[0], *x[1])]
-    if any(isinstance(n, torch.SymInt | torch.SymBool) for n in (*sizes, *like)):
-        return  # a size is not known yet
-
-    def zeros(shape, strides, dtype, device):
-        extent = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-        return torch.zeros(extent, dtype=dtype, device=device).as_strided(shape, strides)
-
-    def call():
-        getattr(module(name), function)(*(zeros(*x) if isinstance(x, tuple) else x for x in like))
-
-    if (function, *like) not in _called_ahead:
-        _called_ahead.add((function, *like))
-        _pending.add(_ahead.submit(call))
-
 
 def _call(name, function, *arguments):
-    if name == "triton" and _pending:  # an error there comes again from the call itself
-        _pending.difference_update(futures.wait(set(_pending)).done)
     with torch.autocast(arguments[0].device.type, enabled=False):
         return getattr(module(name), function)(*arguments)
 
@@ -106,9 +77,7 @@ def _register(name):
 
     @op.register_fake
     def _(*arguments):
-        (u, delta, A, B, *_), keep_states, given = arguments, arguments[14], arguments[:14]
-        for keep in (keep_states, False):  # what is trained is evaluated, too
-            _compile_ahead(name, "forward", *given, keep)
+        (u, delta, A, B, *_), keep_states = arguments, arguments[14]
         kept = module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
         last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
         y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
@@ -116,7 +85,6 @@ def _register(name):
 
     @backward_op.register_fake
     def _(grad_y, grad_last, states, *given):
-        _compile_ahead(name, "backward", grad_y, grad_last, states, *given)
         return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:9])
 
     def setup(ctx, inputs, output):
