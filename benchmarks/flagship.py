@@ -3,7 +3,8 @@
     python benchmarks/flagship.py field-cifar10 --data cifar10:0.7 windows.npz:0.3 --out runs/field-cifar10
     python benchmarks/flagship.py field-photos --data windows.npz:0.9 photos:0.1 --out runs/field-photos
 
---data: sources of `images.load_images`, each with its share of a batch; field-photos wants fields of 128 px.
+--data: sources of `images.load_images`, each with its share of a batch, such as an .npz of uint8 arrays
+x_train and x_test (N, 128, 128, 3); field-photos wants fields of 128 px.
 Phase 1 trains the velocity, part of each batch at t = 0, where it is the posterior mean. In phase 2 half of
 each batch learns whole steps: a frozen copy walks from z(tau) to z(tau') in three steps of Heun's method, the
 network learns to go there at once. The weights are averaged; those with the best posterior mean on held-out
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from nfhelpers import models, run
-from nfhelpers.images import grid_coords, load_images
+from nfhelpers.images import grid_coords, load_images, open_images
 from nfhelpers.models.field import SHORTCUT_POWER, FieldConditions, offsets
 from nfhelpers.models.layers import solve_positive
 
@@ -428,7 +429,11 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(load_images(name, "train", size), float(share)) for name, share in named]
+    loaded = [SIDE if name == "cifar10" else max(64, size) for name, _ in named]  # so that parts can be cut
+    sources = [
+        (open_images(name, "train", pixels, held_out=True)[:], float(share))
+        for (name, share), pixels in zip(named, loaded, strict=True)
+    ]
     model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = Trainer(model, sources, recipe, options, device)

@@ -164,7 +164,7 @@ for stage in "$@"; do
         touch "$OUT/done/$stage"
     elif [ -n "$SLICE" ] && [ "$status" -ge 137 ] && [ "$SECONDS" -ge "$SLICE" ]; then
         resumable=0
-        [[ $stage = train-* && $stage != train-step ]] && resumable=1
+        [[ $stage = train-* && $stage != train-step && $stage != train-field-* && $stage != *-latent ]] && resumable=1
         if [ "$first" -eq 1 ] && [ "$resumable" -eq 0 ]; then
             echo "$stage needs more than SLICE=$SLICE seconds: call again with more" >&2
             exit 1

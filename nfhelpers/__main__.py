@@ -159,6 +159,8 @@ def build_model(name, preset, settings, init=None, chosen=()):
     source = models.first_phase(source) if name == "diffae_phase1" else source
     if same := type(source) is model_class:
         settings = vars(source.config) | {key: settings[key] for key in chosen}
+    if "shortcut" in settings:  # `fit` trains the velocity, not whole steps
+        settings["shortcut"] = False
     model = model_class(config(**settings))
     if same:
         copied = source.state_dict()
@@ -195,6 +197,8 @@ def evaluate_models(options):
     fields = tuple(model for model, _ in models.FIELD_MODELS.values())
     if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
         raise ValueError(f"no models of sparse fields: {', '.join(others)}")
+    if "shortcut" in options.samplers and not all(getattr(x, "shortcut", False) for x in networks.values()):
+        raise ValueError("--samplers shortcut: not all of these models were trained on whole steps")
     truth = {size: images.load_images(options.data, "test", size, options.images) for size in sizes}
     if len({len(pictures) for pictures in truth.values()}) > 1:
         raise ValueError(f"{options.data} holds images that are too small for --sizes {max(sizes)}")

@@ -21,18 +21,17 @@ WIDE = {"style": {"description_width": "11em"}, "layout": {"width": "98%", "max_
 def panel(draw, controls, *, button=None, cache=32, uses=None):
     """A column of controls above the figure that `draw` returns for their values; an ipywidgets.VBox.
 
-    draw: function of the controls' values by name; returns a matplotlib Figure, (Figure, text)
-    or (Figure, text, HTML). controls: dict of name -> widget. button: its label; nothing is drawn until
-    it is pressed. cache: how many drawings are kept (0 if values are not hashable). uses: {control: (other,
-    values)}: the control is greyed out unless the other has one of these values.
+    draw: function of the controls' values by name; returns a Figure, (Figure, text) or (Figure, text, HTML).
+    controls: dict of name -> widget. button: its label; nothing is drawn until it is pressed. cache: drawings
+    kept (0 if values are not hashable). uses: {control: (other, values)}: greyed out for other values.
 
-    An error removes the picture, stands in its place in red and is raised again. Sliders redraw on release.
-    The text names the file that an upload brought: a server may drop a large one without a word.
+    An error stands in the picture's place in red and is raised again. Sliders redraw on release. The text
+    names the file that an upload brought: a server may drop a large one without a word.
     """
     # At its own size where there is room: a column would stretch it to its full width.
     size = {"max_width": "100%", "min_width": "220px", "align_self": "flex-start"}
-    image, text = ipywidgets.Image(format="png", layout=size), ipywidgets.HTML(layout={"min_height": "2em"})
-    below = ipywidgets.HTML()
+    image, below = ipywidgets.Image(format="png", layout=size), ipywidgets.HTML()
+    text = ipywidgets.HTML(layout={"min_height": "2em"})
 
     def render(*values):
         drawn = draw(**dict(zip(controls, values, strict=True)))
@@ -45,7 +44,7 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
 
     def arrived():
         uploads = [control for control in controls.values() if isinstance(control, ipywidgets.FileUpload)]
-        files = [file for upload in uploads for file in upload.value]
+        files = (file for upload in uploads for file in upload.value)
         files = [f"{file['name']}, {len(file['content']):,} bytes" for file in files]
         said = f"last upload that arrived: {html.escape(', '.join(files) or 'none')}"
         return f"<code>{said}</code><br>" if uploads else ""

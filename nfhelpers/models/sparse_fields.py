@@ -263,8 +263,8 @@ def initialise_from_v1(model: FieldModel, v1: MambaDiffusion) -> list[str]:
     last = f"decoder.{len(v1.decoder) - 1}."
     names = [name for name, x in own.items() if name in source and source[name].shape == x.shape]
     copied = [name for name in names if not name.startswith(last)]
-    if not copied:
-        raise ValueError(f"nothing of v1, d_model={v1.config.d_model}, fits d_model={model.config.d_model}")
+    if "input_embedding.value_proj.weight" not in copied:
+        raise ValueError(f"nothing of v1, d_model={v1.config.d_model}, fits {model.config}")
     for name in copied:
         own[name].copy_(source[name])
     return copied
