@@ -251,6 +251,8 @@ class Trainer:
         valid = ((i[:, None] < sides[:, None, None]) & (i < sides[:, None, None])).flatten(1)
         if nodes == SIDE:
             valid = valid.scatter(1, index, torch.zeros_like(index, dtype=torch.bool))
+        some, kept = torch.rand(2, count, 1, device=self.device)  # a few fields keep a part of their queries
+        valid = valid & (torch.rand(valid.shape, device=self.device) < torch.where(some < 0.08, kept, 1))
         centres = (i + 0.5) / sides[:, None]  # (B, n)
         query = torch.stack(
             [centres[:, None].expand(-1, nodes, -1), centres[:, :, None].expand(-1, -1, nodes)], -1
@@ -281,20 +283,20 @@ class Trainer:
     def velocity_loss(self, nodes, count):
         """Phase 1: z on the circle from noise to data, the velocity there; some at tau = 0."""
         condition, data = self.batch(nodes, count)
-        z, tau, target, _ = self.draw(data)
+        z, tau, target, _ = self.draw(data, self.recipe["mean"])
         return self.error(condition, z, tau, torch.zeros_like(tau), target, torch.ones_like(tau))
 
-    def draw(self, data):
+    def draw(self, data, mean):
         noise = torch.randn_like(data)
         first, tau = torch.rand(2, len(data), device=self.device)
-        tau = torch.where(first < self.recipe["mean"], 0, HALF * tau)
+        tau = torch.where(first < mean, 0, HALF * tau)
         sin, cos = tau.sin()[:, None, None], tau.cos()[:, None, None]
         return sin * data + cos * noise, tau, cos * data - sin * noise, noise
 
     def step_loss(self, nodes, count):
         """Phase 2: half of the batch as before, half whole steps of the frozen teacher."""
         condition, data = self.batch(nodes, count)
-        z, tau, target, noise = self.draw(data)
+        z, tau, target, noise = self.draw(data, 0.4)
         half = [x[1::2].contiguous() for x in condition]
         segments = pick(SEGMENTS, count // 2, self.device)
         i = (torch.rand(count // 2, device=self.device) * segments).floor()
@@ -313,7 +315,7 @@ class Trainer:
             return torch.stack([x[::2], y], 1).flatten(0, 1)
 
         delta = joined(torch.zeros_like(tau), end - begin)
-        weight = joined(torch.ones_like(tau), torch.full_like(begin, 2.0))
+        weight = joined(torch.ones_like(tau), torch.full_like(begin, 1.5))
         return self.error(condition, joined(z, z0), joined(tau, begin), delta, joined(target, mean), weight)
 
     def update(self, loss_function):
@@ -417,7 +419,7 @@ def main(arguments=None):
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE:SHARE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seconds", type=float, nargs=2, help="of the phases (the recipe's)")
-    parser.add_argument("--rate", type=float, nargs=2, default=(1e-3, 4e-4), help="peak learning rates")
+    parser.add_argument("--rate", type=float, nargs=2, default=(1e-3, 5e-4), help="peak learning rates")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--ema", type=float, default=0.9995)
     parser.add_argument("--every", type=float, default=20, help="seconds between two validations")
