@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nfhelpers import __main__ as command_line
+from nfhelpers import images
+from nfhelpers.models.field import Hats
+from nfhelpers.models.spline import thin_plate_spline
 
 
 @pytest.fixture
@@ -119,3 +123,30 @@ def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):
     assert shipped <= {Path(word).name for _, *words in lines for word in words}
     unknown = subprocess.run([*command, "train-v9"], env=os.environ | environment, capture_output=True)
     assert unknown.returncode == 2
+
+
+def test_fields_of_the_flagships_recipe_are_area_means_and_start_from_the_spline(bench):
+    """Drawn fields, splines and grids against the library's."""
+    flagship = bench("flagship")
+    image = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8).numpy()
+    torch.manual_seed(0)
+    truth, seen, sides = flagship.Images(image, "cpu").draw(1, 64, (48,), (1,))
+    turned = [np.rot90(image[0], k) for k in range(4)]
+    exact = [
+        images.area_resize(np.ascontiguousarray(x[None]), 48)[0] for y in turned for x in (y, y[:, ::-1])
+    ]
+    drawn = (truth[0, :, :48, :48].permute(1, 2, 0) + 1) * 127.5
+    assert min(np.abs(drawn.numpy() - x).max() for x in exact) < 0.6 and sides.tolist() == [48]  # as rounded
+    assert truth[0, :, 48:].abs().max() == 0 and seen.shape == (1, 3, 32, 32)
+
+    splines = flagship.Splines(torch.device("cpu"), count=2)
+    mask, values, query = torch.tensor([1]), torch.rand(1, 204, 3) * 2 - 1, torch.rand(1, 50, 2)
+    wanted = thin_plate_spline(query, splines.grid[splines.masks[mask]], values).clamp(-1, 1)
+    torch.testing.assert_close(splines.start(mask, values, query), wanted, rtol=0, atol=2e-3)
+
+    grids = flagship.Grids(torch.tensor([48.0]), 64, torch.ones(1, 4096, dtype=torch.bool))
+    nodes = torch.randn(1, 64, 64, 3)
+    read = grids.read(nodes).unflatten(1, (64, 64))[:, :48, :48].flatten(1, 2)
+    torch.testing.assert_close(
+        read, Hats.of(images.grid_coords(48, 48)[None], 64).read(nodes), rtol=0, atol=1e-5
+    )
