@@ -16,16 +16,18 @@ import copy
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nfhelpers import models, run
-from nfhelpers.images import grid_coords, load_images, open_images
+from nfhelpers import evaluate, metrics, models, run
+from nfhelpers.images import area_resize, grid_coords, load_images, open_images
 from nfhelpers.models.field import SHORTCUT_POWER, FieldConditions, offsets
-from nfhelpers.models.layers import solve_positive
+from nfhelpers.models.layers import solve_positive, squared_distances
+from nfhelpers.models.spline import RIDGE, SHIFT
 
 OBSERVED, SIDE, MASKS = 204, 32, 8192  # observed pixels of 32 x 32; masks that are drawn in advance
 HALF = math.pi / 2
@@ -129,14 +131,14 @@ class Splines:
         p = self.grid.double()[masks]  # (m, I, 2); the system is `thin_plate_spline`'s
         eye = torch.eye(OBSERVED, dtype=p.dtype, device=p.device).expand(len(p), -1, -1)
         affine = F.pad(p - 0.5, (1, 0), value=1.0)
-        inverse = solve_positive(self.radial(p, p) + 2 * affine @ affine.mT + 1e-8 * eye, eye)
+        inverse = solve_positive(self.radial(p, p) + SHIFT * affine @ affine.mT + RIDGE * eye, eye)
         solved = inverse @ affine
         c = solve_positive(affine.mT @ solved, solved.mT)  # (m, 3, I)
         return torch.cat([inverse - solved @ c, c], 1).float()
 
     @staticmethod
     def radial(p, q):
-        squared = (p[:, :, None] - q[:, None]).square().sum(-1)
+        squared = squared_distances(p, q)
         return 0.5 * squared * squared.clamp_min(1e-30).log()
 
     def start(self, mask, values, query):
@@ -206,6 +208,12 @@ class Muon:
 def is_matrix(name, parameter):
     apart = ("dt_", "A_log", ".D", "embedding", "decoder", "time", "step", "modulate")
     return parameter.dim() > 1 and not any(word in name for word in apart)
+
+
+@torch.no_grad()
+def copy_into(parameters, weights):
+    for own, x in zip(parameters, weights, strict=True):
+        own.copy_(x)
 
 
 class Trainer:
@@ -358,10 +366,8 @@ class Trainer:
     @torch.no_grad()
     def restart(self, weights):
         """Go on from these weights, with optimizers that have seen nothing."""
-        for own, x in zip(self.parameters, weights, strict=True):
-            own.copy_(x)
-        for own, x in zip(self.average, weights, strict=True):
-            own.copy_(x)
+        copy_into(self.parameters, weights)
+        copy_into(self.average, weights)
         for momentum in self.muon.momenta.values():
             momentum.zero_()
         for state in self.adam.state.values():
@@ -391,22 +397,17 @@ class Trainer:
         return best
 
 
-def held_out(model, images, sizes, device):
+def held_out(model, images, sizes):
     """score(weights): mean PSNR of the posterior mean on these images, over the sizes."""
-    from nfhelpers import evaluate
-    from nfhelpers.images import area_resize
-
     seen = evaluate.observe(area_resize(images, SIDE), 0.2, 777)
     truth = {size: area_resize(images, size) / 255 for size in sizes}
     judge = copy.deepcopy(model)
 
     def score(weights):
-        with torch.no_grad():
-            for own, x in zip(judge.parameters(), weights, strict=True):
-                own.copy_(x)
+        copy_into(judge.parameters(), weights)
         found = [evaluate.reconstruct(judge, seen, None if k == SIDE else k) for k in sizes]
         pairs = zip(found, truth.values(), strict=True)
-        return float(np.mean([evaluate.metrics.psnr(x, y).mean() for x, y in pairs]))
+        return float(np.mean([metrics.psnr(x, y).mean() for x, y in pairs]))
 
     return score
 
@@ -440,18 +441,15 @@ def main(arguments=None):
     model = model.to(memory_format=torch.channels_last)
     trainer = Trainer(model, sources, recipe, options, device)
     validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 64)
-    score = held_out(model, validation, sorted({SIDE, size}), device)
+    score = held_out(model, validation, sorted({SIDE, size}))
     seconds = options.seconds or recipe["seconds"]
     steps = [trainer.recorded(trainer.velocity_loss), trainer.recorded(trainer.step_loss)]
     _, weights = trainer.run(steps[0], seconds[0], options.rate[0], score)
-    with torch.no_grad():
-        for own, x in zip(trainer.teacher.parameters(), weights, strict=True):
-            own.copy_(x)
+    copy_into(trainer.teacher.parameters(), weights)
     trainer.restart(weights)
     found, weights = trainer.run(steps[1], seconds[1], options.rate[1], score)
     trainer.restart(weights)
-    config = models.MambaFieldConfig(**{**vars(model.config), "shortcut": True})
-    model.config = config
+    model.config = replace(model.config, shortcut=True)
     model.to(memory_format=torch.contiguous_format).cpu().half().save_pretrained(options.out)
     print(f"{found:.3f} dB on held-out images; written: {options.out}")
 
