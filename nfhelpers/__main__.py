@@ -154,9 +154,9 @@ def build_model(name, preset, settings, init=None, chosen=()):
     if init is None:
         return model_class(config(**settings))
     source = models.load_model(init)
-    source = models.first_phase(source) if name == "diffae_phase1" else source
     if same := type(source) is model_class:
         settings = vars(source.config) | {key: settings[key] for key in chosen}
+        settings |= {"phase": 1} if name == "diffae_phase1" else {}
     model = model_class(config(**settings))
     if same:
         copied = source.state_dict()

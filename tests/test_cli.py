@@ -206,7 +206,7 @@ def test_autoencoder_is_trained_in_two_phases(tmp_path, capsys):
         "--set",
         "data.train_images=24",
     ]
-    first = ["--set", "model.latent_dim=4", "--set", "model.d_model=16", "--set", "model.spectrum_width=8"]
+    first = ["--set", "model.latent_dim=4", "--set", "model.nodes=8"]
     first += ["--set", "train.epochs=1", "--output", str(tmp_path / "first")]
     assert cli.main(["train", "diffae_phase1", *options, *first]) == 0
     trained = models.load_model(tmp_path / "first" / "best")

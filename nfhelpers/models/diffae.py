@@ -97,8 +97,8 @@ class MambaDiffusionAutoencoder(SparseField):
     """Semantic autoencoder of sparse fields, whose decoder is the flagship, `MambaField`.
 
     `decode` reads the picture of the linear code anywhere: there the flow starts, and its pixels the decoder
-    takes for observed. The latent joins beside the time, and at the coarsest lattice. Phase 1 trains at t = 0,
-    where one step is the mean of all fields with this latent; phase 2 at all times, with a frozen encoder.
+    takes for observed. The latent joins beside the time, and at the coarsest lattice. Phase 1 trains at
+    t = 0, where one step is the mean of all fields with this latent; phase 2 at all times, the encoder being frozen.
     """
 
     launch_bound = True
@@ -133,6 +133,7 @@ class MambaDiffusionAutoencoder(SparseField):
 
     def conditions(self, coords, latent, footprint=None):
         """`FieldConditions` of the decoder at these queries."""
+        check_points(None, (coords, None))
         c, side = self.config, math.isqrt(self.decoder.orders.shape[1])
         picture = self.encoder.linear_code.decode(latent)  # (B, n, n, 3)
         places = 2 * coords[:, :, None] - 1
@@ -150,12 +151,12 @@ class MambaDiffusionAutoencoder(SparseField):
         self, noisy_values, query_coords, t, input_coords, input_values, conditions=None, *, footprint=None,
         until=None,
     ):  # fmt: skip
-        """Velocity (B, Nq, 3) as of `MambaField`; in phase 1, where nothing is random, straight to the mean."""
+        """Velocity (B, Nq, 3) as of `MambaField`; in phase 1, which draws nothing, straight to the mean."""
+        check_points(t, (query_coords, noisy_values))
         if conditions is None:
             conditions = self.prepare(query_coords, input_coords, input_values, footprint)
         if self.config.phase == 2:
             return self.decoder(noisy_values, query_coords, t, query_coords, None, conditions, until=until)
-        check_points(t, (query_coords, noisy_values))
         nothing = torch.zeros_like(noisy_values), query_coords, torch.zeros_like(t), query_coords, None
         return (self.decoder(*nothing, conditions) - noisy_values) / (1 - t)[:, None, None].clamp_min(1e-6)
 
