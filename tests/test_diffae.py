@@ -152,7 +152,7 @@ def test_a_short_training_beats_pca():
         optimizer.zero_grad()
         errors[-1].backward()
         optimizer.step()
-    assert errors[-1] < 0.7 * errors[0]
+    assert errors[-1] < 0.8 * errors[0]
 
 
 def test_phase_2_keeps_latents_decoding_and_statistics_and_then_moves_the_decoder_alone(tmp_path):

@@ -98,7 +98,8 @@ class MambaDiffusionAutoencoder(SparseField):
 
     `decode` reads the picture of the linear code anywhere: there the flow starts, and its pixels the decoder
     takes for observed. The latent joins beside the time, and at the coarsest lattice. Phase 1 trains at
-    t = 0, where one step is the mean of all fields with this latent; phase 2 at all times, the encoder being frozen.
+    t = 0, where one step is the mean of all fields with this latent; phase 2 freezes the encoder and trains
+    at all times.
     """
 
     launch_bound = True
