@@ -1,8 +1,7 @@
 """A diffusion autoencoder of sparse fields: a field as one latent vector, and back at any coordinates.
 
-Phase 1 trains encoder and decoder by the squared error; phase 2 freezes the encoder, and the decoder learns
-to draw what the latent leaves open, too. Source: Preechakul et al., "Diffusion Autoencoders: Toward a
-Meaningful and Decodable Representation", CVPR 2022.
+Phase 1 trains both ways by the squared error; phase 2 teaches the decoder to draw what the latent leaves open.
+Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
 import math
@@ -74,15 +73,15 @@ class FieldEncoder(Pyramid):
         self.to_latent = zero(nn.Linear(self.orders.shape[1] * c.d_node, c.latent_dim))
 
     def picture(self, coords, values):
-        """Observed values on the nodes -> (B, n, n, 3): where there are none, those of coarser lattices."""
-        picture = values.mean(1)[:, :, None, None].expand(-1, -1, *(self.nodes >> len(self.down),) * 2)
-        known = F.pad(values, (0, 1), value=1.0)  # (B, I, 4), with the evidence
+        """A picture (B, n, n, 3) of observed values: each lattice gathers what coarser ones leave, twice."""
+        picture = values.mean(1)[:, None, None].expand(-1, *(self.nodes >> len(self.down),) * 2, -1)
         for level in reversed(range(len(self.down) + 1)):
-            nodes = self.nodes >> level
-            picture = F.interpolate(picture, (nodes, nodes), mode="bilinear")
-            found = Hats.of(coords, nodes).gather(known).permute(0, 3, 1, 2)  # (B, 4, H, W)
-            picture = found[:, :3] + (1 - found[:, 3:]) * picture
-        return picture.permute(0, 2, 3, 1)
+            hats = Hats.of(coords, self.nodes >> level)
+            picture = F.interpolate(picture.permute(0, 3, 1, 2), (hats.nodes,) * 2, mode="bilinear")
+            picture = picture.permute(0, 2, 3, 1)
+            for _ in range(2):
+                picture = picture + hats.gather(values - hats.read(picture))
+        return picture
 
     def forward(self, inputs, picture):
         """Latent (B, C) of `gather`'s inputs (B, n, n, D) and the `picture` (B, n, n, 3)."""
@@ -137,7 +136,7 @@ class MambaDiffusionAutoencoder(SparseField):
         check_points(None, (coords, None))
         c, side = self.config, math.isqrt(self.decoder.orders.shape[1])
         picture = self.encoder.linear_code.decode(latent)  # (B, n, n, 3)
-        places = 2 * coords[:, :, None] - 1
+        places = 2 * coords[:, :, None] - 1  # as grid_sample counts them
         options = dict(mode="bicubic", padding_mode="border", align_corners=False)
         start = F.grid_sample(picture.permute(0, 3, 1, 2), places, **options).squeeze(3).mT  # (B, Q, 3)
         pixels = self.decoder.input_embedding(F.pad(picture, (0, 2)))  # (B, n, n, D), at the nodes
@@ -161,8 +160,7 @@ class MambaDiffusionAutoencoder(SparseField):
         nothing = torch.zeros_like(noisy_values), query_coords, torch.zeros_like(t), query_coords, None
         return (self.decoder(*nothing, conditions) - noisy_values) / (1 - t)[:, None, None].clamp_min(1e-6)
 
-    def loss_times(self, t):
-        """Times of the loss, for t (B,) drawn from [0, 1]: in phase 1 always 0."""
+    def loss_times(self, t):  # (B,), drawn from [0, 1]
         return torch.zeros_like(t) if self.config.phase == 1 else t
 
     def loss_weight(self, t):
@@ -226,10 +224,8 @@ class LatentVelocityNetwork(FieldModel):
 
 
 def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray) -> None:
-    """Set the model's linear code to the principal components of images (N, H, W, 3) uint8, its training set.
-
-    The untrained autoencoder, given all pixels, then is PCA of their means over the nodes' cells.
-    """
+    """Set the model's linear code to the principal components of images (N, H, W, 3) uint8, its training set,
+    shrunk to the nodes: given all pixels, the untrained autoencoder then is PCA."""
     from sklearn.decomposition import PCA
 
     code = model.encoder.linear_code
@@ -244,10 +240,8 @@ def fit_linear_code(model: MambaDiffusionAutoencoder, images: np.ndarray) -> Non
 def fit_latent_statistics(
     model: MambaDiffusionAutoencoder, dataset: Dataset, *, batch_size: int = 64, progress: bool = False
 ) -> torch.Tensor:
-    """Set the model's latent mean and standard deviation to those over its training set, a `SparseFields`.
-
-    Returns the latents (N, C), not normalised, on the CPU.
-    """
+    """Set the model's latent mean and standard deviation to those over its training set, a `SparseFields`;
+    returns the latents (N, C), not normalised, on the CPU."""
     device, latents = model.latent_mean.device, []
     with evaluation_mode(model):
         for batch in tqdm(DataLoader(dataset, batch_size), desc="encode", disable=not progress):
