@@ -1,6 +1,6 @@
 """A diffusion autoencoder of sparse fields: a field as one latent vector, and back at any coordinates.
 
-Phase 1 trains both ways by the squared error; phase 2 teaches the decoder to draw what the latent leaves open.
+Phase 1 trains both by the squared error; phase 2 teaches the decoder to draw what the latent leaves open.
 Source: Preechakul et al., "Diffusion Autoencoders: Toward a Meaningful and Decodable Representation", 2022.
 """
 
