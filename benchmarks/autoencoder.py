@@ -27,7 +27,7 @@ from nfhelpers.images import area_resize, grid_coords, load_images, to_image, to
 
 RECIPES = {
     "cifar10": {
-        "model": {"widths": (48, 96, 128), "blocks": (2, 3, 3), "d_scan": 96},
+        "model": {"widths": (48, 96, 128), "blocks": (2, 3, 3)},
         "batches": {32: 256},  # by side of the lattice that the queries enter
         "fields": {32: ((32,), (0.75, 1, 1, 1))},
         "turns": (0, 0, 0.5),
@@ -37,7 +37,7 @@ RECIPES = {
         "mean": 0.4,  # share of the batch at t = 0 in phase 2
     },
     "photos": {
-        "model": {"widths": (32, 48, 48, 96, 128), "blocks": (1, 1, 2, 3, 3), "d_scan": 96, "finer": 2},
+        "model": {"widths": (32, 48, 48, 96, 128), "blocks": (1, 1, 2, 3, 3), "finer": 2},
         "batches": {32: 128, 64: 64, 128: 32},
         "fields": {
             32: ((32,), (0.5, 0.625, 0.75, 1, 1)),

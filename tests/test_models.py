@@ -32,7 +32,7 @@ from nfhelpers.samplers import posterior_mean, sample
 
 ARGUMENTS = ("noisy_values", "query_coords", "t", "input_coords", "input_values")
 SMALL = dict(d_model=16, num_layers=2, num_fourier_features=8, fourier_scale=2.0, num_heads=2)
-LATTICE = dict(nodes=8, scans=2, d_scan=8, d_state=4, d_time=16)
+LATTICE = dict(nodes=8, scans=2, d_state=4, d_time=16)
 AUTOENCODER = dict(LATTICE, widths=(8, 12), blocks=(1, 2), latent_dim=6, d_node=3)
 TINY = {
     "v1": dict(SMALL, d_state=4),
@@ -163,22 +163,25 @@ def test_ssm_is_causal_remembers_and_is_stable():
 def directional_ssm(**settings):
     torch.manual_seed(0)
     plain = dict(d_model=6, d_state=3, expand=2, num_orders=2, shared_weights=False, dropout=0.0)
-    return MultiDirectionalSSM(**{**plain, "tied_decay": False, **settings})
+    return MultiDirectionalSSM(**{**plain, "bidirectional": False, "tied_decay": False, **settings})
 
 
-def random_orders(batch, number, length):
+def random_orders(batch, number, length, bidirectional=False):
     generator = torch.Generator().manual_seed(2)
-    return torch.rand(batch, number, length, generator=generator).argsort(-1)
+    orders = torch.rand(batch, number, length, generator=generator).argsort(-1)
+    return orders.repeat(1, 2, 1) if bidirectional else orders
 
 
-@pytest.mark.parametrize(("shared", "tied"), [(False, False), (True, True), (False, True)])
-def test_directional_ssm_equals_scans_of_permuted_copies(shared, tied):
-    layer = directional_ssm(shared_weights=shared, tied_decay=tied).double()
+@pytest.mark.parametrize(
+    ("shared", "bidirectional", "tied"), [(False, True, False), (True, True, True), (False, False, True)]
+)
+def test_directional_ssm_equals_scans_of_permuted_copies(shared, bidirectional, tied):
+    layer = directional_ssm(shared_weights=shared, bidirectional=bidirectional, tied_decay=tied).double()
     with torch.no_grad():
         layer.A_log.add_(0.3 * torch.randn_like(layer.A_log))
         layer.D.normal_()
     tokens = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
-    orders = random_orders(2, 2, 11)
+    orders = random_orders(2, 2, 11, bidirectional)
     x, z = layer.in_proj(tokens).chunk(2, -1)
     x = F.silu(x)
     projected = layer.x_proj(x).unflatten(-1, (layer.sets, -1))  # (B, L, S, R+2N)
@@ -186,6 +189,7 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, tied):
     for direction in range(orders.shape[1]):
         s = 0 if shared else direction
         order = orders[:, direction]
+        order = order.flip(-1) if direction >= 2 else order  # the second half walks backwards
         low, B, C = projected[:, :, s].split([layer.dt_rank, 3, 3], -1)
         u, delta, B, C = (
             values.take_along_dim(order[..., None], 1).mT  # (B, C, L), along the order
@@ -194,6 +198,8 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, tied):
         rates, bias = -layer.A_log[s].exp(), layer.dt_bias[s]
         y = selective_scan_reference(u, delta, rates, B, C, layer.D[s], None, bias, True, tied_decay=tied)
         parts.append(torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), y.mT))
+    if bidirectional:
+        parts = [parts[0] + parts[2], parts[1] + parts[3]]
     fused = layer.fusion_norm(x + layer.fusion(torch.cat(parts, -1)))
     expected, found = layer.out_proj(fused * F.silu(z)), layer(tokens, orders)
     # The parameters of the recurrence are float32.
@@ -203,13 +209,15 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, tied):
     torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_reaches_those_after_it_in_some_order():
-    orders = random_orders(1, 2, 10)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_token_reaches_those_after_it_in_some_order(bidirectional):
+    orders = random_orders(1, 2, 10, bidirectional)
     later = torch.zeros(10, dtype=torch.bool)
     for order in orders[0, :2]:
         later[order[order.tolist().index(4) :]] = True
     assert not later.all()
-    assert reached(directional_ssm(), orders) == later.tolist()
+    found = reached(directional_ssm(bidirectional=bidirectional), orders)
+    assert found == ([True] * 10 if bidirectional else later.tolist())
 
 
 def test_bidirectional_mamba_reads_both_ways_with_one_stack_each():

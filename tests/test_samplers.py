@@ -246,7 +246,7 @@ def test_a_field_of_numpys_float64_is_cast_to_the_parameters():
 def test_inversion_of_a_gaussian_flow_is_the_closed_form():
     """Untrained, phase 2 draws from N(m, s^2): x = m + s noise, so that the noise is (x - m) / s."""
     torch.manual_seed(0)
-    sizes = dict(nodes=8, widths=(8, 12), blocks=(1, 1), d_scan=8, d_time=16, latent_dim=6)
+    sizes = dict(nodes=8, widths=(8, 12), blocks=(1, 1), d_time=16, latent_dim=6)
     first = models.MambaDiffusionAutoencoder(models.MambaDiffusionAutoencoderConfig(**sizes))
     model = models.second_phase(first).eval()
     coords, latent = field_of(2, 9)[0], torch.randn(2, 6)

@@ -13,13 +13,12 @@ from torch.nn import functional as F
 
 from nfhelpers.flow import loss_weight, path_variance, skip_weight
 from nfhelpers.images import grid_coords
-from nfhelpers.kernels import directional_scan
 from nfhelpers.kernels.orders import point_order
 from nfhelpers.models.base import Layers, ModelConfig
 from nfhelpers.models.layers import TimeEmbedding, mlp, zero
 from nfhelpers.models.sparse_fields import SparseField, check_points
 from nfhelpers.models.spline import thin_plate_spline
-from nfhelpers.models.ssm import initial_step_bias
+from nfhelpers.models.ssm import MultiDirectionalSSM
 
 SHORTCUT_POWER = 1.4  # steps of `shortcut_times` grow towards the data
 
@@ -33,7 +32,6 @@ class MambaFieldConfig(ModelConfig):
     widths: tuple[int, ...] = (64, 128, 192)
     blocks: tuple[int, ...] = (2, 3, 5)  # on the way down and again on the way up; of the last level once
     scans: int = 2  # of the last level: of two of the orders each, both ways
-    d_scan: int = 128  # width inside a scan
     d_state: int = 8  # states a channel
     d_time: int = 128
     orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
@@ -119,36 +117,18 @@ class ConvBlock(nn.Module):
 
 
 class ScanBlock(nn.Module):
-    """Residual: S6 along orders of the lattice, both ways, with weights of each, joined by a linear map."""
+    """Residual: one S6 along two orders of the lattice, both ways; the time scales its norm."""
 
-    def __init__(self, d, e, d_state, d_time, num_orders=2):
+    def __init__(self, d, d_state, d_time):
         super().__init__()
-        k, r = 2 * num_orders, math.ceil(e / 16)
-        self.sizes, self.reverse = [r, d_state, d_state], (False,) * num_orders + (True,) * num_orders
         self.norm = Modulated(d, d_time)
-        self.in_proj = nn.Linear(d, 2 * e, bias=False)
-        self.x_proj = nn.Linear(e, k * sum(self.sizes), bias=False)
-        self.dt_weight = nn.Parameter(torch.empty(k, r, e).uniform_(-(r**-0.5), r**-0.5))
-        self.dt_bias = nn.Parameter(initial_step_bias(k, e))
-        self.A_log = nn.Parameter(torch.zeros(k, e))  # tied decays: one rate a channel
-        self.D = nn.Parameter(torch.ones(k, e))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # a bias, a log rate and a skip weight, not matrices
-        self.fusion = nn.Linear(k * e, e)
-        self.fusion_norm = nn.RMSNorm(e)
-        self.out_proj = zero(nn.Linear(e, d, bias=False))
+        self.ssm = MultiDirectionalSSM(d, d_state, 1, 2, True, True, True, 0.0)  # shared weights, tied decays
+        zero(self.ssm.out_proj)
 
     def forward(self, x, time, orders):
-        u, z = self.in_proj(self.norm(x, time).flatten(1, 2)).chunk(2, dim=-1)  # (B, L, E) each
-        u = F.silu(u)
-        parts = self.x_proj(u).unflatten(-1, (len(self.reverse), -1)).transpose(1, 2)  # (B, K, L, R+2N)
-        low, B, C = parts.split(self.sizes, dim=-1)
-        delta = low @ self.dt_weight.to(low.dtype)  # (B, K, L, E)
-        A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()  # (K, E) each
-        options = dict(orders=orders, delta_bias=bias, reverse=self.reverse, tied_decay=True)
-        y = directional_scan(u, delta, A, B, C, D, **options)  # (B, K, L, E)
-        y = self.fusion_norm(u + self.fusion(y.transpose(1, 2).flatten(2)))  # (B, L, E)
-        return x + self.out_proj(y * F.silu(z)).unflatten(1, x.shape[1:3]).to(x.dtype)  # (B, H, W, D)
+        tokens = self.norm(x, time).flatten(1, 2)  # (B, L, D)
+        orders = torch.cat([orders, orders]).expand(len(tokens), -1, -1)  # (B, 4, L)
+        return x + self.ssm(tokens, orders).unflatten(1, x.shape[1:3]).to(x.dtype)  # (B, H, W, D)
 
 
 def offsets(coords, nodes):
@@ -177,8 +157,7 @@ class Pyramid(nn.Module):
         self.down_blocks = nn.ModuleList(blocks(level) for level in upper)
         self.down = each(lambda d, below: nn.Linear(4 * d, below))
         self.blocks = blocks(-1)
-        scan = c.widths[-1], c.d_scan, c.d_state, c.d_time
-        self.scans = Layers(ScanBlock(*scan) for _ in range(c.scans))
+        self.scans = Layers(ScanBlock(c.widths[-1], c.d_state, c.d_time) for _ in range(c.scans))
         if up:
             self.up = each(lambda d, below: nn.Linear(below, 4 * d))
             self.skip = each(lambda d, below: nn.Linear(d, d))
@@ -216,8 +195,7 @@ class Pyramid(nn.Module):
         for i, block in enumerate(self.blocks):
             x = self.blocks.apply_layer(block, x, time)
             while done < (i + 1) * len(self.scans) // len(self.blocks):
-                pair = pairs[done % len(pairs)]  # (2, L)
-                x = self.scans.apply_layer(self.scans[done], x, time, torch.cat([pair, pair]))
+                x = self.scans.apply_layer(self.scans[done], x, time, pairs[done % len(pairs)])
                 done += 1
         return x
 
@@ -256,9 +234,13 @@ class MambaField(Pyramid, SparseField):
         self.time, self.step = TimeEmbedding(d_time), TimeEmbedding(d_time)
         entries = c.widths[: finer + 1]
         self.query_embeddings = nn.ModuleList(mlp(6 + 3, d, d) for d in entries)
-        self.decoders = nn.ModuleList(nn.Sequential(nn.RMSNorm(2 * d), mlp(2 * d, 2 * d, 3)) for d in entries)
-        for layer in (self.step.mlp[-1], *(decoder[-1][-1] for decoder in self.decoders)):
-            zero(layer)
+
+        def decoder(d):
+            layers = nn.Linear(2 * d, 2 * d), nn.GELU(), zero(nn.Linear(2 * d, 3))
+            return nn.Sequential(nn.RMSNorm(2 * d), *layers)
+
+        self.decoders = nn.ModuleList(decoder(d) for d in entries)
+        zero(self.step.mlp[-1])
 
     def shortcut_times(self, steps):
         """Times (S + 1,) of the steps that `samplers.shortcut` takes."""

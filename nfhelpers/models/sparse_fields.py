@@ -199,7 +199,7 @@ class MultiDirectionalMambaDiffusion(TokenField):
     def __init__(self, config: MultiDirectionalMambaDiffusionConfig):
         super().__init__(config)
         c = config
-        scan = (c.d_model, c.d_state, c.expand, len(c.orders), c.shared_weights, c.tied_decay)
+        scan = (c.d_model, c.d_state, c.expand, len(c.orders), c.shared_weights, False, c.tied_decay)
         self.blocks = stack(
             MultiDirectionalMambaBlock(*scan, mlp_ratio=c.mlp_ratio, dropout=c.dropout)
             for _ in range(c.num_layers)

@@ -120,25 +120,29 @@ class MultiDirectionalSSM(DirectionalScans):
         x = silu(u)               result = W_out (norm(x + fusion(y_1 .. y_O)) * silu(z))
 
     With `shared_weights` one S6 serves all directions and the fusion is linear; otherwise each direction has
-    its own, and the fusion is an MLP.
+    its own, and the fusion is an MLP. With `bidirectional` both ways of an order are added before the fusion.
     """
 
-    def __init__(self, d_model, d_state, expand, num_orders, shared_weights, tied_decay, dropout):
+    def __init__(
+        self, d_model, d_state, expand, num_orders, shared_weights, bidirectional, tied_decay, dropout
+    ):
         super().__init__()
         e = expand * d_model
+        self.ways = 2 if bidirectional else 1
+        reverse = (False,) * num_orders + (True,) * num_orders * (self.ways - 1)
         self.in_proj = nn.Linear(d_model, 2 * e, bias=False)
-        sets = 1 if shared_weights else num_orders
-        self.make_scans(d_model, e, d_state, (False,) * num_orders, sets, tied_decay)
+        sets = 1 if shared_weights else len(reverse)
+        self.make_scans(d_model, e, d_state, reverse, sets, tied_decay)
         joined = num_orders * e
         self.fusion = nn.Linear(joined, e) if shared_weights else mlp(joined, 2 * e, e, dropout)
         self.fusion_norm = nn.RMSNorm(e)
         self.out_proj = nn.Linear(e, d_model, bias=False)
 
     def forward(self, tokens, orders):
-        """Mix tokens (B, L, D) along orders (B, O, L) -> (B, L, D), in the tokens' own order."""
+        """Mix tokens (B, L, D) along orders (B, K, L) -> (B, L, D), in the tokens' own order."""
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (B, L, E) each
         x = F.silu(x)
-        y = self.scan(x, orders)  # (B, O, L, E)
+        y = self.scan(x, orders).unflatten(1, (self.ways, -1)).sum(1)  # (B, O, L, E)
         fused = x + self.fusion(y.transpose(1, 2).flatten(2))  # (B, L, E)
         fused = self.fusion_norm(fused.to(self.fusion_norm.weight.dtype))  # in float32 under autocast
         return self.out_proj(fused * F.silu(z))  # (B, L, D)
