@@ -1,7 +1,7 @@
 """Train a diffusion autoencoder as it is shipped, with the parts of `flagship.py`.
 
     python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/diffae-cifar10
-    python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/diffae-128 --set '{"latent_dim": 128}'
+    python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/128 --set '{"latent_dim":128}'
     python benchmarks/autoencoder.py photos --data windows.npz:0.9 photos:0.1 --out runs/diffae-photos
 
 The linear code is PCA of the first source, and `residual_std` what it leaves. Phase 1 trains the whole model

@@ -197,10 +197,8 @@ class LatentVelocityNetworkConfig(ModelConfig):
 
 
 class LatentVelocityNetwork(FieldModel):
-    """Velocity of latents, z-normalised, from noise to data: unconditional sampling.
-
-    A residual MLP, preconditioned as `MambaField`: untrained, it is the exact velocity between two Gaussians.
-    """
+    """Velocity of latents, z-normalised: a residual MLP, preconditioned as `MambaField`. Untrained, it is the
+    exact velocity between two Gaussians."""
 
     def __init__(self, config: LatentVelocityNetworkConfig):
         super().__init__()

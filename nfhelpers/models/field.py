@@ -137,10 +137,8 @@ def offsets(coords, nodes):
 
 
 class Pyramid(nn.Module):
-    """Lattices, each of half the nodes a side: convolutions on all of them, scans on the coarsest.
-
-    config: that of `MambaField`. up: whether there is a way up, too, which takes what the way down met.
-    """
+    """Lattices, each of half the nodes a side: convolutions on all of them, scans on the coarsest. config: of
+    `MambaField`. up: whether there is a way up, too, which takes what the way down met."""
 
     def __init__(self, config, up=True):
         super().__init__()
@@ -173,9 +171,7 @@ class Pyramid(nn.Module):
 
     def descend(self, x, time, entry=0, inputs=None):
         """x (B, n, n, C) of level `entry` -> that of the coarsest, and what the way up takes from the others.
-
-        time (B, T) modulates all blocks; inputs: {level: (B, H, W, D)}, what joins there.
-        """
+        time (B, T) modulates all blocks; inputs: {level: (B, H, W, D)}, what joins there."""
         skips, inputs = [], inputs or {}
         for level in range(entry, len(self.down)):
             x = self.down_blocks[level](x + inputs[level] if level in inputs else x, time)
@@ -228,11 +224,10 @@ class MambaField(Pyramid, SparseField):
     takes_footprint = True
 
     def __init__(self, config: MambaFieldConfig):
-        c, d_time, finer = config, config.d_time, config.finer
         super().__init__(config)
-        self.config, self.shortcut = c, c.shortcut
-        self.time, self.step = TimeEmbedding(d_time), TimeEmbedding(d_time)
-        entries = c.widths[: finer + 1]
+        self.config, self.shortcut = config, config.shortcut
+        self.time, self.step = TimeEmbedding(config.d_time), TimeEmbedding(config.d_time)
+        entries = config.widths[: config.finer + 1]
         self.query_embeddings = nn.ModuleList(mlp(6 + 3, d, d) for d in entries)
 
         def decoder(d):
