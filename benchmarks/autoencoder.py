@@ -60,17 +60,17 @@ class AutoencoderTrainer(FieldTrainer):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.decoding_error, self.encode = self.compiled(self.decoding_error), self.compiled(self.encode)
+        self.decoding_error, self.encode = self.compiled(self.decoding_error), self.compiled(self.latents)
 
-    def encode(self, model, seen, index, values):
+    def latents(self, model, seen, index, values):
         """Latents (B, C) of all pixels (B, 3, 32, 32), but of the last fields of those of the masks alone."""
         few = len(index)
         whole = seen[: len(seen) - few].permute(0, 2, 3, 1)  # (b, 32, 32, 3), pixels are nodes
         inputs = model.encoder.input_embedding(F.pad(whole, (0, 2)))
-        latents = [model.encoder(inputs, whole)]
+        found = [model.encoder(inputs, whole)]
         if few:
-            latents.append(model.encode(self.splines.grid[index], values))
-        return torch.cat(latents)
+            found.append(model.encode(self.splines.grid[index], values))
+        return torch.cat(found)
 
     def seen(self, nodes, count):
         truth, seen, *places = self.fields(nodes, count)
@@ -82,7 +82,7 @@ class AutoencoderTrainer(FieldTrainer):
         """Phase 1: squared error of the decoding, in units of the deviation."""
         sides, query, valid, place = places
         with self.autocast():
-            latent = self.encode(self.model, *seen)
+            latent = self.latents(self.model, *seen)
             start = self.model.conditions(query, latent).start
             zeros = torch.zeros_like(start), start.new_zeros(len(start)), start.new_zeros(len(start))
             u = self.predict(self.model, (latent, query, start, place, valid, sides), *zeros)

@@ -338,7 +338,7 @@ class FieldTrainer(Trainer):
         truth, seen = recolour(truth, seen, *self.recipe["colours"])
         i = torch.arange(nodes, device=self.device)
         valid = ((i[:, None] < sides[:, None, None]) & (i < sides[:, None, None])).flatten(1)
-        centres = (i + 0.5) / sides[:, None]  # (B, n)
+        centres = ((i + 0.5) / sides[:, None]).clamp_max(1)  # (B, n)
         query = torch.stack(
             [centres[:, None].expand(-1, nodes, -1), centres[:, :, None].expand(-1, -1, nodes)], -1
         ).flatten(1, 2)
