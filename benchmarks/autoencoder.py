@@ -199,6 +199,12 @@ def train_latents(model, sources, options, device, seconds):
     return with_weights(network, weights)
 
 
+def save(model, folder):
+    copy.deepcopy(model).to(memory_format=torch.contiguous_format).cpu().half().save_pretrained(folder)
+    print(f"written: {folder}", flush=True)
+    return model
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -223,12 +229,7 @@ def main(arguments=None):
         print(f"{loss}; before: {score([p.detach() for p in trainer.parameters]):.3f} dB", flush=True)
         found, weights = trainer.run(trainer.recorded(getattr(trainer, loss)), seconds, rate, score)
         print(f"{loss}: {found:.3f} dB on held-out images", flush=True)
-        return with_weights(model, weights)
-
-    def saved(model, folder):
-        model.to(memory_format=torch.contiguous_format)
-        copy.deepcopy(model).cpu().half().save_pretrained(folder)
-        print(f"written: {folder}", flush=True)
+        return save(with_weights(model, weights), options.out)
 
     if options.init:
         model = models.load_model(options.init).to(device)
@@ -249,9 +250,9 @@ def main(arguments=None):
             model = trained(model, seconds[2], options.rate[2], "step_loss")
             model = rebuilt(model, shortcut=True)
     flow = train_latents(model, sources, options, device, seconds[3])
-    saved(model, options.out)
+    save(model, options.out)
     if flow is not None:
-        saved(flow, options.out.with_name(options.out.name + "-latent"))
+        save(flow, options.out.with_name(options.out.name + "-latent"))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from nfhelpers import kernels, models, run, train
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels.orders import inverse_order
 from nfhelpers.kernels.reference import state_rates
-from nfhelpers.models import field, local_mamba, ssm
+from nfhelpers.models import ssm
 
 MODELS = ("v1", "multidir", "v2", "field", "diffae_phase1", "diffae_phase2", "localmamba")
 INPUTS, SIDE, QUICK_SIDE = 204, 32, 4
@@ -103,21 +103,16 @@ PLAIN = {
 @contextlib.contextmanager
 def scanning(name):
     """Inside, models scan by this backend of the library, or by this entry of PLAIN."""
-    users = ssm, field, local_mamba
-    before = ssm.selective_scan, [user.directional_scan for user in users]
+    before = ssm.selective_scan, ssm.directional_scan
     backend = os.environ.get("NF_SCAN_BACKEND")
     if name in PLAIN:
-        ssm.selective_scan = PLAIN[name][0]
-        for user in users:
-            user.directional_scan = PLAIN[name][1]
+        ssm.selective_scan, ssm.directional_scan = PLAIN[name]
     else:
         os.environ["NF_SCAN_BACKEND"] = name
     try:
         yield
     finally:
-        ssm.selective_scan = before[0]
-        for user, scan_fn in zip(users, before[1], strict=True):
-            user.directional_scan = scan_fn
+        ssm.selective_scan, ssm.directional_scan = before
         os.environ.pop("NF_SCAN_BACKEND", None)
         if backend is not None:
             os.environ["NF_SCAN_BACKEND"] = backend
