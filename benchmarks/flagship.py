@@ -304,7 +304,9 @@ class Trainer:
             if now >= due or time.time() - start - paused >= seconds:
                 began, due = time.time(), now + self.options.every
                 found = score(self.average)
-                print(f"{now:5.0f} s, step {done}: loss {self.loss.item():.4f}, {found:.3f} dB", flush=True)
+                print(
+                    f"{now:5.0f} s, step {done}: loss {self.loss.item():.4f}, score {found:.3f}", flush=True
+                )
                 if not math.isfinite(self.loss.item()):
                     raise FloatingPointError(f"the loss is not finite after {done} steps")
                 if found > best[0]:
