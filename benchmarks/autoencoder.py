@@ -4,10 +4,10 @@
     python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/128 --set '{"latent_dim":128}'
     python benchmarks/autoencoder.py photos --data windows.npz:0.9 photos:0.1 --out runs/diffae-photos
 
-The linear code is PCA of the first source. Phase 1 trains the whole model by the squared error of decodings; a
-part of each batch shows few pixels. Phase 2 freezes the encoder and trains the decoder as a flow, then in whole
-steps. Last comes a flow over latents, in OUT-latent. Weights are averaged; kept are those that decode held-out
-images best, of a flow those with the least loss there. The first line is PCA's.
+The linear code is PCA of the first source. Phase 1 trains the whole model by the squared error of decodings;
+a part of each batch shows few pixels. Phase 2 freezes the encoder and trains the decoder as a flow, then in
+whole steps. Last comes a flow over latents, in OUT-latent. Weights are averaged; kept are those that decode
+held-out images best, of a flow those with the least loss there. The first line is PCA's.
 """
 
 import argparse
