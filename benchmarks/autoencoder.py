@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from flagship import SIDE, FieldTrainer, Grids, Images, Masks, Trainer, add_options
 
 from nfhelpers import metrics, models, run
-from nfhelpers.images import area_resize, grid_coords, load_images, to_image, to_model
+from nfhelpers.images import area_resize, grid_coords, load_images, open_images, to_image, to_model
 
 RECIPES = {
     "cifar10": {
@@ -110,7 +110,7 @@ class AutoencoderTrainer(FieldTrainer):
         losses = []
         for nodes, count in draws * list(self.recipe["batches"].items()):
             condition, data = other.batch(nodes, 2 * math.ceil(count * self.options.scale / 2))
-            z, tau, target, _ = self.draw(data)
+            z, tau, target, _ = self.draw(data, self.recipe["mean"])
             weight = torch.ones_like(tau)
             losses.append(FieldTrainer.error(other, condition, z, tau, 0 * tau, target, weight).item())
         return float(np.mean(losses))
@@ -233,7 +233,7 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(load_images(name, "train", size), float(share)) for name, share in named]
+    sources = [(open_images(name, "train", size, held_out=True)[:], float(share)) for name, share in named]
     validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 128)
     seconds = options.seconds or recipe["seconds"]
 

@@ -3,7 +3,8 @@
     python benchmarks/flagship.py field-cifar10 --data cifar10:0.7 windows.npz:0.3 --out runs/field-cifar10
     python benchmarks/flagship.py field-photos --data windows.npz:0.9 photos:0.1 --out runs/field-photos
 
---data: sources of `images.load_images`, each with its share of a batch; field-photos wants fields of 128 px.
+--data: sources of `images.load_images`, each with its share of a batch, such as an .npz of uint8 arrays
+x_train and x_test (N, 128, 128, 3); field-photos wants fields of 128 px.
 Phase 1 trains the velocity, part of each batch at t = 0, where it is the posterior mean. In phase 2 half of
 each batch learns whole steps: a frozen copy walks from z(tau) to z(tau') in three steps of Heun's method, the
 network learns to go there at once. The weights are averaged; those with the best posterior mean on held-out
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from nfhelpers import models, run
-from nfhelpers.images import grid_coords, load_images
+from nfhelpers.images import grid_coords, load_images, open_images
 from nfhelpers.models.field import SHORTCUT_POWER, FieldConditions, offsets
 from nfhelpers.models.layers import solve_positive
 
@@ -126,8 +127,8 @@ class Masks:
 class Splines(Masks):
     """Of each mask the matrix, too, from values to the spline's coefficients."""
 
-    def __init__(self, *options):
-        super().__init__(*options)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.matrices = torch.cat([self.solve(part) for part in self.masks.split(512)])  # (M, I + 3, I)
 
     def solve(self, masks):
@@ -346,6 +347,8 @@ class FieldTrainer(Trainer):
         ).flatten(1, 2)
         footprint = (nodes / sides).log2()[:, None, None].expand(-1, nodes**2, 1)
         places = torch.cat([offsets(query, nodes), footprint], dim=-1)
+        some, kept = torch.rand(2, count, 1, device=self.device)  # a few fields keep a part of their queries
+        valid = valid & (torch.rand(valid.shape, device=self.device) < torch.where(some < 0.08, kept, 1))
         return truth, seen, sides, query, valid, places
 
     def observe(self, seen):
@@ -385,20 +388,20 @@ class FieldTrainer(Trainer):
     def velocity_loss(self, nodes, count):
         """Phase 1: z on the circle from noise to data, the velocity there; some at tau = 0."""
         condition, data = self.batch(nodes, count)
-        z, tau, target, _ = self.draw(data)
+        z, tau, target, _ = self.draw(data, self.recipe["mean"])
         return self.error(condition, z, tau, torch.zeros_like(tau), target, torch.ones_like(tau))
 
-    def draw(self, data):
+    def draw(self, data, mean):
         noise = torch.randn_like(data)
         first, tau = torch.rand(2, len(data), device=self.device)
-        tau = torch.where(first < self.recipe["mean"], 0, HALF * tau)
+        tau = torch.where(first < mean, 0, HALF * tau)
         sin, cos = tau.sin()[:, None, None], tau.cos()[:, None, None]
         return sin * data + cos * noise, tau, cos * data - sin * noise, noise
 
     def step_loss(self, nodes, count):
         """Phase 2: half of the batch as before, half whole steps of the frozen teacher."""
         condition, data = self.batch(nodes, count)
-        z, tau, target, noise = self.draw(data)
+        z, tau, target, noise = self.draw(data, 0.4)
         half = [x[1::2].contiguous() for x in condition]
         segments = pick(SEGMENTS, count // 2, self.device)
         i = (torch.rand(count // 2, device=self.device) * segments).floor()
@@ -417,7 +420,7 @@ class FieldTrainer(Trainer):
             return torch.stack([x[::2], y], 1).flatten(0, 1)
 
         delta = joined(torch.zeros_like(tau), end - begin)
-        weight = joined(torch.ones_like(tau), torch.full_like(begin, 2.0))
+        weight = joined(torch.ones_like(tau), torch.full_like(begin, 1.5))
         return self.error(condition, joined(z, z0), joined(tau, begin), delta, joined(target, mean), weight)
 
 
@@ -441,7 +444,7 @@ def held_out(model, images, sizes, device):
     return score
 
 
-def add_options(parser, rates=(1e-3, 4e-4)):
+def add_options(parser, rates=(1e-3, 5e-4)):
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE:SHARE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument(
@@ -467,7 +470,11 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(load_images(name, "train", size), float(share)) for name, share in named]
+    loaded = [SIDE if name == "cifar10" else max(64, size) for name, _ in named]  # so that parts can be cut
+    sources = [
+        (open_images(name, "train", pixels, held_out=True)[:], float(share))
+        for (name, share), pixels in zip(named, loaded, strict=True)
+    ]
     model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = FieldTrainer(model, sources, recipe, options, device)
