@@ -42,7 +42,8 @@ class MambaFieldConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         coarser = len(self.widths) - 1 - self.finer
-        if coarser < 0 or len(self.blocks) != len(self.widths) or self.nodes % 2**coarser:
+        levels = coarser >= 0 and len(self.blocks) == len(self.widths) and self.nodes % 2**coarser == 0
+        if not levels or len(self.orders) % 2 or (self.scans and not self.blocks[-1]):
             raise ValueError(
                 f"{self.blocks=} and {self.widths=} or {self.finer=} and {self.nodes=} do not fit"
             )
@@ -248,7 +249,7 @@ class MambaField(Pyramid, SparseField):
     ):  # fmt: skip
         """Velocity (B, Nq, 3) as of `SparseField`; of a step to the times `until` (B,), if given, the mean.
 
-        footprint: side of the queried pixels in image sides, a number; None: that of the observed ones.
+        footprint: side of the queried pixels in image sides, a number; None: 1 / nodes.
         """
         check_points(t, (query_coords, noisy_values), (input_coords, input_values))
         if conditions is None:
@@ -276,9 +277,13 @@ class MambaField(Pyramid, SparseField):
     def places(self, query_coords, footprint=None):
         """The lattice that queries (B, Q, 2) enter, and what else is known of where they are (B, Q, 3)."""
         c, base = self.config, self.config.nodes
-        finer = math.ceil(math.log2(1 / (base * (footprint or 1 / base))) - 1e-3)
+        footprint = 1 / base if footprint is None else footprint
+        if not 0 < footprint <= 1:
+            raise ValueError(f"footprint={footprint}: pass the side of a pixel in image sides, as 1 / 96")
+        finer = math.ceil(-math.log2(base * footprint) - 1e-3)
         nodes = base << min(max(finer, 0), c.finer)  # the coarsest lattice that is as fine as the queries
-        size = query_coords.new_full((*query_coords.shape[:2], 1), math.log2(nodes * (footprint or 1 / base)))
+        size = max(0.0, math.log2(nodes * footprint))  # finer pixels count as the finest nodes
+        size = query_coords.new_full((*query_coords.shape[:2], 1), size)
         return Hats.of(query_coords, nodes), torch.cat([offsets(query_coords, nodes), size], dim=-1)
 
     def predict(self, z, tau, delta, c):
