@@ -695,5 +695,10 @@ def test_finer_queries_enter_finer_lattices_and_see_their_own_footprint():
     sides = {1 / 4: 8, 1 / 8: 8, 1 / 12: 16, 1 / 16: 16, 1 / 32: 16}
     for side, nodes in sides.items():
         assert model.prepare(*points_of(arguments), footprint=side).queries.nodes == nodes
-    answers = [model(**arguments, footprint=side) for side in sides]
+    for wrong in (0, 96, -1 / 96):  # in pixels, say
+        with pytest.raises(ValueError):
+            model(**arguments, footprint=wrong)
+    answers = [model(**arguments, footprint=side) for side in list(sides)[:-1]]
+    finest = model(**arguments, footprint=1 / 32)  # finer than the finest nodes: as they are
+    torch.testing.assert_close(finest, model(**arguments, footprint=1 / 16))
     assert min((a - b).abs().max() for a, b in itertools.combinations(answers, 2)) > 1e-4
