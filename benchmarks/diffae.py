@@ -28,7 +28,7 @@ def through_model(model, observed):
     with torch.no_grad():
         for coords, values in zip(observed.input_coords, observed.input_values, strict=True):
             latent = model.encode(coords[None].to(device), values[None].to(device))
-            fields.append(images.to_image(model.decode(query, latent)[0].cpu()))
+            fields.append(images.to_image(model.decode(query, latent, footprint=1 / side)[0].cpu()))
     return torch.stack(fields).reshape(observed.images.shape).numpy()
 
 
@@ -71,7 +71,7 @@ def main(arguments=None):
     test = images.load_images(options.data, "test", options.size, limit=options.images)
     tables = []
     for path in options.checkpoints:
-        model = models.first_phase(models.load_model(path)).to(options.device).eval()
+        model = models.load_model(path).to(options.device).eval()
         table = compare(model, test, train, options.observed, options.seed).assign(model=path.name)
         wide = table.pivot(index=["given", "image"], columns="method", values="psnr")
         wide["difference"] = wide["autoencoder"] - wide["PCA"]

@@ -77,18 +77,20 @@ def area_means(sides, slots, length, first, size, flip):
 
 
 class Images:
-    """Images (N, S, S, 3) uint8 on the device, drawn as fields: a part, flipped, turned, as area means."""
+    """Images (N, S, S, 3) uint8 on the device, drawn as fields: a part, flipped, turned, as area means.
 
-    def __init__(self, images, device):
+    turns: how often they are transposed, and flipped upside down and left to right.
+    """
+
+    def __init__(self, images, device, turns=(0.5, 0.5, 0.5)):
+        self.turns = torch.tensor(turns, device=device)[:, None]
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
 
     def draw(self, count, slots, sides, parts):
         """Truth (B, 3, slots, slots) and the 32 x 32 that is observed, in [-1, 1]; sides (B,) in pixels."""
         device, size = self.images.device, self.images.shape[-1]
         x = self.images[torch.randint(len(self.images), (count,), device=device)].float() / 127.5 - 1
-        turned, *flips = torch.rand(3, count, device=device) < torch.tensor(
-            [[0.5], [0.5], [0.5]], device=device
-        )
+        turned, *flips = torch.rand(3, count, device=device) < self.turns
         x = torch.where(turned[:, None, None, None], x.mT, x)
         sides, length = pick(sides, count, device), size * pick(parts, count, device)
         first = [(torch.rand(count, device=device) * (size - length + 1)).floor() for _ in range(2)]
@@ -115,16 +117,20 @@ def recolour(truth, seen, permuted, faded):
     return [gain * x.gather(1, order.expand_as(x)) + shift for x in (truth, seen)]
 
 
-class Splines:
-    """Masks of observed pixels and, of each, the matrix from values to the spline's coefficients."""
+class Masks:
+    """Masks (M, I) of observed pixels, drawn in advance."""
 
     def __init__(self, device, count=MASKS, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.rand(count, SIDE**2, generator=generator).argsort(1)
-        self.grid, self.masks = (
-            grid_coords(SIDE, SIDE).to(device),
-            order[:, :OBSERVED].sort(1).values.to(device),
-        )
+        order = torch.rand(count, SIDE**2, generator=torch.Generator().manual_seed(seed)).argsort(1)
+        self.grid = grid_coords(SIDE, SIDE).to(device)
+        self.masks = order[:, :OBSERVED].sort(1).values.to(device)
+
+
+class Splines(Masks):
+    """Of each mask the matrix, too, from values to the spline's coefficients."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.matrices = torch.cat([self.solve(part) for part in self.masks.split(512)])  # (M, I + 3, I)
 
     def solve(self, masks):
@@ -206,7 +212,7 @@ class Muon:
 
 
 def is_matrix(name, parameter):
-    apart = ("dt_", "A_log", ".D", "embedding", "decoder", "time", "step", "modulate")
+    apart = ("dt_", "A_log", ".D", "embedding", "decoders", "time", "step", "modulate", "latent", "condition")
     return parameter.dim() > 1 and not any(word in name for word in apart)
 
 
@@ -217,14 +223,11 @@ def copy_into(parameters, weights):
 
 
 class Trainer:
-    """Model, data and optimizers; `update` is one step on all lattices of the recipe."""
+    """A model and its optimizers; `update` is one step on all batches of the recipe."""
 
-    def __init__(self, model, sources, recipe, options, device):
+    def __init__(self, model, recipe, options, device):
         self.model, self.recipe, self.options, self.device = model, recipe, options, device
-        self.sources = [(Images(images, device), share) for images, share in sources]
-        self.splines, self.std = Splines(device, options.masks), model.config.residual_std
-        self.teacher = copy.deepcopy(model).requires_grad_(False)
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
         self.muon = Muon([p for name, p in named.items() if is_matrix(name, p)], options.weight_decay)
         rest = [p for name, p in named.items() if not is_matrix(name, p)]
@@ -239,92 +242,12 @@ class Trainer:
         self.adam = torch.optim.AdamW(groups, self.rate, betas=(0.9, 0.99), **cuda)
         self.average = [p.detach().clone() for p in self.parameters]
         self.loss = torch.zeros((), device=device)
-        compiled = dict(fullgraph=True, dynamic=False, disable=device.type != "cuda")
-        self.error = torch.compile(self.error, **compiled)
-        self.taught = torch.compile(self.taught, **compiled)
 
-    def batch(self, nodes, count):
-        """Conditions of `predict`, data over the spline in units of its deviation, pixels that count."""
-        parts = [round(count * share) for _, share in self.sources[:-1]]
-        sides, areas = self.recipe["fields"][nodes]
-        drawn = []
-        for (images, _), part in zip(self.sources, [*parts, count - sum(parts)], strict=True):
-            drawn.append(images.draw(part, nodes, sides, areas if images.images.shape[-1] > SIDE else (1,)))
-        truth, seen, sides = map(torch.cat, zip(*drawn, strict=True))
-        truth, seen = recolour(truth, seen, *self.recipe["colours"])
-        mask = torch.randint(len(self.splines.masks), (count,), device=self.device)
-        index = self.splines.masks[mask]  # (B, I)
-        values = seen.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, 3))
-        i = torch.arange(nodes, device=self.device)
-        valid = ((i[:, None] < sides[:, None, None]) & (i < sides[:, None, None])).flatten(1)
-        if nodes == SIDE:
-            valid = valid.scatter(1, index, torch.zeros_like(index, dtype=torch.bool))
-        some, kept = torch.rand(2, count, 1, device=self.device)  # a few fields keep a part of their queries
-        valid = valid & (torch.rand(valid.shape, device=self.device) < torch.where(some < 0.08, kept, 1))
-        centres = (i + 0.5) / sides[:, None]  # (B, n)
-        query = torch.stack(
-            [centres[:, None].expand(-1, nodes, -1), centres[:, :, None].expand(-1, -1, nodes)], -1
-        ).flatten(1, 2)
-        start = self.splines.start(mask, values, query)
-        footprint = (nodes / sides).log2()[:, None, None].expand(-1, nodes**2, 1)
-        places = torch.cat([offsets(query, nodes), footprint], dim=-1)
-        return (index, values, start, places, valid, sides), (truth.flatten(2).mT - start) / self.std
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16, self.device.type == "cuda", cache_enabled=False)
 
-    def predict(self, model, condition, z, tau, delta):
-        index, values, start, places, valid, sides = condition
-        features = model.input_embedding(F.pad(values, (0, 2)))  # observed pixels are nodes: no offset
-        inputs = features.new_zeros(len(values), SIDE**2, features.shape[-1])
-        inputs = inputs.scatter(1, index[..., None].expand_as(features), features).unflatten(1, (SIDE, SIDE))
-        grids = Grids(sides, math.isqrt(start.shape[1]), valid)
-        return model.predict(z, tau, delta, FieldConditions(grids, places, start, inputs))
-
-    def error(self, condition, z, tau, delta, target, weight):
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-            u = self.predict(self.model, condition, z, tau, delta)
-        squares = (u.float() - target).square().mean(-1) * condition[4] * weight[:, None]
-        return squares.sum() / condition[4].sum()
-
-    def taught(self, condition, z, tau):
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-            return self.predict(self.teacher, condition, z, tau, torch.zeros_like(tau)).float()
-
-    def velocity_loss(self, nodes, count):
-        """Phase 1: z on the circle from noise to data, the velocity there; some at tau = 0."""
-        condition, data = self.batch(nodes, count)
-        z, tau, target, _ = self.draw(data, self.recipe["mean"])
-        return self.error(condition, z, tau, torch.zeros_like(tau), target, torch.ones_like(tau))
-
-    def draw(self, data, mean):
-        noise = torch.randn_like(data)
-        first, tau = torch.rand(2, len(data), device=self.device)
-        tau = torch.where(first < mean, 0, HALF * tau)
-        sin, cos = tau.sin()[:, None, None], tau.cos()[:, None, None]
-        return sin * data + cos * noise, tau, cos * data - sin * noise, noise
-
-    def step_loss(self, nodes, count):
-        """Phase 2: half of the batch as before, half whole steps of the frozen teacher."""
-        condition, data = self.batch(nodes, count)
-        z, tau, target, noise = self.draw(data, 0.4)
-        half = [x[1::2].contiguous() for x in condition]
-        segments = pick(SEGMENTS, count // 2, self.device)
-        i = (torch.rand(count // 2, device=self.device) * segments).floor()
-        begin, end = (HALF * (k / segments) ** SHORTCUT_POWER for k in (i, i + 1))
-        z0 = begin.sin()[:, None, None] * data[1::2] + begin.cos()[:, None, None] * noise[1::2]
-        walked, h = z0, (end - begin) / 3
-        with torch.no_grad():
-            for k in range(3):
-                here, there = begin + k * h, (begin + (k + 1) * h).clamp_max(HALF)
-                slope = self.taught(half, walked, here).clone()
-                later = self.taught(half, walked + h[:, None, None] * slope, there)
-                walked = walked + h[:, None, None] * (slope + later) / 2
-        mean = (walked - z0) / (end - begin)[:, None, None]
-
-        def joined(x, y):
-            return torch.stack([x[::2], y], 1).flatten(0, 1)
-
-        delta = joined(torch.zeros_like(tau), end - begin)
-        weight = joined(torch.ones_like(tau), torch.full_like(begin, 1.5))
-        return self.error(condition, joined(z, z0), joined(tau, begin), delta, joined(target, mean), weight)
+    def compiled(self, function):
+        return torch.compile(function, fullgraph=True, dynamic=False, disable=self.device.type != "cuda")
 
     def update(self, loss_function):
         for p in self.parameters:
@@ -388,13 +311,123 @@ class Trainer:
             if now >= due or time.time() - start - paused >= seconds:
                 began, due = time.time(), now + self.options.every
                 found = score(self.average)
-                print(f"{now:5.0f} s, step {done}: loss {self.loss.item():.4f}, {found:.3f} dB", flush=True)
+                print(
+                    f"{now:5.0f} s, step {done}: loss {self.loss.item():.4f}, score {found:.3f}", flush=True
+                )
                 if not math.isfinite(self.loss.item()):
                     raise FloatingPointError(f"the loss is not finite after {done} steps")
                 if found > best[0]:
                     best = found, [x.clone() for x in self.average]
                 paused += time.time() - began
         return best
+
+
+class FieldTrainer(Trainer):
+    """Of a flagship: fields are drawn from sources of images, each with its share of a batch."""
+
+    masks = Splines
+
+    def __init__(self, model, sources, recipe, options, device):
+        super().__init__(model, recipe, options, device)
+        turns = recipe.get("turns", (0.5, 0.5, 0.5))
+        self.sources = [(Images(images, device, turns), share) for images, share in sources]
+        self.splines, self.std = self.masks(device, options.masks), model.config.residual_std
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.error, self.taught = self.compiled(self.error), self.compiled(self.taught)
+
+    def fields(self, nodes, count):
+        """Truth (B, 3, n, n), what is observed of it (B, 3, 32, 32), sides in pixels (B,); and the queries
+        (B, Q, 2), whether they are pixels, and what the model is told of where they are (B, Q, 3)."""
+        parts = [round(count * share) for _, share in self.sources[:-1]]
+        sides, areas = self.recipe["fields"][nodes]
+        drawn = []
+        for (images, _), part in zip(self.sources, [*parts, count - sum(parts)], strict=True):
+            drawn.append(images.draw(part, nodes, sides, areas if images.images.shape[-1] > SIDE else (1,)))
+        truth, seen, sides = map(torch.cat, zip(*drawn, strict=True))
+        truth, seen = recolour(truth, seen, *self.recipe["colours"])
+        i = torch.arange(nodes, device=self.device)
+        valid = ((i[:, None] < sides[:, None, None]) & (i < sides[:, None, None])).flatten(1)
+        centres = ((i + 0.5) / sides[:, None]).clamp_max(1)  # (B, n)
+        query = torch.stack(
+            [centres[:, None].expand(-1, nodes, -1), centres[:, :, None].expand(-1, -1, nodes)], -1
+        ).flatten(1, 2)
+        footprint = (nodes / sides).log2()[:, None, None].expand(-1, nodes**2, 1)
+        places = torch.cat([offsets(query, nodes), footprint], dim=-1)
+        some, kept = torch.rand(2, count, 1, device=self.device)  # a few fields keep a part of their queries
+        valid = valid & (torch.rand(valid.shape, device=self.device) < torch.where(some < 0.08, kept, 1))
+        return truth, seen, sides, query, valid, places
+
+    def observe(self, seen):
+        """Masks drawn anew (B,), the index (B, I) of their pixels, and the values there (B, I, 3)."""
+        mask = torch.randint(len(self.splines.masks), (len(seen),), device=self.device)
+        index = self.splines.masks[mask]
+        return mask, index, seen.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, 3))
+
+    def batch(self, nodes, count):
+        """Conditions of `predict`, data over the spline in units of its deviation, pixels that count."""
+        truth, seen, sides, query, valid, places = self.fields(nodes, count)
+        mask, index, values = self.observe(seen)
+        if nodes == SIDE:
+            valid = valid.scatter(1, index, torch.zeros_like(index, dtype=torch.bool))
+        start = self.splines.start(mask, values, query)
+        return (index, values, start, places, valid, sides), (truth.flatten(2).mT - start) / self.std
+
+    def predict(self, model, condition, z, tau, delta):
+        index, values, start, places, valid, sides = condition
+        features = model.input_embedding(F.pad(values, (0, 2)))  # observed pixels are nodes: no offset
+        inputs = features.new_zeros(len(values), SIDE**2, features.shape[-1])
+        inputs = inputs.scatter(1, index[..., None].expand_as(features), features).unflatten(1, (SIDE, SIDE))
+        grids = Grids(sides, math.isqrt(start.shape[1]), valid)
+        conditions = FieldConditions(grids, places, start, {model.config.finer: inputs})
+        return model.predict(z, tau, delta, conditions)
+
+    def error(self, condition, z, tau, delta, target, weight):
+        with self.autocast():
+            u = self.predict(self.model, condition, z, tau, delta)
+        squares = (u.float() - target).square().mean(-1) * condition[4] * weight[:, None]
+        return squares.sum() / condition[4].sum()
+
+    def taught(self, condition, z, tau):
+        with self.autocast():
+            return self.predict(self.teacher, condition, z, tau, torch.zeros_like(tau)).float()
+
+    def velocity_loss(self, nodes, count):
+        """Phase 1: z on the circle from noise to data, the velocity there; some at tau = 0."""
+        condition, data = self.batch(nodes, count)
+        z, tau, target, _ = self.draw(data, self.recipe["mean"])
+        return self.error(condition, z, tau, torch.zeros_like(tau), target, torch.ones_like(tau))
+
+    def draw(self, data, mean):
+        noise = torch.randn_like(data)
+        first, tau = torch.rand(2, len(data), device=self.device)
+        tau = torch.where(first < mean, 0, HALF * tau)
+        sin, cos = tau.sin()[:, None, None], tau.cos()[:, None, None]
+        return sin * data + cos * noise, tau, cos * data - sin * noise, noise
+
+    def step_loss(self, nodes, count):
+        """Phase 2: half of the batch as before, half whole steps of the frozen teacher."""
+        condition, data = self.batch(nodes, count)
+        z, tau, target, noise = self.draw(data, 0.4)
+        half = [x[1::2].contiguous() for x in condition]
+        segments = pick(SEGMENTS, count // 2, self.device)
+        i = (torch.rand(count // 2, device=self.device) * segments).floor()
+        begin, end = (HALF * (k / segments) ** SHORTCUT_POWER for k in (i, i + 1))
+        z0 = begin.sin()[:, None, None] * data[1::2] + begin.cos()[:, None, None] * noise[1::2]
+        walked, h = z0, (end - begin) / 3
+        with torch.no_grad():
+            for k in range(3):
+                here, there = begin + k * h, (begin + (k + 1) * h).clamp_max(HALF)
+                slope = self.taught(half, walked, here).clone()
+                later = self.taught(half, walked + h[:, None, None] * slope, there)
+                walked = walked + h[:, None, None] * (slope + later) / 2
+        mean = (walked - z0) / (end - begin)[:, None, None]
+
+        def joined(x, y):
+            return torch.stack([x[::2], y], 1).flatten(0, 1)
+
+        delta = joined(torch.zeros_like(tau), end - begin)
+        weight = joined(torch.ones_like(tau), torch.full_like(begin, 1.5))
+        return self.error(condition, joined(z, z0), joined(tau, begin), delta, joined(target, mean), weight)
 
 
 def held_out(model, images, sizes):
@@ -412,21 +445,27 @@ def held_out(model, images, sizes):
     return score
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", choices=RECIPES)
+def add_options(parser, rates=(1e-3, 5e-4)):
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE:SHARE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--seconds", type=float, nargs=2, help="of the phases (the recipe's)")
-    parser.add_argument("--rate", type=float, nargs=2, default=(1e-3, 5e-4), help="peak learning rates")
+    parser.add_argument(
+        "--rate", type=float, nargs="+", default=rates, help="peak learning rates of the phases"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--ema", type=float, default=0.9995)
     parser.add_argument("--every", type=float, default=20, help="seconds between two validations")
     parser.add_argument("--masks", type=int, default=MASKS)
     parser.add_argument("--scale", type=float, default=1, help="factor on the batches")
     parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help="settings of the model")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", choices=RECIPES)
+    add_options(parser)
+    parser.add_argument("--seconds", type=float, nargs=2, help="of the phases (the recipe's)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
@@ -439,7 +478,7 @@ def main(arguments=None):
     ]
     model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
     model = model.to(memory_format=torch.channels_last)
-    trainer = Trainer(model, sources, recipe, options, device)
+    trainer = FieldTrainer(model, sources, recipe, options, device)
     validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 64)
     score = held_out(model, validation, sorted({SIDE, size}))
     seconds = options.seconds or recipe["seconds"]

@@ -156,9 +156,9 @@ def build_model(name, preset, settings, init=None, chosen=()):
     if init is None:
         return model_class(config(**settings))
     source = models.load_model(init)
-    source = models.first_phase(source) if name == "diffae_phase1" else source
     if same := type(source) is model_class:
         settings = vars(source.config) | {key: settings[key] for key in chosen}
+        settings |= {"phase": 1} if name == "diffae_phase1" else {}
     if "shortcut" in settings:  # `fit` trains the velocity, not whole steps
         settings["shortcut"] = False
     model = model_class(config(**settings))

@@ -243,29 +243,27 @@ def encode_stochastic(model, query_coords, query_values, latent, **options):
 def decode_stochastic(model, query_coords, latent, noise, **options):
     """The field (B, Nq, 3), not clamped, of a latent (B, C) and a noise (B, Nq, 3).
 
-    model: a `MambaDiffusionAutoencoder` of phase 2. options: method="heun" (but "sde"), steps=50, max_batch,
-    callback and progress, as in `sample`.
+    model: a `MambaDiffusionAutoencoder` of phase 2. options: method="heun" (but "sde" and "shortcut"),
+    steps=50, footprint, max_batch, callback and progress, as in `sample`.
     """
     return _flow_of_latent(model, query_coords, latent, noise, backwards=False, **options)
 
 
 @torch.no_grad()
 def _flow_of_latent(
-    model, query_coords, latent, x, *, backwards, method="heun", steps=50, max_batch=None, **options
-):
-    integrate = _sampler(method)
-    if method == "sde":
-        raise ValueError("method='sde' draws noise of its own; pass 'heun'")
+    model, query_coords, latent, x, *, backwards, method="heun", steps=50, footprint=None, max_batch=None,
+    **options,
+):  # fmt: skip
+    integrate = _sampler(method, SAMPLERS.keys() - {"sde", "shortcut"})  # which draw noise, or go one way
     if model.config.phase != 2:
         raise ValueError("an autoencoder of phase 1 has no noise; pass models.second_phase(model), trained")
     query_coords, latent, x = _as_parameters(model, query_coords, latent, x)
     times, parts = _times(steps, x), _parts(len(x), max_batch)
+
+    def evaluate(p, x, t):
+        return model.decode(query_coords[p], latent[p], t, x, footprint=footprint)
+
     with evaluation_mode(model):
-        start = torch.cat([model.decode(query_coords[p], latent[p]) for p in parts])  # the same at all times
-
-        def evaluate(p, x, t):
-            return model.decode(query_coords[p], latent[p], t, x, start[p])
-
         return integrate(_in_parts(evaluate, parts), x, times.flip(0) if backwards else times, **options)
 
 

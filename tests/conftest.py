@@ -23,14 +23,14 @@ def repository():
 
 @pytest.fixture(scope="session")
 def autoencoder():
-    """A small `MambaDiffusionAutoencoder` of phase 2 whose flow has moved away from zero."""
+    """A small `MambaDiffusionAutoencoder` of phase 2 whose decoder has moved away from zero."""
     torch.manual_seed(0)
     config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
     first = MambaDiffusionAutoencoder(config)
     fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
     model = second_phase(first).eval()
     with torch.no_grad():
-        for parameter in model.refiner.parameters():
+        for parameter in model.decoder.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
     return model

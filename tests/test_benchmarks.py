@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from nfhelpers import __main__ as command_line
-from nfhelpers import images
+from nfhelpers import images, models, samplers
+from nfhelpers.images import grid_coords
 from nfhelpers.models.field import Hats
 from nfhelpers.models.spline import thin_plate_spline
 
@@ -97,6 +98,19 @@ def test_cost_of_localmamba_is_counted(bench, tmp_path):
     bench("localmamba").main(f"cost --preset smoke --sizes 16 --repeats 0 --device cpu --out {out}".split())
     ssm, attention, ratio = json.loads(out.read_text())["rows"]
     assert ratio["GFLOP"] == pytest.approx(ssm["GFLOP"] / attention["GFLOP"])
+
+
+def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 12, 32, 32, 3)).astype(np.uint8)
+    np.savez(tmp_path / "data.npz", **dict(zip(("x_train", "x_validation", "x_test"), images, strict=True)))
+    sizes = '{"latent_dim": 4, "widths": [8, 8], "blocks": [1, 1], "d_time": 16}'
+    options = f"cifar10 --data {tmp_path}/data.npz:1 --out {tmp_path}/model --masks 4 --scale 0.016".split()
+    options += ["--set", sizes, "--flow", '{"width": 16, "depth": 1}', "--seconds", *["0.01"] * 4]
+    bench("autoencoder").main(options)
+    model, flow = (models.load_model(tmp_path / name) for name in ("model", "model-latent"))
+    assert model.shortcut and all(x.isfinite().all() for x in model.state_dict().values())
+    drawn = model.denormalise(samplers.sample_latents(flow, 2, steps=2))
+    assert model.decode(grid_coords(32, 32).expand(2, -1, -1), drawn).isfinite().all()
 
 
 def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):

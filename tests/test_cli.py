@@ -203,7 +203,7 @@ def test_init_copies_weights_or_what_is_shared_with_v1(checkpoint, tmp_path, cap
 
 def test_autoencoder_is_trained_in_two_phases(tmp_path, capsys):
     options = "--preset smoke --device cpu --set data.size=8 --set data.train_images=24".split()
-    first = ["--set", "model.latent_dim=4", "--set", "model.d_model=16", "--set", "model.spectrum_width=8"]
+    first = ["--set", "model.latent_dim=4", "--set", "model.nodes=8"]
     first += ["--set", "train.epochs=1", "--output", str(tmp_path / "first")]
     assert cli.main(["train", "diffae_phase1", *options, *first]) == 0
     trained = models.load_model(tmp_path / "first" / "best")

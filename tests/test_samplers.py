@@ -274,13 +274,12 @@ def test_a_field_of_numpys_float64_is_cast_to_the_parameters():
 def test_inversion_of_a_gaussian_flow_is_the_closed_form():
     """Untrained, phase 2 draws from N(m, s^2): x = m + s noise, so that the noise is (x - m) / s."""
     torch.manual_seed(0)
-    sizes = dict(latent_dim=6, d_model=16, num_encoder_layers=1, num_decoder_layers=1, d_state=2)
-    sizes |= dict(num_cosines=4, spectrum_width=8, num_fourier_features=8)
+    sizes = dict(nodes=8, widths=(8, 12), blocks=(1, 1), d_time=16, latent_dim=6)
     first = models.MambaDiffusionAutoencoder(models.MambaDiffusionAutoencoderConfig(**sizes))
-    model = models.second_phase(first, residual_std=0.15).eval()
+    model = models.second_phase(first).eval()
     coords, latent = field_of(2, 9)[0], torch.randn(2, 6)
     decoded = model.decode(coords, latent).detach()
-    values = decoded + 0.2 * torch.randn(2, 9, 3)
+    values = decoded + 0.15 * torch.randn(2, 9, 3)
     noise = samplers.encode_stochastic(model, coords, values, latent, steps=50)
     torch.testing.assert_close(noise, (values - decoded) / 0.15, atol=2e-2, rtol=2e-2)
     for max_batch in (None, 1):

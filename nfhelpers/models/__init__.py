@@ -2,7 +2,7 @@
 
 Letters of shapes: B batch; I observed points, Q queries, L tokens of a scan (I, then Q); D width of a model,
 E of a scan, N states a channel, R rank of its step size; K directions; H heads of C channels; F frequencies.
-In `diffae`: M cosines a side, C channels of the latent; in `local_mamba` M is the width of the condition.
+In `diffae` C channels of the latent; in `local_mamba` M is the width of the condition.
 """
 # ruff: noqa: F401
 
@@ -16,7 +16,6 @@ from nfhelpers.models.diffae import (
     LatentVelocityNetworkConfig,
     MambaDiffusionAutoencoder,
     MambaDiffusionAutoencoderConfig,
-    first_phase,
     fit_latent_statistics,
     fit_linear_code,
     second_phase,

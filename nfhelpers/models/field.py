@@ -132,21 +132,82 @@ class ScanBlock(nn.Module):
         return x + self.ssm(tokens, orders).unflatten(1, x.shape[1:3]).to(x.dtype)  # (B, H, W, D)
 
 
+def offsets(coords, nodes):
+    """Of points (B, N, 2) from the nearest of n x n centres, in [-1, 1]."""
+    return 2 * ((coords * nodes) % 1) - 1
+
+
+class Pyramid(nn.Module):
+    """Lattices, each of half the nodes a side: convolutions on all of them, scans on the coarsest. config: of
+    `MambaField`. up: whether there is a way up, too, which takes what the way down met."""
+
+    def __init__(self, config, up=True):
+        super().__init__()
+        c, upper = config, range(len(config.widths) - 1)
+
+        def blocks(level):
+            return Layers(ConvBlock(c.widths[level], c.d_time) for _ in range(c.blocks[level]))
+
+        def each(layer):
+            return nn.ModuleList(layer(*c.widths[i : i + 2]) for i in upper)
+
+        self.nodes = c.nodes
+        self.input_embedding = mlp(3 + 2, c.widths[c.finer], c.widths[c.finer])
+        self.down_blocks = nn.ModuleList(blocks(level) for level in upper)
+        self.down = each(lambda d, below: nn.Linear(4 * d, below))
+        self.blocks = blocks(-1)
+        self.scans = Layers(ScanBlock(c.widths[-1], c.d_state, c.d_time) for _ in range(c.scans))
+        if up:
+            self.up = each(lambda d, below: nn.Linear(below, 4 * d))
+            self.skip = each(lambda d, below: nn.Linear(d, d))
+            self.up_blocks = nn.ModuleList(blocks(level) for level in upper)
+        cells = c.nodes >> (len(upper) - c.finer)
+        orders = [point_order(grid_coords(cells, cells)[None], kind) for kind in c.orders]
+        self.register_buffer("orders", torch.cat(orders), persistent=False)  # (O, L)
+
+    def gather(self, coords, values):
+        """Observed points (B, I, 2) and (B, I, 3) on their lattice (B, n, n, D)."""
+        features = self.input_embedding(torch.cat([values, offsets(coords, self.nodes)], dim=-1))
+        return Hats.of(coords, self.nodes).gather(features)
+
+    def descend(self, x, time, entry=0, inputs=None):
+        """x (B, n, n, C) of level `entry` -> that of the coarsest, and what the way up takes from the others.
+        time (B, T) modulates all blocks; inputs: {level: (B, H, W, D)}, what joins there."""
+        skips, inputs = [], inputs or {}
+        for level in range(entry, len(self.down)):
+            x = self.down_blocks[level](x + inputs[level] if level in inputs else x, time)
+            skips.append(x)
+            x = self.down[level](x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3))
+        return self.mix(x + inputs[len(self.down)] if len(self.down) in inputs else x, time), skips
+
+    def ascend(self, x, time, entry, skips):
+        for level in reversed(range(entry, len(self.up))):
+            x = self.up[level](x).unflatten(-1, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+            x = self.up_blocks[level](x + self.skip[level](skips.pop()), time)
+        return x  # (B, n, n, C)
+
+    def mix(self, x, time):
+        """The coarsest lattice (B, H, W, D): convolutions, and scans of two orders each spread among them."""
+        pairs, done = self.orders.unflatten(0, (-1, 2)), 0  # (O/2, 2, L)
+        for i, block in enumerate(self.blocks):
+            x = self.blocks.apply_layer(block, x, time)
+            while done < (i + 1) * len(self.scans) // len(self.blocks):
+                x = self.scans.apply_layer(self.scans[done], x, time, pairs[done % len(pairs)])
+                done += 1
+        return x
+
+
 class FieldConditions(NamedTuple):
     """What `MambaField` computes from the points alone: the same at all times of a sampling run."""
 
     queries: Hats
     places: torch.Tensor  # (B, Q, 3), offsets of the queries from the nodes, and their footprint
     start: torch.Tensor  # (B, Q, 3), where the flow starts
-    inputs: torch.Tensor  # (B, H, W, D), the observed points on their lattice
+    inputs: dict[int, torch.Tensor]  # what joins at a level of the pyramid: (B, H, W, D)
+    added: torch.Tensor | float = 0.0  # (B, T), to the embedding of the time
 
 
-def offsets(coords, nodes):
-    """Of points (B, N, 2) from the nearest of n x n centres, in [-1, 1]."""
-    return 2 * ((coords * nodes) % 1) - 1
-
-
-class MambaField(SparseField):
+class MambaField(Pyramid, SparseField):
     """Observed points and noisy queries meet on a lattice; convolutions and scans mix there; queries read it.
 
     The flow starts from the thin-plate spline m of the observed points. With s = `residual_std`, the standard
@@ -164,35 +225,18 @@ class MambaField(SparseField):
     takes_footprint = True
 
     def __init__(self, config: MambaFieldConfig):
-        super().__init__()
+        super().__init__(config)
         self.config, self.shortcut = config, config.shortcut
-        c, d_time, finer, upper = config, config.d_time, config.finer, range(len(config.widths) - 1)
+        self.time, self.step = TimeEmbedding(config.d_time), TimeEmbedding(config.d_time)
+        entries = config.widths[: config.finer + 1]
+        self.query_embeddings = nn.ModuleList(mlp(6 + 3, d, d) for d in entries)
 
-        def blocks(level):
-            return Layers(ConvBlock(c.widths[level], d_time) for _ in range(c.blocks[level]))
-
-        def each(layer, levels):
-            return nn.ModuleList(layer(c.widths[i], *c.widths[i + 1 : i + 2]) for i in levels)
-
-        def decoder(d, *_):
+        def decoder(d):
             layers = nn.Linear(2 * d, 2 * d), nn.GELU(), zero(nn.Linear(2 * d, 3))
             return nn.Sequential(nn.RMSNorm(2 * d), *layers)
 
-        self.time, self.step = TimeEmbedding(d_time), TimeEmbedding(d_time)
-        self.input_embedding = mlp(3 + 2, c.widths[finer], c.widths[finer])
-        self.query_embeddings = each(lambda d, *_: mlp(6 + 3, d, d), range(finer + 1))
-        self.down_blocks = nn.ModuleList(blocks(level) for level in upper)
-        self.down = each(lambda d, below: nn.Linear(4 * d, below), upper)
-        self.blocks = blocks(-1)
-        self.scans = Layers(ScanBlock(c.widths[-1], c.d_state, d_time) for _ in range(c.scans))
-        self.up = each(lambda d, below: nn.Linear(below, 4 * d), upper)
-        self.skip = each(lambda d, below: nn.Linear(d, d), upper)
-        self.up_blocks = nn.ModuleList(blocks(level) for level in upper)
-        self.decoders = each(decoder, range(finer + 1))
+        self.decoders = nn.ModuleList(decoder(d) for d in entries)
         zero(self.step.mlp[-1])
-        cells = c.nodes >> (len(upper) - finer)
-        orders = [point_order(grid_coords(cells, cells)[None], kind) for kind in c.orders]
-        self.register_buffer("orders", torch.cat(orders), persistent=False)  # (O, L)
 
     def shortcut_times(self, steps):
         """Times (S + 1,) of the steps that `samplers.shortcut` takes."""
@@ -227,6 +271,11 @@ class MambaField(SparseField):
 
     def prepare(self, query_coords, input_coords, input_values, footprint=None):
         start = thin_plate_spline(query_coords, input_coords, input_values).clamp(-1, 1)  # (B, Q, 3)
+        inputs = self.gather(input_coords, input_values)  # (B, H, W, D)
+        return FieldConditions(*self.places(query_coords, footprint), start, {self.config.finer: inputs})
+
+    def places(self, query_coords, footprint=None):
+        """The lattice that queries (B, Q, 2) enter, and what else is known of where they are (B, Q, 3)."""
         c, base = self.config, self.config.nodes
         footprint = 1 / base if footprint is None else footprint
         if not 0 < footprint <= 1:
@@ -235,35 +284,14 @@ class MambaField(SparseField):
         nodes = base << min(max(finer, 0), c.finer)  # the coarsest lattice that is as fine as the queries
         size = max(0.0, math.log2(nodes * footprint))  # finer pixels count as the finest nodes
         size = query_coords.new_full((*query_coords.shape[:2], 1), size)
-        places = torch.cat([offsets(query_coords, nodes), size], dim=-1)  # (B, Q, 3)
-        inputs = self.input_embedding(torch.cat([input_values, offsets(input_coords, base)], dim=-1))
-        inputs = Hats.of(input_coords, base).gather(inputs)
-        return FieldConditions(Hats.of(query_coords, nodes), places, start, inputs)
+        return Hats.of(query_coords, nodes), torch.cat([offsets(query_coords, nodes), size], dim=-1)
 
     def predict(self, z, tau, delta, c):
         """What the network makes of z (B, Q, 3) at tau (B,), for steps delta (B,) -> (B, Q, 3)."""
-        base = self.config.finer
-        entry = base - (c.queries.nodes // self.config.nodes).bit_length() + 1
+        entry = self.config.finer - (c.queries.nodes // self.config.nodes).bit_length() + 1
         seen = torch.sin(tau + delta)[:, None, None] * z  # (B, Q, 3)
         queries = self.query_embeddings[entry](torch.cat([seen, c.start, c.places], dim=-1))  # (B, Q, C)
-        time = F.silu(self.time(2 / math.pi * tau) + self.step(2 / math.pi * delta))  # (B, T)
-        x, skips = c.queries.gather(queries), []  # (B, n, n, C)
-        for level in range(entry, len(self.down)):
-            x = self.down_blocks[level](x + c.inputs if level == base else x, time)
-            skips.append(x)
-            x = self.down[level](x.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).transpose(2, 3).flatten(3))
-        x = self.mix(x + c.inputs if base == len(self.down) else x, time)
-        for level in reversed(range(entry, len(self.up))):
-            x = self.up[level](x).unflatten(-1, (2, 2, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
-            x = self.up_blocks[level](x + self.skip[level](skips.pop()), time)
+        time = F.silu(self.time(2 / math.pi * tau) + self.step(2 / math.pi * delta) + c.added)  # (B, T)
+        x, skips = self.descend(c.queries.gather(queries), time, entry, c.inputs)
+        x = self.ascend(x, time, entry, skips)  # (B, n, n, C)
         return self.decoders[entry](torch.cat([c.queries.read(x), queries], dim=-1)).to(z.dtype)
-
-    def mix(self, x, time):
-        """The coarsest lattice (B, H, W, D): convolutions, and scans of two orders each spread among them."""
-        pairs, done = self.orders.unflatten(0, (-1, 2)), 0  # (O/2, 2, L)
-        for i, block in enumerate(self.blocks):
-            x = self.blocks.apply_layer(block, x, time)
-            while done < (i + 1) * len(self.scans) // len(self.blocks):
-                x = self.scans.apply_layer(self.scans[done], x, time, pairs[done % len(pairs)])
-                done += 1
-        return x

@@ -32,10 +32,10 @@ class PointEmbedding(nn.Module):
     Each part starts at the scale of its own fan-in: three values would drown among hundreds of features.
     """
 
-    def __init__(self, num_features, d_model, num_values=3):
+    def __init__(self, num_features, d_model):
         super().__init__()
         self.coord_proj = nn.Linear(num_features, d_model)
-        self.value_proj = nn.Linear(num_values, d_model)
+        self.value_proj = nn.Linear(3, d_model)
 
     def forward(self, features, values):
         return self.place(features) + self.value_proj(values)  # (B, L, D)

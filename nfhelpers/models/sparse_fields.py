@@ -36,21 +36,6 @@ def split_tokens(tokens, num_inputs):
     return tokens.split([num_inputs, tokens.shape[1] - num_inputs], dim=1)
 
 
-def joint_orders(coords, kinds, bidirectional):
-    """Directions in which points (B, L, 2) are scanned -> (B, K, L): the orders `kinds`.
-
-    With `bidirectional` they come twice: `MultiDirectionalSSM` walks the second half backwards.
-    """
-    orders = [point_order(coords, kind) for kind in kinds]
-    return torch.stack(orders * 2 if bidirectional else orders, dim=1)  # (B, K, L)
-
-
-def directional_blocks(c, num_layers, bidirectional):
-    scan = (c.d_state, c.expand, len(c.orders), c.shared_weights, bidirectional, c.tied_decay)
-    rest = dict(mlp_ratio=c.mlp_ratio, dropout=c.dropout)
-    return stack(MultiDirectionalMambaBlock(c.d_model, *scan, **rest) for _ in range(num_layers))
-
-
 @dataclass(frozen=True, kw_only=True)
 class FieldConfig(ModelConfig):
     """Settings that all models of sparse fields have."""
@@ -117,7 +102,7 @@ class Conditions(NamedTuple):
     queries: torch.Tensor  # (B, Q, D), their tokens without values
     order: torch.Tensor  # (B, Q), in which the queries are sorted
     back: torch.Tensor  # (B, Q), its inverse
-    scans: torch.Tensor | None = None  # (B, K, L), directions of the scans
+    scans: torch.Tensor | None = None  # (B, O, L), orders of the scans
     places: list | None = None  # of `LightweightPerceiver`
 
 
@@ -213,14 +198,20 @@ class MultiDirectionalMambaDiffusion(TokenField):
 
     def __init__(self, config: MultiDirectionalMambaDiffusionConfig):
         super().__init__(config)
-        self.blocks = directional_blocks(config, config.num_layers, bidirectional=False)
-        self.cross_attention = CrossAttention(config.d_model, config.num_heads, config.dropout)
-        self.decoder = residual_decoder(config.d_model, config.dropout)
+        c = config
+        scan = (c.d_model, c.d_state, c.expand, len(c.orders), c.shared_weights, False, c.tied_decay)
+        self.blocks = stack(
+            MultiDirectionalMambaBlock(*scan, mlp_ratio=c.mlp_ratio, dropout=c.dropout)
+            for _ in range(c.num_layers)
+        )
+        self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
+        self.decoder = residual_decoder(c.d_model, c.dropout)
 
     def prepare(self, *points):
         c = super().prepare(*points)
         coords = torch.cat([c.input_coords, c.query_coords], dim=1)  # (B, L, 2)
-        return c._replace(scans=joint_orders(coords, self.config.orders, bidirectional=False))
+        scans = [point_order(coords, kind) for kind in self.config.orders]
+        return c._replace(scans=torch.stack(scans, dim=1))
 
     def mix(self, tokens, c):
         tokens = self.blocks(tokens, c.scans)  # (B, L, D)
