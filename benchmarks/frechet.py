@@ -4,7 +4,7 @@
         --data cifar.npz
 
 --data: an .npz of x_train (N, 32, 32, 3) uint8 and y_train (N,), the classes; --train and twice --images
-pictures are disjoint parts of it. The Fréchet distance is of Gaussians fitted to the classifier's last features
+pictures are disjoint parts of it. The Fréchet distance is of Gaussians fitted to the last features of a CNN
 (Heusel et al. 2017, there of Inception); "spread" is its standard deviation over resampled pictures.
 """
 
