@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nfhelpers import files, run
 
-SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde", "shortcut")
+SAMPLERS = ("euler", "heun", "midpoint", "rk4", "sde", "shortcut")
 SOURCES = ("photos", "cifar10", "chirps", "fsdd")
 
 
@@ -186,7 +186,6 @@ def evaluate_models(options):
     check_paths(*options.checkpoints, source=options.data, output=options.out)
     if not 0 < options.observed <= 1:
         raise ValueError(f"--observed {options.observed} is no fraction; pass one such as 0.2")
-    import pandas
     import torch
 
     from nfhelpers import classical, evaluate, images, models, plots
@@ -204,17 +203,13 @@ def evaluate_models(options):
         raise ValueError(f"{options.data} holds images that are too small for --sizes {max(sizes)}")
     wiener = classical.Wiener(images.load_images(options.data, "train", sizes[0], 4096))
     methods = networks | {"linear": "linear", "biharmonic": "biharmonic", "wiener": wiener}
-    same = {"truth": truth, "observed": options.observed, "seed": options.seed, "progress": True}
-    table, made = evaluate.compare(methods, truth[sizes[0]], sizes, **same)
-    for sampler in options.samplers:
-        ways = {"kinds": ("sample",), "sampler": sampler, "steps": options.steps}
-        rows, drawn = evaluate.compare(networks, truth[sizes[0]], sizes, **same, **ways)
-        table = pandas.concat([table, rows.assign(kind=sampler)], ignore_index=True)
-        made |= {(name, sampler, size): x for (name, _, size), x in drawn.items()}
+    ways = {"kinds": ("mean", *options.samplers), "steps": options.steps, "seed": options.seed}
+    ways |= {"truth": truth, "observed": options.observed, "progress": True}
+    table, made = evaluate.compare(methods, truth[sizes[0]], sizes, **ways)
     same_image = [table["size"], table.kind.replace("classical", "mean"), table.image]
     table["difference"] = table.psnr - table.groupby(same_image).psnr.transform("first")  # the first model's
     columns = ["psnr", "difference", "ssim", "speckle", "seconds"]
-    groups = table.groupby(["size", "kind", "model"], sort=False)[columns].agg(["mean", "sem"])
+    groups = table.groupby(["size", "model", "kind"], sort=False)[columns].agg(["mean", "sem"])
     print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")
     print(groups.round(4).to_string())
     if options.out:

@@ -98,13 +98,13 @@ def score(prediction, target, **labels):
 
 
 def compare(
-    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler=None,
-    seed=0, progress=False,
+    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, seed=0,
+    progress=False,
 ):  # fmt: skip
     """Reconstruct the same observed pixels of images (N, S, S, 3), with the same noise, by a dict of methods.
 
     sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for scores at other sizes. kinds:
-    of the models; other methods have the kind "classical". steps, sampler: of the kind "sample".
+    of the models, "mean", "sample" or a sampler's name, with so many steps; other methods are "classical".
     Returns (`score` with columns model, kind, size, seconds of one image; {(model, kind, size): fields}).
     """
     from pandas import concat
@@ -119,7 +119,10 @@ def compare(
             jobs += [(name, kind, size) for kind in (kinds if neural else ("classical",))]
     for name, kind, size in (bar := tqdm(jobs, disable=not progress)):
         bar.set_description(f"{name}, {kind}, {size} px")
-        options = dict(kind=kind, steps=steps, sampler=sampler, progress=progress) if kind == "sample" else {}
+        options = {}
+        if kind not in ("mean", "classical"):
+            sampler = None if kind == "sample" else kind
+            options = dict(kind="sample", sampler=sampler, steps=steps, progress=progress)
         start = time.perf_counter()
         made = fields[name, kind, size] = reconstruct(methods[name], seen, size, seed=seed, **options)
         seconds = (time.perf_counter() - start) / len(made)

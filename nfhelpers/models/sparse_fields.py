@@ -51,14 +51,6 @@ class FieldConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiDirectionalConfig(FieldConfig):
-    """Settings of models that scan in several directions of the plane."""
-
-    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
-
-
-@dataclass(frozen=True, kw_only=True)
 class MambaDiffusionConfig(FieldConfig):
     """Settings of `MambaDiffusion`, v1; `order` sorts the observed points, and the queries after them."""
 
@@ -69,9 +61,11 @@ class MambaDiffusionConfig(FieldConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiDirectionalMambaDiffusionConfig(MultiDirectionalConfig):
+class MultiDirectionalMambaDiffusionConfig(FieldConfig):
     """Settings of `MultiDirectionalMambaDiffusion`."""
 
+    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
+    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
     num_layers: int = 6
     num_heads: int = 8
     mlp_ratio: float = 4.0
