@@ -77,11 +77,8 @@ def reconstruct(
         return fields.reshape(-1, *shape, 3).numpy()
 
     if kind == "mean":
-        return complete(
-            samplers.posterior_mean(
-                method, *batch, draws=draws, steps=1 if steps is None else steps, **options
-            )[0]
-        )
+        options |= {"draws": draws, "steps": 1 if steps is None else steps}
+        return complete(samplers.posterior_mean(method, *batch, **options)[0])
     options |= {"method": sampler, "steps": steps, "temperature": temperature}
     fields = np.stack([complete(samplers.sample(method, *batch, **options)) for _ in range(draws)])
     return fields if draws > 1 else fields[0]
@@ -119,10 +116,8 @@ def compare(
             jobs += [(name, kind, size) for kind in (kinds if neural else ("classical",))]
     for name, kind, size in (bar := tqdm(jobs, disable=not progress)):
         bar.set_description(f"{name}, {kind}, {size} px")
-        options = {}
-        if kind not in ("mean", "classical"):
-            sampler = None if kind == "sample" else kind
-            options = dict(kind="sample", sampler=sampler, steps=steps, progress=progress)
+        ways = dict(kind="sample", sampler=None if kind == "sample" else kind, steps=steps, progress=progress)
+        options = {} if kind in ("mean", "classical") else ways
         start = time.perf_counter()
         made = fields[name, kind, size] = reconstruct(methods[name], seen, size, seed=seed, **options)
         seconds = (time.perf_counter() - start) / len(made)

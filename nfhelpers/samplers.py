@@ -142,9 +142,8 @@ def _in_parts(evaluate, parts):
     """velocity(x, t, ...) of evaluate(part, x[part], t (b,), ...) for each part of the batch in turn."""
 
     def velocity(x, *times):
-        return torch.cat([evaluate(p, x[p], *(t.expand(len(x[p])) for t in times)) for p in parts]).to(
-            x.dtype
-        )
+        made = [evaluate(p, x[p], *(t.expand(len(x[p])) for t in times)) for p in parts]
+        return torch.cat(made).to(x.dtype)
 
     return velocity
 
@@ -212,16 +211,14 @@ def posterior_mean(
         raise ValueError(f"draws={draws}; pass 1 or more")
     field = _as_parameters(model, query_coords, input_coords, input_values)
     integrate, evaluations = (euler, draws) if steps == 1 else (heun, 2 * steps * draws)
-    mean = squares = torch.zeros((), dtype=field[2].dtype, device=field[2].device)
+    made = []
     with evaluation_mode(model):
         velocity = _field_velocity(model, *field, max_batch, evaluations, footprint)
-        for count in tqdm(range(1, draws + 1), desc="draws", disable=not progress):
+        for _ in tqdm(range(draws), desc="draws", disable=not progress):
             x = draw(torch.randn, (*query_coords.shape[:2], input_values.shape[-1]), field[2], generator)
-            x = integrate(velocity, x, _times(steps, x)).clamp(-1, 1)
-            difference = x - mean  # Welford's update: one pass, exact when the spread is small
-            mean = mean + difference / count
-            squares = squares + difference * (x - mean)
-    return mean, (squares / (draws - 1)).sqrt() if draws > 1 else torch.full_like(mean, math.nan)
+            made.append(integrate(velocity, x, _times(steps, x)).clamp(-1, 1))
+    made = torch.stack(made)  # (draws, B, Nq, 3)
+    return made.mean(0), made.std(0) if draws > 1 else torch.full_like(made[0], math.nan)
 
 
 def encode_stochastic(model, query_coords, query_values, latent, **options):
