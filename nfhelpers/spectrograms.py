@@ -3,6 +3,7 @@
 Magnitudes in decibels are mapped to [-1, 1]: 1 is the loudest entry of a clip, -1 is `DYNAMIC_RANGE` below.
 """
 
+import hashlib
 import io
 import re
 import struct
@@ -22,6 +23,7 @@ SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `fra
 CHIRP_CLASSES = ("rising", "falling", "constant", "two-tone")
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 FSDD_NAMES = "fsdd-recordings.zip free-spoken-digit-dataset-1.0.10.zip v1.0.10.zip fsdd recordings".split()
+FSDD_DIGEST = "3cabfced829de9673d1e373d66c2a9a0b053adee0fdc094b3dc545d056ed3ac9"  # of names and checksums
 DIGIT = re.compile(r"(\d)_(.+)_(\d+)\.\w+")  # digit, speaker, take
 SOUNDS = set(".wav .wave .flac .ogg .opus".split())
 
@@ -87,7 +89,13 @@ def _digits():
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "fsdd.lock"):  # one process downloads, the others wait
-            return Path(pooch.retrieve(FSDD_URL, None, FSDD_NAMES[1], root, progressbar=True))
+            path = Path(pooch.retrieve(FSDD_URL, None, FSDD_NAMES[1], root, progressbar=True))
+        with zipfile.ZipFile(path) as archive:  # whoever packs the recordings anew packs other bytes
+            sums = {Path(x.filename).name: x.CRC for x in archive.infolist() if x.filename.endswith(".wav")}
+        if hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest() != FSDD_DIGEST:
+            path.unlink()
+            raise OSError("what was downloaded has other recordings")
+        return path
     except OSError as error:
         raise OSError(f"{FSDD_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
 

@@ -7,6 +7,7 @@ Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (average
 
 import copy
 import math
+import os
 import signal
 import sys
 import threading
@@ -166,7 +167,8 @@ class _Run:
 
             self.board = SummaryWriter(self.folder / "tb", purge_step=start + 1)
             nothing = "; nothing to do, raise epochs to train longer" * (start >= total)
-            print(f"{self.folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
+            where = os.path.relpath(self.folder)
+            print(f"{where}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
         self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
         steps, places = range(start, total), self.steps.places
@@ -174,12 +176,20 @@ class _Run:
         # With a generator of its own the loader takes nothing from the global one.
         options = {"generator": torch.Generator(), "pin_memory": self.cuda, "num_workers": config.num_workers}
         batches = iter(DataLoader(self.steps, batch_sampler=keys, worker_init_fn=_start_worker, **options))
+        timed = None  # (step, seconds), where kernels are compiled
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
                 if self.cuda and done % READ_EVERY and done % per_epoch:
                     continue
                 self.read_back()
+                timed = timed or (done, time.monotonic())
+                if (seconds := time.monotonic() - timed[1]) > 20:  # once
+                    hours = seconds / (done - timed[0]) * (total - done) / 3600
+                    memory = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else 0.0
+                    if self.main and hours > 0.2:
+                        print(f"about {hours:.1f} hours to go, {memory:.1f} GiB of GPU memory")
+                    timed = math.inf, math.inf
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
                 if self.signals:
@@ -231,14 +241,13 @@ class _Run:
     def read_back(self):
         """Log the steps since the last call. A GPU is waited for here, and nowhere else."""
         unread, self.unread = self.unread, []
-        memory = {"GiB": round(torch.cuda.max_memory_reserved() / 2**30, 1)} if self.cuda else {}
         for step, rate, outcome in unread:
             loss, norm = outcome.tolist()
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the state stays")
             self.log(_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
             self.bar.update()
-            self.bar.set_postfix(loss=f"{loss:.4f}", **memory, refresh=False)
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def log(self, columns, step, *values):
         for name, value in zip(columns, (step, *values), strict=True):

@@ -251,6 +251,7 @@ def test_every_format_of_one_image_counts(tmp_path):
     suffixes = "png jpg jpeg JPG jfif bmp gif tif tiff webp tga ppm jp2 avif".split()
     for index, suffix in enumerate(suffixes):
         fill(tmp_path, [10 * index], "{}." + suffix)
+    (tmp_path / "0.png").rename(tmp_path / "without suffix")
     (tmp_path / "README").touch()
     with pytest.warns(UserWarning, match="README"):
         found = colours(tmp_path, "train") + colours(tmp_path, "test")

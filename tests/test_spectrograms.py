@@ -1,10 +1,12 @@
 """Sounds: wav files, spectrograms, sources and their splits."""
 
+import hashlib
 import io
 import math
 import shutil
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -132,7 +134,7 @@ def test_digits_are_split_by_take(tmp_path, monkeypatch, kind):
     assert load_spectrograms("fsdd", size=8).meta.names == parts[0].meta.names + parts[1].meta.names
 
 
-def test_digits_are_downloaded_once(tmp_path, monkeypatch):
+def test_digits_are_downloaded_once_if_they_are_the_ones(tmp_path, monkeypatch):
     def download(url, known_hash, fname, path, progressbar):
         with zipfile.ZipFile(path / fname, "w") as file:
             for take in range(6):
@@ -145,6 +147,14 @@ def test_digits_are_downloaded_once(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="NF_DATA"):
         load_spectrograms("fsdd")
     monkeypatch.setattr("pooch.retrieve", download)
+    with pytest.raises(OSError, match="NF_DATA"):
+        load_spectrograms("fsdd")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["fsdd.lock"]
+    recordings = []
+    for take in range(6):
+        write(tmp_path / "0.wav", tone(300 + take))
+        recordings.append((f"0_ada_{take}.wav", zlib.crc32((tmp_path / "0.wav").read_bytes())))
+    monkeypatch.setattr(module, "FSDD_DIGEST", hashlib.sha256(repr(recordings).encode()).hexdigest())
     assert len(load_spectrograms("fsdd", "test", 8)) == 5
     monkeypatch.delattr("pooch.retrieve")
     assert len(load_spectrograms("fsdd", "train", 8)) == 1  # found where it was put
