@@ -1,6 +1,7 @@
 """The package's declarations agree with one another and with what the code imports."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -114,13 +115,15 @@ def test_licence_version_and_package_data(project, repository):
 # ---------------------------------------------------------------- import nfhelpers
 
 
-def python(code, **options):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options
-    )
+def python(code, **environment):
+    """What a program prints in a fresh interpreter with these environment variables; and its warnings."""
+    command, options = [sys.executable, "-W", "always", "-c", code], dict(capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | environment, timeout=120, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
-def test_import_is_lazy_and_needs_no_gpu_packages(repository):
+def test_import_is_lazy_and_needs_no_gpu_packages():
     code = """
 import sys
 sys.modules["triton"] = sys.modules["mamba_ssm"] = None  # importing either raises ImportError
@@ -132,23 +135,39 @@ import torch
 y = scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3), -torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1))
 print(y[0, 0, 1].item())
 """
-    done = python(code, cwd=repository)
-    assert done.returncode == 0, done.stderr
     # h1 = exp(-1) * 1 + 1
-    assert float(done.stdout) == pytest.approx(1.36787944, abs=1e-6)
+    assert float(python(code)[0]) == pytest.approx(1.36787944, abs=1e-6)
 
 
-HEAVY = "diffusers transformers matplotlib scipy.stats skimage mamba_ssm torch.utils.tensorboard".split()
+HEAVY = "diffusers transformers matplotlib scipy.stats skimage torch.utils.tensorboard".split()
+HEAVY += "mamba_ssm triton torch._dynamo".split()
 
 
-def test_models_and_training_import_nothing_heavy(repository):
-    code = f"""
+def test_models_and_training_import_nothing_heavy():
+    python(f"""
 import sys
 import nfhelpers.models, nfhelpers.train, nfhelpers.evaluate, nfhelpers.spectrograms, nfhelpers.run
+import nfhelpers.kernels.local_scan, nfhelpers.kernels.native
 assert not [name for name in {HEAVY} if name in sys.modules]
+""")
+
+
+def test_a_broken_install_is_named(tmp_path):
+    """Without a compiler and with a broken Triton the chunked scan runs."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('driver is too old')")
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(tmp_path)!r})
+torch.cuda.is_available = lambda: True
+from nfhelpers import kernels
+status = kernels.backend_status()
+assert "compiler" in status["native"] and "driver is too old" in status["triton"]
+print(kernels.choose_backend("cpu"), kernels.choose_backend("cuda"))
 """
-    done = python(code, cwd=repository)
-    assert done.returncode == 0, done.stderr
+    out, errors = python(code, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert out.split() == ["chunked", "chunked"]
+    assert "compiler" in errors and "driver is too old" in errors
 
 
 def test_rooms_import_one_way(repository):
