@@ -28,7 +28,6 @@ from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import BidirectionalMamba, MultiDirectionalSSM, SelectiveSSM
 from nfhelpers.samplers import posterior_mean, sample
 
-ARGUMENTS = ("noisy_values", "query_coords", "t", "input_coords", "input_values")
 SMALL = dict(d_model=16, num_layers=2, num_fourier_features=8, fourier_scale=2.0, num_heads=2)
 LATTICE = dict(nodes=8, scans=2, d_state=4, d_time=16)
 AUTOENCODER = dict(LATTICE, widths=(8, 12), blocks=(1, 2), latent_dim=6, d_node=3)
@@ -139,28 +138,17 @@ def test_ssm_is_the_selective_scan_of_its_projections(tied):
     assert_equal_with_gradients(found, expected, [tokens, *layer.parameters()])
 
 
-def directional_ssm(**settings):
-    torch.manual_seed(0)
-    plain = dict(d_model=6, d_state=3, expand=2, num_orders=2, shared_weights=False, dropout=0.0)
-    return MultiDirectionalSSM(**{**plain, "bidirectional": False, "tied_decay": False, **settings})
-
-
-def random_orders(batch, number, length, bidirectional=False):
-    generator = torch.Generator().manual_seed(2)
-    orders = torch.rand(batch, number, length, generator=generator).argsort(-1)
-    return orders.repeat(1, 2, 1) if bidirectional else orders
-
-
 @pytest.mark.parametrize(
     ("shared", "bidirectional", "tied"), [(False, True, False), (True, True, True), (False, False, True)]
 )
 def test_directional_ssm_equals_scans_of_permuted_copies(shared, bidirectional, tied):
-    layer = directional_ssm(shared_weights=shared, bidirectional=bidirectional, tied_decay=tied).double()
+    torch.manual_seed(0)
+    layer = MultiDirectionalSSM(6, 3, 2, 2, shared, bidirectional, tied, 0.0).double()
     with torch.no_grad():
         layer.A_log.add_(0.3 * torch.randn_like(layer.A_log))
         layer.D.normal_()
     tokens = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
-    orders = random_orders(2, 2, 11, bidirectional)
+    orders = torch.rand(2, 2, 11).argsort(-1).repeat(1, layer.ways, 1)
     x, z = layer.in_proj(tokens).chunk(2, -1)
     x = F.silu(x)
     projected = layer.x_proj(x).unflatten(-1, (layer.sets, -1))  # (B, L, S, R+2N)
@@ -381,7 +369,7 @@ def test_every_argument_matters_and_every_parameter_gets_a_gradient(kind):
     def residual(arguments):  # beyond the linear part: the network itself reads every argument
         return model(**arguments) - linear_part(kind, arguments)
 
-    for name in ARGUMENTS:
+    for name in arguments:
         changed = {**arguments, name: (arguments[name] * 0.9).contiguous()}
         assert (residual(changed) - residual(arguments)).abs().max() > 1e-5, name
     for footprint in (1 / 8, 1 / 16) if kind == "field finer" else (None,):  # each enters at its own level
