@@ -88,14 +88,18 @@ def test_fields_of_another_range_or_not_finite_are_refused(name, bad):
         flow.check_field(**batch)
 
 
-def test_loss_of_grids_is_that_of_the_velocity():
+def test_loss_of_grids_is_that_of_the_velocity_and_drops_conditions_while_training():
     torch.manual_seed(0)
     sizes = dict(channels=1, dims=(8,), depths=(1,), d_state=2, mapping_width=12, num_classes=3)
-    model = LocalMamba2D(LocalMamba2DConfig(**sizes)).double().eval()
+    model, dropped = LocalMamba2D(LocalMamba2DConfig(**sizes, cfg_dropout=0.3, dropout=0.0)).double(), []
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    batch = dict(spectrograms=draw(20, 1, 4, 4), labels=torch.arange(20) % 3)
-    t, noise = torch.rand(20, dtype=torch.float64), draw(20, 1, 4, 4, seed=1)
+    batch = dict(spectrograms=draw(200, 1, 4, 4), labels=torch.arange(200) % 3)
+    t, noise = torch.rand(200, dtype=torch.float64), draw(200, 1, 4, 4, seed=1)
     x_t = (1 - t[:, None, None, None]) * noise + t[:, None, None, None] * batch["spectrograms"]
     wanted = (model(x_t, t, batch["labels"], None, None) - (batch["spectrograms"] - noise)).square().mean()
-    torch.testing.assert_close(flow.grid_flow_loss(model, batch, t=t, noise=noise), wanted)
+    torch.testing.assert_close(flow.grid_flow_loss(model.eval(), batch, t=t, noise=noise), wanted)
+    model.train().register_forward_pre_hook(lambda _, given: dropped.append(given[4]))
+    generators = (torch.Generator().manual_seed(0) for _ in range(2))
+    assert torch.equal(*(flow.grid_flow_loss(model, batch, generator=generator) for generator in generators))
+    assert dropped[0].double().mean().item() == pytest.approx(0.3, abs=0.1)  # standard error 0.032

@@ -71,9 +71,6 @@ def third_party(modules):
     return {INSTALLED_AS.get(name, name) for name in packages}
 
 
-# ---------------------------------------------------------------- pyproject, environment, constraints
-
-
 def test_every_import_is_declared(project, repository):
     modules = imported_modules(repository / "nfhelpers")
     assert third_party(modules) - set(declared(project, "notebooks", "cuda")) == set()
@@ -97,7 +94,6 @@ def test_constraints_pin_what_is_declared(project, repository):
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     names = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
-    assert pins["torch"] == "2.13.0"
     assert set(declared(project, "notebooks", "dev")) - {"huggingface_hub"} <= names
     assert not [pin for pin in pins.values() if "+" in pin], "a local version cannot be installed from PyPI"
     assert not [name for name in names if name.startswith(("nvidia-", "cuda-"))], "these follow from torch"
@@ -106,13 +102,9 @@ def test_constraints_pin_what_is_declared(project, repository):
 def test_licence_version_and_package_data(project, repository):
     citation = yaml.safe_load((repository / "CITATION.cff").read_text())
     assert project["license"] == citation["license"] == "Apache-2.0"
-    assert "Apache License" in (repository / "LICENSE").read_text()[:200]
     assert citation["version"] == nfhelpers.__version__ and "version" in project["dynamic"]
     tools = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]
     assert {"presets.toml", "kernels/native.cpp"} <= set(tools["setuptools"]["package-data"]["nfhelpers"])
-
-
-# ---------------------------------------------------------------- import nfhelpers
 
 
 def python(code, **environment):
@@ -196,8 +188,6 @@ def test_public_names_resolve():
     with pytest.raises(AttributeError):
         nfhelpers.selective_scam  # noqa: B018
 
-
-# ---------------------------------------------------------------- shipped models and what is said of them
 
 FIELDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
 
