@@ -137,7 +137,7 @@ def test_runner_writes_to_build_and_promotes_good_notebooks_only(folder, capsys)
 def test_runner_stops_slow_cells_and_promotes_no_smoke(folder):
     write_notebook(folder, "slow", "import time; time.sleep(60)")
     write_notebook(folder, "quick", "print('preset    smoke')")
-    assert run_all.main(["slow.ipynb", "--timeout", "2"]) == 1
+    assert run_all.main(["slow.ipynb", "--timeout", "1"]) == 1
     assert run_all.main(["quick.ipynb"]) == 0 and run_all.main(["--promote", "quick.ipynb"]) == 1
     assert run_all.main(["no.ipynb"]) == 2
 
