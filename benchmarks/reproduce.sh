@@ -7,20 +7,21 @@
 #     bash benchmarks/reproduce.sh train-v1-photos means-photos  these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
-# Stages: train-NAME of each folder in checkpoints/ (diffae-photos after its phase 1, train-diffae-photos-1); then
-# means-*, samples-* (posterior means and samples of all models of fields), scales-photos, pca-* (autoencoders),
-# generated-* (LocalMamba); and scan, train-step, sampling.
+# Stages: train-NAME of each folder in checkpoints/ (an autoencoder's -latent comes with it); then means-*, samples-*
+# (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
+# (autoencoders), generated-* (LocalMamba); and scan, train-step, sampling.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
-# was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages and the two flagships take minutes and start
-# again.
+# was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages, flagships and autoencoders take minutes and
+# start again.
 #
 #     OUT       folder of runs, results and tables             (runs/reproduce/$PRESET)
-#     PRESET    full, or smoke: everything small, without the flagships    (full)
+#     PRESET    full, or smoke: everything small, without flagships and autoencoders    (full)
 #     SLICE     seconds after which the call ends with exit status 75, "call again"; none: no limit
 #     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=64"
 #     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else they
 #               are downloaded)
-#     WINDOWS   an .npz of photographs of 128 px for the flagships beside their named source       (none)
+#     WINDOWS   an .npz of photographs of 128 px beside the named source of flagships and autoencoders     (none)
+#     LABELLED  an .npz of x_train and y_train for drawn-cifar10 in place of CIFAR-10's files              (none)
 #     DEVICE    cuda or cpu                                     (cuda where there is one)
 #     PYTHON    interpreter                                     (.venv/bin/python, else python3)
 #
@@ -46,36 +47,27 @@ device=()
 photos="data.source=photos data.train_images=16384 data.validation_images=64 train.batch_size=128"
 photos+=" train.learning_rate=1e-3 train.num_workers=4"
 fields="$photos train.epochs=9 train.evaluate_every=2 model.fourier_scale=4.0"
-coder="model.num_encoder_layers=1 model.num_fourier_features=64"
-cifar="data.observed=1.0 data.queries=1.0 train.epochs=9 train.batch_size=128 model.dropout=0.0 model.d_model=96"
-cifar+=" model.num_decoder_layers=3 $coder"
 declare -A recipes=(
     [v1-photos]="v1 $fields model.d_model=256"
     [multidir-photos]="multidir $fields model.d_model=160 model.num_layers=4 model.mlp_ratio=2.0"
     [lightweight-photos]="multidir $fields model.d_model=192 model.num_layers=4 model.mlp_ratio=2.0 model.shared_weights=true"
     [v2-photos]="v2 $fields model.num_layers=6"
-    [diffae-photos-1]="diffae_phase1 $photos train.epochs=5 model.d_model=128 model.num_decoder_layers=2
-        model.spectrum_width=512 $coder"
-    [diffae-photos]="diffae_phase2 $photos train.epochs=5"
-    [diffae-cifar10]="diffae_phase1 $cifar train.learning_rate=5e-4 model.latent_dim=512"
-    [diffae-cifar10-128]="diffae_phase1 $cifar train.learning_rate=1e-3 model.latent_dim=128"
     [localmamba-fsdd]="localmamba model.dims=[64,128,192] model.depths=[1,2,4] model.mlp_ratio=2.0
         model.mapping_width=128 train.epochs=80 train.learning_rate=1e-3"
 )
-names=(v1-photos multidir-photos lightweight-photos v2-photos diffae-photos-1 diffae-photos diffae-photos-latent
-    diffae-cifar10 diffae-cifar10-128 localmamba-fsdd)
+names=(v1-photos multidir-photos lightweight-photos v2-photos localmamba-fsdd)
 models=("$OUT"/{v1,multidir,lightweight,v2}-photos/latest)
 if [ "$PRESET" = smoke ]; then
-    sources=(photos) grids=(chirps --size 32) mean_images=2 images=2 steps=2 scales=(32 64) quick=(--quick)
+    sources=(photos) grids=(chirps --size 32) mean_images=2 images=2 steps=2 scales=(32 64) quick=(--quick) latent=()
 else
-    names+=(field-photos field-cifar10)
+    names+=(field-photos field-cifar10 diffae-photos diffae-cifar10 diffae-cifar10-128)
+    latent=(pca-cifar10 drawn-cifar10)
     models+=("$OUT"/field-photos "$OUT"/field-cifar10)
     sources=(photos cifar10) grids=(fsdd --size 64) mean_images=64 images=16 steps=50
     scales=(32 64 96 128) quick=()
 fi
-pictures=${sources[-1]} # that the autoencoders are shown
 stages=("${names[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
-    "pca-$pictures" "generated-${grids[0]}" scan train-step sampling)
+    "${latent[@]}" "generated-${grids[0]}" scan train-step sampling)
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {
@@ -87,22 +79,23 @@ command_of() {
         command=("$PYTHON" "benchmarks/${1/-/_}.py" "${quick[@]}" "${device[@]}" "${result[@]}") ;;
     scan)
         command=("$PYTHON" benchmarks/scan.py "${quick[@]}" "${device[@]}" "${result[@]}" --figure "$OUT/scan.png") ;;
-    train-field-*)
+    train-field-* | train-diffae-*)
         command=("$PYTHON" benchmarks/flagship.py "$what" --out "$OUT/$what" --data)
+        case $what in
+        diffae-photos) command[1]=benchmarks/autoencoder.py command[2]=photos ;;
+        diffae-*) command[1]=benchmarks/autoencoder.py command[2]=cifar10 ;;
+        esac
         case $what${WINDOWS:+ with windows} in
-        field-photos) command+=(photos:1) ;;
-        field-cifar10) command+=(cifar10:1) ;;
-        "field-photos with windows") command+=("$WINDOWS:0.9" photos:0.1) ;;
-        *) command+=(cifar10:0.7 "$WINDOWS:0.3") ;;
-        esac ;;
-    train-diffae-photos-latent)
-        command=("$PYTHON" benchmarks/latent_flow.py "$OUT/diffae-photos/latest" --out "$OUT/$what" "${quick[@]}"
-            "${device[@]}") ;;
+        *-photos) command+=(photos:1) ;;
+        *"-photos with windows") command+=("$WINDOWS:0.9" photos:0.1) ;;
+        "field-cifar10 with windows") command+=(cifar10:0.7 "$WINDOWS:0.3") ;;
+        *) command+=(cifar10:1) ;;
+        esac
+        [ "$what" = diffae-cifar10-128 ] && command+=(--set '{"latent_dim": 128}' --seconds 400 270 90 40) ;;
     train-*)
         read -r -d '' -a settings <<<"${recipes[$what]}"
         section=${settings[0]}
         command=("$PYTHON" -m nfhelpers train "$section" --preset "$PRESET" --output "$OUT/$what" "${device[@]}")
-        [ "$what" = diffae-photos ] && command+=(--init "$OUT/diffae-photos-1/latest")
         [ "$PRESET" = smoke ] && settings=("$section")
         for word in "${settings[@]:1}" "${set[@]}"; do command+=(--set "$word"); done ;;
     means-*)
@@ -115,8 +108,11 @@ command_of() {
         command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --sizes "${scales[@]}" --images "$images"
             "${device[@]}" "${folder[@]}") ;;
     pca-*)
-        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae-cifar10/latest" "$OUT/diffae-cifar10-128/latest"
+        command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae-cifar10" "$OUT/diffae-cifar10-128"
             --data "$what" --images "$mean_images" "${device[@]}" "${result[@]}") ;;
+    drawn-*)
+        command=("$PYTHON" benchmarks/frechet.py "$OUT/diffae-cifar10-128" --flow "$OUT/diffae-cifar10-128-latent"
+            --data "${LABELLED:-cifar10}" "${device[@]}" "${result[@]}") ;;
     generated-*)
         command=("$PYTHON" benchmarks/localmamba.py generated "$OUT/localmamba-fsdd/best" --data "${grids[@]}"
             --steps "$steps" --guidance 1 2.5 "${device[@]}" "${result[@]}") ;;
@@ -164,7 +160,7 @@ for stage in "$@"; do
         touch "$OUT/done/$stage"
     elif [ -n "$SLICE" ] && [ "$status" -ge 137 ] && [ "$SECONDS" -ge "$SLICE" ]; then
         resumable=0
-        [[ $stage = train-* && $stage != train-step && $stage != train-field-* && $stage != *-latent ]] && resumable=1
+        [[ $stage = train-* && $stage != train-step && $stage != train-field-* && $stage != train-diffae-* ]] && resumable=1
         if [ "$first" -eq 1 ] && [ "$resumable" -eq 0 ]; then
             echo "$stage needs more than SLICE=$SLICE seconds: call again with more" >&2
             exit 1

@@ -10,11 +10,12 @@ import shlex
 import sys
 import tempfile
 import tomllib
+from functools import partial
 from pathlib import Path
 
 from nfhelpers import files, run
 
-SAMPLERS = ("euler", "heun", "midpoint", "rk4", "ddim", "sde", "shortcut")
+SAMPLERS = ("euler", "heun", "midpoint", "rk4", "sde", "shortcut")
 SOURCES = ("photos", "cifar10", "chirps", "fsdd")
 
 
@@ -71,8 +72,6 @@ def check_paths(*models, source=None, output=None):
     if source not in (None, *SOURCES) and not os.path.exists(os.path.expanduser(source)):
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
-        if "\\udc" in ascii(output.absolute()):
-            raise ValueError(f"--output {output}: TensorBoard needs a path in UTF-8")
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
 
@@ -88,15 +87,20 @@ def train_model(options):
     check_paths(output=output)
     import torch
 
-    from nfhelpers import checkpoint, kernels, models, train
+    from nfhelpers import checkpoint, kernels, models, spectrograms, train
 
     settings, device = run.load_settings(name, preset, overrides), run.default_device(options.device)
     seed, precision = settings["seed"], options.precision or run.default_precision(device)
     fixed = {"seed": seed, "precision": precision, "cpu": device.type == "cpu", "title": name}
     config = train.TrainConfig(output, **fixed, **settings["train"])
-    datasets = load_datasets(name, settings["data"], seed)
+    data = settings["data"]
+    if name == "localmamba":
+        load = partial(spectrograms.load_spectrograms, data["source"], size=data["size"], held_out=True)
+        datasets = tuple(load(split, limit=data[f"{split}_images"]) for split in ("train", "validation"))
+        classes = datasets[0].meta.class_names
+    else:
+        datasets, classes = run.field_datasets(data, seed), ()
     chosen = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
-    classes = datasets[0].meta.class_names if name == "localmamba" else ()
     if classes and "data.source" in overrides and "num_classes" not in chosen:
         settings["model"]["num_classes"] = len(classes)
         chosen.append("num_classes")
@@ -107,12 +111,11 @@ def train_model(options):
     about = {
         "command": shlex.join(["python", "-m", "nfhelpers", *sys.argv[1:]]),
         "model": f"{name}, {preset}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "data": f"{settings['data']['source']}, {len(datasets[0]):,} items, {len(datasets[1]):,} to validate",
+        "data": f"{data['source']}, {len(datasets[0]):,} items, {len(datasets[1]):,} to validate",
         "device": f"{run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}",
     }
     if classes:
         about["classes"] = f"{len(classes)}: {', '.join(classes)}"
-    about = {key: line.encode(errors="backslashreplace").decode() for key, line in about.items()}
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         print("\n".join(f"{key:<8} {line}" for key, line in about.items() if key != "command"))
@@ -132,16 +135,6 @@ def setting(pair):
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return key, text
-
-
-def load_datasets(name, data, seed):
-    """(train, validation): sparse fields, or spectrograms for localmamba."""
-    if name != "localmamba":
-        return run.field_datasets(data, seed)
-    from nfhelpers.spectrograms import load_spectrograms
-
-    splits, options = ("train", "validation"), {"size": data["size"], "held_out": True}
-    return tuple(load_spectrograms(data["source"], s, limit=data[f"{s}_images"], **options) for s in splits)
 
 
 def build_model(name, preset, settings, init=None, chosen=()):
@@ -164,12 +157,10 @@ def build_model(name, preset, settings, init=None, chosen=()):
     model = model_class(config(**settings))
     if same:
         copied = source.state_dict()
-        own = {}  # of other classes the embedding is new
-        if vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
-            own = {key: x for key, x in model.state_dict().items() if key.startswith("class_embedding.")}
-            copied = {key: x for key, x in copied.items() if not key.startswith("class_embedding.")}
+        if other := vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
+            copied.pop("class_embedding.weight", None)  # of other classes it is new
         try:
-            model.load_state_dict(copied | own)
+            model.load_state_dict(copied, strict=not other)
         except RuntimeError as error:
             raise ValueError(f"--init {init} does not fit: {str(error).splitlines()[1].strip()}") from error
     elif isinstance(source, models.MambaDiffusion):
@@ -186,7 +177,6 @@ def evaluate_models(options):
     check_paths(*options.checkpoints, source=options.data, output=options.out)
     if not 0 < options.observed <= 1:
         raise ValueError(f"--observed {options.observed} is no fraction; pass one such as 0.2")
-    import pandas
     import torch
 
     from nfhelpers import classical, evaluate, images, models, plots
@@ -197,24 +187,18 @@ def evaluate_models(options):
     fields = tuple(model for model, _ in models.FIELD_MODELS.values())
     if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
         raise ValueError(f"no models of sparse fields: {', '.join(others)}")
-    if "shortcut" in options.samplers and not all(getattr(x, "shortcut", False) for x in networks.values()):
-        raise ValueError("--samplers shortcut: not all of these models were trained on whole steps")
     truth = {size: images.load_images(options.data, "test", size, options.images) for size in sizes}
     if len({len(pictures) for pictures in truth.values()}) > 1:
         raise ValueError(f"{options.data} holds images that are too small for --sizes {max(sizes)}")
     wiener = classical.Wiener(images.load_images(options.data, "train", sizes[0], 4096))
     methods = networks | {"linear": "linear", "biharmonic": "biharmonic", "wiener": wiener}
-    same = {"truth": truth, "observed": options.observed, "seed": options.seed, "progress": True}
-    table, made = evaluate.compare(methods, truth[sizes[0]], sizes, **same)
-    for sampler in options.samplers:
-        ways = {"kinds": ("sample",), "sampler": sampler, "steps": options.steps}
-        rows, drawn = evaluate.compare(networks, truth[sizes[0]], sizes, **same, **ways)
-        table = pandas.concat([table, rows.assign(kind=sampler)], ignore_index=True)
-        made |= {(name, sampler, size): x for (name, _, size), x in drawn.items()}
+    ways = {"kinds": ("mean", *options.samplers), "steps": options.steps, "seed": options.seed}
+    ways |= {"truth": truth, "observed": options.observed, "progress": True}
+    table, made = evaluate.compare(methods, truth[sizes[0]], sizes, **ways)
     same_image = [table["size"], table.kind.replace("classical", "mean"), table.image]
     table["difference"] = table.psnr - table.groupby(same_image).psnr.transform("first")  # the first model's
     columns = ["psnr", "difference", "ssim", "speckle", "seconds"]
-    groups = table.groupby(["size", "kind", "model"], sort=False)[columns].agg(["mean", "sem"])
+    groups = table.groupby(["size", "model", "kind"], sort=False)[columns].agg(["mean", "sem"])
     print(f"{len(truth[sizes[0]])} images, {options.observed:.0%} of {sizes[0]} px observed")
     print(groups.round(4).to_string())
     if options.out:

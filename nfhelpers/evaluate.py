@@ -77,11 +77,8 @@ def reconstruct(
         return fields.reshape(-1, *shape, 3).numpy()
 
     if kind == "mean":
-        return complete(
-            samplers.posterior_mean(
-                method, *batch, draws=draws, steps=1 if steps is None else steps, **options
-            )[0]
-        )
+        options |= {"draws": draws, "steps": 1 if steps is None else steps}
+        return complete(samplers.posterior_mean(method, *batch, **options)[0])
     options |= {"method": sampler, "steps": steps, "temperature": temperature}
     fields = np.stack([complete(samplers.sample(method, *batch, **options)) for _ in range(draws)])
     return fields if draws > 1 else fields[0]
@@ -98,13 +95,13 @@ def score(prediction, target, **labels):
 
 
 def compare(
-    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, sampler=None,
-    seed=0, progress=False,
+    methods, images, sizes=None, *, truth=None, observed=0.2, kinds=("mean",), steps=None, seed=0,
+    progress=False,
 ):  # fmt: skip
     """Reconstruct the same observed pixels of images (N, S, S, 3), with the same noise, by a dict of methods.
 
     sizes: sides, S alone if None. truth: dict of size -> (N, size, size, 3) for scores at other sizes. kinds:
-    of the models; other methods have the kind "classical". steps, sampler: of the kind "sample".
+    of the models, "mean", "sample" or a sampler's name, with so many steps; other methods are "classical".
     Returns (`score` with columns model, kind, size, seconds of one image; {(model, kind, size): fields}).
     """
     from pandas import concat
@@ -119,7 +116,8 @@ def compare(
             jobs += [(name, kind, size) for kind in (kinds if neural else ("classical",))]
     for name, kind, size in (bar := tqdm(jobs, disable=not progress)):
         bar.set_description(f"{name}, {kind}, {size} px")
-        options = dict(kind=kind, steps=steps, sampler=sampler, progress=progress) if kind == "sample" else {}
+        ways = dict(kind="sample", sampler=None if kind == "sample" else kind, steps=steps, progress=progress)
+        options = {} if kind in ("mean", "classical") else ways
         start = time.perf_counter()
         made = fields[name, kind, size] = reconstruct(methods[name], seen, size, seed=seed, **options)
         seconds = (time.perf_counter() - start) / len(made)

@@ -23,14 +23,6 @@ def target_velocity(noise, data):
     return data - noise
 
 
-def velocity_to_data(velocity, x_t, t):
-    return x_t + (1 - _column(t, x_t)) * velocity
-
-
-def velocity_to_noise(velocity, x_t, t):
-    return x_t - _column(t, x_t) * velocity
-
-
 def path_variance(t, std):
     """Variance of x_t at time t, for zero-mean data of this std."""
     return (1 - t) ** 2 + (std * t) ** 2

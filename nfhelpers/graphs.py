@@ -20,31 +20,23 @@ def _stream(device):
     return torch.cuda.Stream(device)  # torch's own belongs to the device that recorded first
 
 
-def record(function, tensors, pool, remedy):
+def record(function, tensors, pool):
     """(replay, tensors, results) of a graph of function(**tensors), which reads and writes these tensors.
 
     Other threads may launch and allocate meanwhile. pool: memory shared with graphs that run at other times.
     """
     tensors = {name: x.clone() for name, x in tensors.items()}
     graph, stream = torch.cuda.CUDAGraph(), _stream(next(iter(tensors.values())).device)
-    try:
-        with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            results = function(**tensors)
-    except RuntimeError as error:
-        if any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
-            raise
-        raise RuntimeError(
-            "a CUDA graph cannot hold what this model does, such as reading a tensor back or solving a "
-            f"linear system; {remedy}, in a new process ({error.__context__ or error})"
-        ) from error
+    with _one_at_a_time, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        results = function(**tensors)
     return graph.replay, tensors, results
 
 
 class Recorded:
     """function(**tensors) by a graph for each set of shapes. A call overwrites what the last one returned."""
 
-    def __init__(self, function, eager, remedy):
-        self.function, self.eager, self.remedy = function, eager, remedy  # `eager` calls run as they are
+    def __init__(self, function, eager):
+        self.function, self.eager = function, eager  # so many calls run as they are
         self.calls, self.graphs, self.pool = {}, {}, None
 
     def __call__(self, **tensors):
@@ -54,7 +46,7 @@ class Recorded:
             return self.function(**tensors)
         if kind not in self.graphs:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[kind] = record(self.function, tensors, self.pool, self.remedy)
+            self.graphs[kind] = record(self.function, tensors, self.pool)
         replay, own, results = self.graphs[kind]
         for name, x in tensors.items():
             own[name].copy_(x)
@@ -83,37 +75,29 @@ def recorded_velocity(model, velocity, evaluations):
     """The model's velocity(x, t), launched by graphs where a run of so many evaluations pays for them."""
     if evaluations < RECORD_FROM or not is_recordable(model):
         return velocity
-    recorded = Recorded(velocity, EAGER_CALLS, "set launch_bound = False in the model's class")
+    recorded = Recorded(velocity, EAGER_CALLS)
     return lambda x, t: recorded(x=x, t=t).clone() if can_record(x) else velocity(x, t)
 
 
-def recorded_gradient(model, add_gradient, accumulate=False):
+def recorded_gradient(model, add_gradient):
     """add_gradient(**tensors), which adds to the parameters' gradients and returns the loss, by graphs.
 
-    Without `accumulate` a call's gradients replace the last one's and lie in the graph's memory, for a step
-    of the optimizer before the next call. Only for one GPU, and without recomputed layers.
+    A call's gradients replace the last one's and lie in the graph's memory, for a step of the optimizer
+    before the next call. Only for one GPU, and without recomputed layers.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradient(**tensors):
-        so_far = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None  # so that a graph writes gradients, and does not add to these
-        loss = add_gradient(**tensors)
-        found = [p.grad for p in parameters]
-        for p, grad in zip(parameters, so_far, strict=True):
-            p.grad = grad
-        return loss, found
+        return add_gradient(**tensors), [p.grad for p in parameters]
 
-    recorded = Recorded(gradient, 1, "pass cuda_graphs=False")
+    recorded = Recorded(gradient, 1)
 
     def launched(**tensors):
         loss, found = recorded(**tensors)
         for p, grad in zip(parameters, found, strict=True):
-            if accumulate and p.grad is not None and grad is not None:
-                p.grad += grad
-            elif grad is not None:
-                p.grad = grad.clone() if accumulate else grad
+            p.grad = grad
         return loss.clone()
 
     return launched

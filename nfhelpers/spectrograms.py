@@ -1,9 +1,8 @@
-"""Sounds as spectrograms of a fixed size, and back, by the short-time Fourier transform (STFT).
+"""Sounds as spectrograms of a fixed size, by the short-time Fourier transform (STFT).
 
 Magnitudes in decibels are mapped to [-1, 1]: 1 is the loudest entry of a clip, -1 is `DYNAMIC_RANGE` below.
 """
 
-import hashlib
 import io
 import re
 import struct
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 
 from nfhelpers.files import data_folder, left_out, read_usable, source_path, split_files, take_split
-from nfhelpers.flow import draw
 
 DYNAMIC_RANGE = 60.0  # decibels
 SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `frames_of`
@@ -24,7 +22,6 @@ SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `fra
 CHIRP_CLASSES = ("rising", "falling", "constant", "two-tone")
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 FSDD_NAMES = "fsdd-recordings.zip free-spoken-digit-dataset-1.0.10.zip v1.0.10.zip fsdd recordings".split()
-FSDD_DIGEST = "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e"  # of `_digest`
 DIGIT = re.compile(r"(\d)_(.+)_(\d+)\.\w+")  # digit, speaker, take
 SOUNDS = set(".wav .wave .flac .ogg .opus".split())
 
@@ -72,7 +69,7 @@ def load_spectrograms(source, split="train", size=64, limit=None, held_out=False
         path = _digits()
     found, classes = _files(path)
     items = take_split(found, split, path, held_out)[:limit]
-    rows = read_usable(lambda item: (*_clip(item[0], size), item[1], str(item[0])), items)
+    rows = read_usable(lambda item: (*read_clip(item[0], size), item[1], str(item[0])), items)
     clips, rates, labels, names = zip(*rows, strict=True)
     if len(examples := dict(zip(rates, names, strict=True))) > 1:
         raise ValueError(f"sample rates (Hz) differ, as in {examples}; resample all files to one")
@@ -90,31 +87,9 @@ def _digits():
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "fsdd.lock"):  # one process downloads, the others wait
-            if not (path := root / FSDD_NAMES[1]).exists():  # it is whole once it has its name
-                found = Path(pooch.retrieve(FSDD_URL, None, "fsdd.part", root, progressbar=True))
-                if _digest(found) != FSDD_DIGEST:
-                    found.unlink()
-                    raise OSError("what was downloaded has other recordings")
-                found.rename(path)
+            return Path(pooch.retrieve(FSDD_URL, None, FSDD_NAMES[1], root, progressbar=True))
     except OSError as error:
         raise OSError(f"{FSDD_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
-    return path
-
-
-def _digest(path):
-    """SHA-256 of names and bytes of an archive's recordings: whoever packs them anew packs other bytes."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
-        names = {Path(name).name: name for name in archive.namelist() if name.endswith(".wav")}
-        for name in sorted(names):
-            digest.update(name.encode() + archive.read(names[name]))
-    return digest.hexdigest()
-
-
-def load_clip(file, size=64) -> tuple[Spectrograms, torch.Tensor]:
-    """One wav file, as `read_wav` takes it, as a spectrogram, and the samples (1, S) that it shows."""
-    clip, rate = _clip(file, size)
-    return _spectrograms([clip], rate, size, [0], (Path(str(file)).name,)), torch.from_numpy(clip)[None]
 
 
 def frames_of(size, sample_rate) -> tuple[int, int, int]:
@@ -135,30 +110,6 @@ def to_values(magnitude, reference, dynamic_range) -> torch.Tensor:
     """Magnitudes (N, H, W) to [-1, 1]: 1 is reference (N,), -1 is dynamic_range dB below it; clipped."""
     level = 20 * torch.log10(magnitude / reference[:, None, None])  # (N, H, W), dB, -inf for silence
     return (1 + 2 * level / dynamic_range).clamp(-1, 1)
-
-
-def to_magnitude(values, reference, dynamic_range) -> torch.Tensor:
-    """Values (N, H, W) in [-1, 1] to magnitudes: the inverse of `to_values` within the range."""
-    level = (values.clamp(-1, 1) - 1) / 2 * dynamic_range  # (N, H, W), dB
-    return reference[:, None, None] * 10 ** (level / 20)
-
-
-def griffin_lim(magnitude, n_fft, hop, *, iterations=64, momentum=0.99, generator=None) -> torch.Tensor:
-    """A sound whose STFT has about these magnitudes: (N, n_fft/2 + 1, W) -> (N, (W - 1) hop).
-    momentum 0: Griffin and Lim, 1984; else Perraudin et al., "A Fast Griffin-Lim Algorithm", 2013."""
-
-    def sound(frames):
-        window = torch.hann_window(n_fft, dtype=magnitude.dtype, device=magnitude.device)
-        return torch.istft(frames, n_fft, hop, window=window, length=(frames.shape[2] - 1) * hop)
-
-    phase = draw(torch.rand, magnitude.shape, magnitude, generator)
-    guess = torch.polar(magnitude, 2 * torch.pi * phase)  # (N, H, W) complex
-    previous = torch.zeros_like(guess)
-    for _ in range(iterations):
-        possible = stft(sound(guess), n_fft, hop)  # (N, H, W)
-        guess = torch.polar(magnitude, (possible + momentum * (possible - previous)).angle())
-        previous = possible
-    return sound(guess)
 
 
 def read_wav(file) -> tuple[np.ndarray, int]:
@@ -187,13 +138,22 @@ def read_wav(file) -> tuple[np.ndarray, int]:
     return samples.mean(axis=1), rate
 
 
-def write_wav(file, samples, sample_rate: int, normalise: bool = False) -> None:
-    """Write samples (S,) in [-1, 1], clipped, as a 16-bit wav file; `normalise` scales their peak to 0.9."""
+def read_clip(file, size) -> tuple[np.ndarray, int]:
+    """What a spectrogram shows of a wav file, its loudest part or all amid silence (S,), and its rate."""
+    samples, rate = read_wav(file)
+    length = frames_of(size, rate)[2]
+    spare = max(0, length - len(samples))
+    samples = np.pad(samples, (spare // 2, spare - spare // 2))
+    energy = np.pad(np.cumsum(samples.astype(np.float64) ** 2), (1, 0))
+    start = int(np.argmax(energy[length:] - energy[:-length]))
+    return samples[start : start + length], rate
+
+
+def write_wav(file, samples, sample_rate: int) -> None:
+    """Write samples (S,) in [-1, 1], clipped, as a 16-bit wav file."""
     import soundfile
 
-    samples = np.asarray(samples, dtype=np.float64)
-    peak = max(np.abs(samples).max(), 1e-12) if normalise else 0.9
-    soundfile.write(file, samples * (0.9 / peak), sample_rate, format="WAV", subtype="PCM_16")
+    soundfile.write(file, np.asarray(samples), sample_rate, format="WAV", subtype="PCM_16")
 
 
 def _chirps(split, limit, size):
@@ -239,17 +199,6 @@ def _files(path):
     for split, kind, file in used:
         labelled.setdefault(split, []).append((file, classes.index(kind)))
     return labelled, tuple(classes)
-
-
-def _clip(file, size):
-    """What a spectrogram shows of a wav file, its loudest part or all amid silence, and its sample rate."""
-    samples, rate = read_wav(file)
-    length = frames_of(size, rate)[2]
-    spare = max(0, length - len(samples))
-    samples = np.pad(samples, (spare // 2, spare - spare // 2))
-    energy = np.pad(np.cumsum(samples.astype(np.float64) ** 2), (1, 0))
-    start = int(np.argmax(energy[length:] - energy[:-length]))
-    return samples[start : start + length], rate
 
 
 def _spectrograms(clips, rate, size, labels, classes, names=()):

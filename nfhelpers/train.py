@@ -7,7 +7,6 @@ Sources: Loshchilov & Hutter 2017 (cosine schedule), Karras et al. 2024 (average
 
 import copy
 import math
-import os
 import signal
 import sys
 import threading
@@ -60,7 +59,7 @@ class TrainConfig:
     precision: str = "fp32"  # or "bf16"
     gradient_checkpointing: bool = False  # less memory a layer, a third more time
     compile: bool = False
-    cuda_graphs: bool = False  # on one GPU, without checkpointing: launch loss and gradient at once
+    cuda_graphs: bool = False  # on one GPU, of whole batches, without checkpointing: one launch a step
     vary_queries: bool = True  # of fields: each step keeps a quarter of the query points, up to all of them
     evaluate_every: int = 2  # epochs; the last one is always evaluated
     save_interval: float = 30.0  # what a kill loses at most; the state is also saved at the end
@@ -154,10 +153,9 @@ class _Run:
         network = torch.compile(model, dynamic=False) if config.compile else model
         # Accelerate wraps what it prepares (autocast, DDP): the objective, so that the model stays itself.
         self.objective = accelerator.prepare(_Objective(network))
-        alone = accelerator.num_processes == 1 and not config.gradient_checkpointing
-        if config.cuda_graphs and self.cuda and alone:
-            accumulate = config.gradient_accumulation > 1
-            self.add_gradient = graphs.recorded_gradient(model, self.add_gradient, accumulate)
+        parts = accelerator.num_processes * config.gradient_accumulation
+        if config.cuda_graphs and self.cuda and parts == 1 and not config.gradient_checkpointing:
+            self.add_gradient = graphs.recorded_gradient(model, self.add_gradient)
         self.total, self.unread = config.epochs * self.steps.per_epoch, []  # steps; those not read back yet
 
     def go(self, callback):
@@ -167,10 +165,8 @@ class _Run:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self.board = SummaryWriter(self.folder / "tb", purge_step=start + 1)
-            here, folder = Path.cwd(), str(self.folder.resolve())
-            folder = folder.replace(f"{here}{os.sep}", "").replace(f"{here.parent}{os.sep}", f"..{os.sep}")
             nothing = "; nothing to do, raise epochs to train longer" * (start >= total)
-            print(f"{folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
+            print(f"{self.folder}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
         self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
         steps, places = range(start, total), self.steps.places
@@ -178,17 +174,12 @@ class _Run:
         # With a generator of its own the loader takes nothing from the global one.
         options = {"generator": torch.Generator(), "pin_memory": self.cuda, "num_workers": config.num_workers}
         batches = iter(DataLoader(self.steps, batch_sampler=keys, worker_init_fn=_start_worker, **options))
-        begun = None  # (step, seconds), where kernels are compiled
         try:
             for done in range(start + 1, total + 1):
                 self.step(batches)
                 if self.cuda and done % READ_EVERY and done % per_epoch:
                     continue
                 self.read_back()
-                begun = begun or (done, time.monotonic())
-                if (seconds := time.monotonic() - begun[1]) > 20:
-                    self.announce(seconds / (done - begun[0]) * (total - done) / 3600)
-                    begun = math.inf, math.inf
                 if done % per_epoch == 0 and self.main:
                     self.finish_epoch(done // per_epoch, callback)
                 if self.signals:
@@ -207,12 +198,6 @@ class _Run:
                 batches._shutdown_workers()
         self.model.load_state_dict(self.ema.state_dict())
         self.model.eval()
-
-    def announce(self, hours):
-        """How long a long training takes, and how much of a GPU's memory."""
-        if self.main and hours > 0.2:
-            memory = torch.cuda.max_memory_reserved() / 2**30 if self.cuda else 0.0
-            print(f"about {hours:.1f} hours to go, {memory:.1f} GiB of GPU memory")
 
     def step(self, batches):
         """One optimizer step, handed to the device."""
@@ -246,13 +231,14 @@ class _Run:
     def read_back(self):
         """Log the steps since the last call. A GPU is waited for here, and nowhere else."""
         unread, self.unread = self.unread, []
+        memory = {"GiB": round(torch.cuda.max_memory_reserved() / 2**30, 1)} if self.cuda else {}
         for step, rate, outcome in unread:
             loss, norm = outcome.tolist()
             if not math.isfinite(loss + norm):
                 raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; the state stays")
             self.log(_COLUMNS, step, -(-step // self.steps.per_epoch), loss, rate, norm)
             self.bar.update()
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self.bar.set_postfix(loss=f"{loss:.4f}", **memory, refresh=False)
 
     def log(self, columns, step, *values):
         for name, value in zip(columns, (step, *values), strict=True):
@@ -333,7 +319,8 @@ class _Run:
         lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
         lines |= {name: f"{x[-1]:.4f}" for name in ("loss", *_SCORES) if (x := self.history[name])}
         text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
-        return f"# {type(self.model).__name__}\n\n{text}\n"
+        text = f"# {type(self.model).__name__}\n\n{text}\n"
+        return text.encode(errors="backslashreplace").decode()  # paths may be of another encoding
 
 
 class _Steps(Dataset):

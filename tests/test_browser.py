@@ -155,7 +155,7 @@ def test_panels_keep_up_show_their_errors_and_take_files(page, lab, tmp_path):
 
 def test_the_stop_button_is_heard_while_a_cell_runs(page, lab):
     training = """\
-history = {"loss": [1.0], "val_loss": []}
+history = {"loss": [1.0]}
 try:
     with widgets.training_monitor(100_000) as callback:
         for epoch in range(1, 100_001):

@@ -133,7 +133,7 @@ def test_drop_path_drops_whole_samples_keeps_the_mean_and_rises_along_the_way():
     assert dropped.mean().item() == pytest.approx(1, abs=0.05)  # standard error 0.009
     assert torch.equal(layer.eval()(ones), ones)
     model = tiny_model(drop_path=0.3)
-    rates = [block.drop_path.rate for stack in (*model.down, *model.up) for block in stack]
+    rates = [block.drop_path.p for stack in (*model.down, *model.up) for block in stack]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 

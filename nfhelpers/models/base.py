@@ -1,7 +1,6 @@
 """What every model has in common: a strict config, stacks of layers, config.json + model.safetensors."""
 
 import json
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -77,10 +76,11 @@ def evaluation_mode(model):
 
 
 class FieldModel(nn.Module, PyTorchModelHubMixin):
-    """Base of the models: `save_pretrained(folder)` and `from_pretrained(folder or hub id)`, strictly.
+    """Base of the models: `save_pretrained(folder)`, `from_pretrained(folder or hub id)` in eval mode.
 
-    Weights are safetensors only, all of them must be there, and they load as float32. For a `launch_bound`
-    class the CPU takes longer to launch an evaluation's kernels than a GPU to run them: CUDA graphs help.
+    Both are strict. Weights are safetensors only, all of them must be there, and they load as float32. For a
+    `launch_bound` class the CPU takes longer to launch an evaluation's kernels than a GPU to run them: CUDA
+    graphs help.
     """
 
     launch_bound: ClassVar[bool] = False
@@ -101,14 +101,6 @@ class FieldModel(nn.Module, PyTorchModelHubMixin):
         (save_directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, save_directory / "model.safetensors", metadata={"format": "pt"})
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> "FieldModel":
-        """Open a folder written by `save_pretrained`, or a model of the Hugging Face hub; in eval mode."""
-        path_like = isinstance(name, Path) or name.startswith(("checkpoints/", "runs/", ".", "/", "~"))
-        if path_like and not os.path.isdir(name):  # the hub is not asked for a mistyped path
-            raise ValueError(f"{str(name)!r} is not a folder; pass one that save_pretrained wrote")
-        return super().from_pretrained(name, **options)
 
     @classmethod
     def _decode_arg(cls, expected_type, value):

@@ -87,16 +87,12 @@ class AdaRMSNorm(nn.Module):
         return F.rms_norm(grid, grid.shape[-1:], eps=self.EPS) * (1 + scale) + shift  # (B, H, W, D)
 
 
-class DropPath(nn.Module):
+class DropPath(nn.Dropout1d):
     """Leave a residual branch out of some samples while training (stochastic depth, Huang et al. 2016)."""
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
 
     def forward(self, branch):
         samples = branch.flatten(1)[None]  # as channels, which are dropped whole
-        return F.dropout1d(samples, self.rate, self.training).view_as(branch)
+        return super().forward(samples).view_as(branch)
 
 
 class BiAttn(nn.Module):

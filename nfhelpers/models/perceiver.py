@@ -166,9 +166,8 @@ class LightweightPerceiver(nn.Module):
 
     def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
-        self.layers = Layers(
-            PerceiverLayer(d_model, num_heads, mlp_ratio, dropout) for _ in range(iterations)
-        )
+        layer = (d_model, num_heads, mlp_ratio, dropout)
+        self.layers = Layers(PerceiverLayer(*layer) for _ in range(iterations))
 
     def places(self, query_coords, input_coords):
         return [layer.places(query_coords, input_coords) for layer in self.layers]

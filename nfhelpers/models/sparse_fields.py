@@ -11,7 +11,7 @@ from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
 from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, gather_tokens, mlp, zero
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
-from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalMambaBlock, stack
+from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalSSM, ResidualBlock, stack
 
 POSTERIOR_STD = 0.15  # of a pixel, in values of [-1, 1], given 20% of the others: for `flow.loss_weight`
 
@@ -51,14 +51,6 @@ class FieldConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiDirectionalConfig(FieldConfig):
-    """Settings of models that scan in several directions of the plane."""
-
-    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
-    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
-
-
-@dataclass(frozen=True, kw_only=True)
 class MambaDiffusionConfig(FieldConfig):
     """Settings of `MambaDiffusion`, v1; `order` sorts the observed points, and the queries after them."""
 
@@ -69,9 +61,11 @@ class MambaDiffusionConfig(FieldConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiDirectionalMambaDiffusionConfig(MultiDirectionalConfig):
+class MultiDirectionalMambaDiffusionConfig(FieldConfig):
     """Settings of `MultiDirectionalMambaDiffusion`."""
 
+    orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
+    shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
     num_layers: int = 6
     num_heads: int = 8
     mlp_ratio: float = 4.0
@@ -147,14 +141,10 @@ class TokenField(SparseField):
         query_order = point_order(query_coords, self.order)  # (B, Q)
         input_coords, input_values = (gather_tokens(x, input_order) for x in (input_coords, input_values))
         query_coords = gather_tokens(query_coords, query_order)
-        return Conditions(
-            input_coords,
-            query_coords,
-            self.input_embedding(self.fourier(input_coords), input_values),
-            self.query_embedding.place(self.fourier(query_coords)),
-            query_order,
-            inverse_order(query_order),
-        )
+        inputs = self.input_embedding(self.fourier(input_coords), input_values)  # (B, I, D)
+        queries = self.query_embedding.place(self.fourier(query_coords))  # (B, Q, D)
+        back = inverse_order(query_order)  # (B, Q)
+        return Conditions(input_coords, query_coords, inputs, queries, query_order, back)
 
     def velocity(self, noisy_values, t, c):
         queries = c.queries + self.query_embedding.value_proj(gather_tokens(noisy_values, c.order))
@@ -176,10 +166,8 @@ class MambaDiffusion(TokenField):
     def __init__(self, config: MambaDiffusionConfig):
         super().__init__(config, config.order)
         c = config
-        self.blocks = stack(
-            MambaBlock(c.d_model, c.d_state, c.expand, c.tied_decay, c.mlp_ratio, c.dropout)
-            for _ in range(c.num_layers)
-        )
+        block = (c.d_model, c.d_state, c.expand, c.tied_decay, c.mlp_ratio, c.dropout)
+        self.blocks = stack(MambaBlock(*block) for _ in range(c.num_layers))
         self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
         self.decoder = residual_decoder(c.d_model, c.dropout)
 
@@ -200,10 +188,8 @@ class MultiDirectionalMambaDiffusion(TokenField):
         super().__init__(config)
         c = config
         scan = (c.d_model, c.d_state, c.expand, len(c.orders), c.shared_weights, False, c.tied_decay)
-        self.blocks = stack(
-            MultiDirectionalMambaBlock(*scan, mlp_ratio=c.mlp_ratio, dropout=c.dropout)
-            for _ in range(c.num_layers)
-        )
+        mixers = (MultiDirectionalSSM(*scan, c.dropout) for _ in range(c.num_layers))
+        self.blocks = stack(ResidualBlock(mixer, c.d_model, c.mlp_ratio, c.dropout) for mixer in mixers)
         self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
         self.decoder = residual_decoder(c.d_model, c.dropout)
 

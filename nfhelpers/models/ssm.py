@@ -149,7 +149,7 @@ class MultiDirectionalSSM(DirectionalScans):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-norm residual block: a sequence mixer, then a token-wise MLP."""
+    """Pre-norm residual block: a sequence mixer, which may take orders of scans, then a token-wise MLP."""
 
     def __init__(self, mixer, d_model, mlp_ratio, dropout):
         super().__init__()
@@ -178,13 +178,6 @@ class MambaBlock(ResidualBlock):
 
     def __init__(self, d_model, d_state, expand, tied_decay, mlp_ratio, dropout):
         super().__init__(SelectiveSSM(d_model, d_state, expand, tied_decay), d_model, mlp_ratio, dropout)
-
-
-class MultiDirectionalMambaBlock(ResidualBlock):
-    """Scans in several orders: `forward(tokens, orders)`; `scan`: arguments of `MultiDirectionalSSM`."""
-
-    def __init__(self, d_model, *scan, mlp_ratio, dropout):
-        super().__init__(MultiDirectionalSSM(d_model, *scan, dropout), d_model, mlp_ratio, dropout)
 
 
 class BidirectionalMamba(nn.Module):
