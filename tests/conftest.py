@@ -1,39 +1,16 @@
-"""Shared by all tests: the repository's folder, a small autoencoder, one thread a process, no NF_*
-variables of the shell, float32 products that are exact."""
+"""Shared by all tests: the repository's folder, one thread a process, no NF_* variables of the shell,
+float32 products that are exact."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from nfhelpers import images, run
-from nfhelpers.models import (
-    MambaDiffusionAutoencoder,
-    MambaDiffusionAutoencoderConfig,
-    fit_latent_statistics,
-    second_phase,
-)
-
 
 @pytest.fixture(scope="session")
 def repository():
     """The root of this repository."""
     return Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="session")
-def autoencoder():
-    """A small `MambaDiffusionAutoencoder` of phase 2 whose decoder has moved away from zero."""
-    torch.manual_seed(0)
-    config = MambaDiffusionAutoencoderConfig(**run.load_settings("diffae_phase1", "smoke")["model"])
-    first = MambaDiffusionAutoencoder(config)
-    fit_latent_statistics(first, images.SparseFields(images.load_images("photos", "train", 16, limit=8)))
-    model = second_phase(first).eval()
-    with torch.no_grad():
-        for parameter in model.decoder.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model
 
 
 @pytest.fixture(autouse=True)

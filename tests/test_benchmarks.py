@@ -26,16 +26,12 @@ def bench(repository, monkeypatch):
     return importlib.import_module
 
 
-def test_plain_versions_agree_with_the_float64_reference(bench):
+def test_plain_versions_agree_with_float64_and_a_wrong_one_is_found_out(bench, monkeypatch):
     scan = bench("scan")
     rows = [row for row in scan.ROWS if row.backend in scan.PLAIN or row.backend == "chunked"]
     errors = scan.errors_of(rows, torch.float32, torch.device("cpu"))
     assert set(errors) == {"loop", "einsum", "blelloch", "pscan", "chunked", "chunked tied"}
     assert max(errors.values()) < 1e-5
-
-
-def test_a_wrong_scan_is_found_out(bench, monkeypatch):
-    scan = bench("scan")
     monkeypatch.setitem(scan.PLAIN, "loop", lambda *arguments: 1.01 * scan.scan_loop(*arguments))
     assert scan.errors_of([scan.Row("loop")], torch.float32, torch.device("cpu"))["loop"] > 5e-3
 

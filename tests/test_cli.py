@@ -60,9 +60,6 @@ def error_of(capsys, *arguments):
     return err
 
 
-# ---------------------------------------------------------------- without torch
-
-
 def test_arguments_are_checked_without_torch(tmp_path):
     """Help and errors come at once: torch alone takes seconds to import."""
     (tmp_path / "file").touch()
@@ -105,9 +102,6 @@ def test_names_and_overrides():
     pairs = ["a.b=3", "c=1e-3", "e=[1, 2]", "f=photos", "h=../data=1"]
     parsed = [("a.b", 3), ("c", 1e-3), ("e", [1, 2]), ("f", "photos"), ("h", "../data=1")]
     assert list(map(cli.setting, pairs)) == parsed
-
-
-# ---------------------------------------------------------------- train
 
 
 def test_train_writes_a_model_with_a_card_goes_on_and_says_when_it_is_done(tmp_path, capsys):
@@ -214,9 +208,6 @@ def test_autoencoder_is_trained_in_two_phases(tmp_path, capsys):
     assert model.config.phase == 2 and torch.equal(model.latent_std, trained.latent_std)
 
 
-# ---------------------------------------------------------------- evaluate
-
-
 def test_evaluate_compares_models_with_classical_methods(checkpoint, tmp_path, capsys):
     other, out = tmp_path / "checkpoints" / "other", tmp_path / "results"
     model = models.load_model(checkpoint)
@@ -249,9 +240,6 @@ def test_evaluate_errors_are_one_line(checkpoint, tmp_path, capsys):
     assert "model.safetensors" in error_of(capsys, "evaluate", checkpoint, "--device", "cpu")
     (checkpoint / "config.json").write_text("{")
     assert "config.json" in error_of(capsys, "evaluate", checkpoint, "--device", "cpu")
-
-
-# ---------------------------------------------------------------- doctor
 
 
 def test_doctor_checks_every_backend(capsys, monkeypatch):

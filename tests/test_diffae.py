@@ -106,22 +106,6 @@ def test_one_step_from_noise_is_the_decoding_and_of_phase_1_every_way_leads_ther
     assert ((drawn - mean).abs().max() < 1e-5) == (phase == 1)
 
 
-def test_the_latent_reaches_the_decoder_in_three_ways():
-    model, coords, latent = tiny(), grid_coords(8, 8)[None], torch.randn(1, 6)
-    conditions = model.conditions(coords, latent)
-    for name, other in (("start", conditions.start + 0.1), ("added", conditions.added + 0.1)):
-        changed = model(*_at_zero(coords), conditions._replace(**{name: other}))
-        assert (changed - model(*_at_zero(coords), conditions)).abs().max() > 1e-3
-    for level, x in conditions.inputs.items():
-        other = {**conditions.inputs, level: x + 0.1 * torch.randn_like(x)}
-        changed = model(*_at_zero(coords), conditions._replace(inputs=other))
-        assert (changed - model(*_at_zero(coords), conditions)).abs().max() > 1e-3
-
-
-def _at_zero(coords):
-    return torch.zeros(1, coords.shape[1], 3), coords, torch.zeros(1), None, None
-
-
 def test_phase_1_is_trained_at_time_zero_where_the_loss_is_the_squared_error():
     model, arguments = tiny(1), field()
     batch = {name: x for name, x in arguments.items() if name not in ("noisy_values", "t")}

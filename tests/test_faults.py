@@ -61,9 +61,6 @@ def weight_steps(folder):
     }
 
 
-# ------------------------------------------------------------------------------------ signals and kills
-
-
 @pytest.mark.parametrize(("options", "target"), [((), 3), (("workers",), 10)])
 def test_killed_run_holds_its_folder_until_then_and_goes_on(options, target, reference, tmp_path):  # noqa: F811
     process = worker(tmp_path, "slow", *options)
@@ -145,9 +142,6 @@ def test_ctrl_c_stops_after_the_step(reference, tmp_path):  # noqa: F811
     assert_same_run(tmp_path, reference[0])
 
 
-# ----------------------------------------------------------------------------------------- processes
-
-
 def test_two_processes_stop_after_the_same_step(reference, tmp_path):  # noqa: F811
     process = worker(tmp_path, "slow", launch=TWO_PROCESSES)
     wait_for_steps(process, tmp_path, 2)
@@ -171,9 +165,6 @@ def test_second_run_of_one_process_in_a_folder_is_refused(tmp_path):
 def test_a_program_ends_after_an_error_in_a_worker(tmp_path):
     """Workers that an error keeps would be waited for: they ignore the signal to end."""
     assert worker(tmp_path, "broken", "workers").wait(timeout=60) == 1
-
-
-# --------------------------------------------------------------------------------------------- files
 
 
 @pytest.fixture

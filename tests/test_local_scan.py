@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfhelpers.kernels import directional_scan, selective_scan
 from nfhelpers.kernels.local_scan import local_reverse, local_scan
 from nfhelpers.kernels.orders import grid_order
 
@@ -56,23 +55,6 @@ def test_scan_is_the_bijection_of_the_loops_and_reverse_undoes_it(
     assert torch.equal(local_reverse(y, height, width, window, flip, column_first), x)
     if not column_first:
         assert grid_order(height, width, f"w{window}" + "_flip" * flip).tolist() == order
-
-
-@pytest.mark.parametrize("kind", ["h", "v", "w2", "w7_flip"])
-def test_directional_scan_needs_no_scanned_copy(kind):
-    """SS2D with its copies (scan, run the recurrence, scan back) is one call with the order of the grid."""
-    height, width, states = 5, 9, 4
-    x, delta, B, C = (draw(2, n, height, width, seed=i) for i, n in enumerate((3, 3, states, states)))
-    A = -draw(3, states).exp()
-    name, _, flip = kind.partition("_")
-    options = (int(name[1:]) if name[0] == "w" else 9, bool(flip), name == "v")
-    u, step, *weights = (local_scan(image, *options) for image in (x, delta, B, C))
-    y = selective_scan(u, step, A, *weights, delta_softplus=True, backend="chunked")
-    copied = local_reverse(y, height, width, *options)
-    tokens = [image.flatten(2).transpose(1, 2)[:, None] for image in (x, delta, B, C)]  # (b, 1, L, ...)
-    orders = grid_order(height, width, kind)[None]
-    fused = directional_scan(*tokens[:2], A[None], *tokens[2:], orders=orders, backend="chunked")
-    torch.testing.assert_close(fused[:, 0].transpose(1, 2).unflatten(2, (height, width)), copied)
 
 
 @FLAGS

@@ -70,8 +70,7 @@ def test_it_teaches_in_short_cells(path):
     assert 40 <= len(cells) <= 80 and max(lengths) <= 60 and statistics.median(lengths) <= 15
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown").lower()
     assert {"exercises", "references"} <= set(re.findall(r"^#+ (\w+)$", prose, re.MULTILINE))
-    stiff = "seed 00|issue \\d|\\.\\./shared|is no matter of|in the open|it is the bar that says"
-    assert re.findall(stiff, prose) == []
+    assert not re.findall(r"seed 00|issue \d|\.\./shared", prose)
     used = {
         name for cell in code_cells(path) for module, name, _ in calls(tree_of(cell)) if module == "evaluate"
     }
@@ -138,7 +137,7 @@ def test_runner_writes_to_build_and_promotes_good_notebooks_only(folder, capsys)
 def test_runner_stops_slow_cells_and_promotes_no_smoke(folder):
     write_notebook(folder, "slow", "import time; time.sleep(60)")
     write_notebook(folder, "quick", "print('preset    smoke')")
-    assert run_all.main(["slow.ipynb", "--timeout", "2"]) == 1
+    assert run_all.main(["slow.ipynb", "--timeout", "1"]) == 1
     assert run_all.main(["quick.ipynb"]) == 0 and run_all.main(["--promote", "quick.ipynb"]) == 1
     assert run_all.main(["no.ipynb"]) == 2
 

@@ -1,6 +1,7 @@
 """The package's declarations agree with one another and with what the code imports."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -70,9 +71,6 @@ def third_party(modules):
     return {INSTALLED_AS.get(name, name) for name in packages}
 
 
-# ---------------------------------------------------------------- pyproject, environment, constraints
-
-
 def test_every_import_is_declared(project, repository):
     modules = imported_modules(repository / "nfhelpers")
     assert third_party(modules) - set(declared(project, "notebooks", "cuda")) == set()
@@ -96,7 +94,6 @@ def test_constraints_pin_what_is_declared(project, repository):
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     names = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
-    assert pins["torch"] == "2.13.0"
     assert set(declared(project, "notebooks", "dev")) - {"huggingface_hub"} <= names
     assert not [pin for pin in pins.values() if "+" in pin], "a local version cannot be installed from PyPI"
     assert not [name for name in names if name.startswith(("nvidia-", "cuda-"))], "these follow from torch"
@@ -105,22 +102,20 @@ def test_constraints_pin_what_is_declared(project, repository):
 def test_licence_version_and_package_data(project, repository):
     citation = yaml.safe_load((repository / "CITATION.cff").read_text())
     assert project["license"] == citation["license"] == "Apache-2.0"
-    assert "Apache License" in (repository / "LICENSE").read_text()[:200]
     assert citation["version"] == nfhelpers.__version__ and "version" in project["dynamic"]
     tools = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]
     assert {"presets.toml", "kernels/native.cpp"} <= set(tools["setuptools"]["package-data"]["nfhelpers"])
 
 
-# ---------------------------------------------------------------- import nfhelpers
+def python(code, **environment):
+    """What a program prints in a fresh interpreter with these environment variables; and its warnings."""
+    command, options = [sys.executable, "-W", "always", "-c", code], dict(capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | environment, timeout=120, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
-def python(code, **options):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options
-    )
-
-
-def test_import_is_lazy_and_needs_no_gpu_packages(repository):
+def test_import_is_lazy_and_needs_no_gpu_packages():
     code = """
 import sys
 sys.modules["triton"] = sys.modules["mamba_ssm"] = None  # importing either raises ImportError
@@ -132,23 +127,39 @@ import torch
 y = scan(torch.ones(1, 2, 3), torch.ones(1, 2, 3), -torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1))
 print(y[0, 0, 1].item())
 """
-    done = python(code, cwd=repository)
-    assert done.returncode == 0, done.stderr
     # h1 = exp(-1) * 1 + 1
-    assert float(done.stdout) == pytest.approx(1.36787944, abs=1e-6)
+    assert float(python(code)[0]) == pytest.approx(1.36787944, abs=1e-6)
 
 
-HEAVY = "diffusers transformers matplotlib scipy.stats skimage mamba_ssm torch.utils.tensorboard".split()
+HEAVY = "diffusers transformers matplotlib scipy.stats skimage torch.utils.tensorboard".split()
+HEAVY += "mamba_ssm triton torch._dynamo".split()
 
 
-def test_models_and_training_import_nothing_heavy(repository):
-    code = f"""
+def test_models_and_training_import_nothing_heavy():
+    python(f"""
 import sys
 import nfhelpers.models, nfhelpers.train, nfhelpers.evaluate, nfhelpers.spectrograms, nfhelpers.run
+import nfhelpers.kernels.local_scan, nfhelpers.kernels.native
 assert not [name for name in {HEAVY} if name in sys.modules]
+""")
+
+
+def test_a_broken_install_is_named(tmp_path):
+    """Without a compiler and with a broken Triton the chunked scan runs."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('driver is too old')")
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(tmp_path)!r})
+torch.cuda.is_available = lambda: True
+from nfhelpers import kernels
+status = kernels.backend_status()
+assert "compiler" in status["native"] and "driver is too old" in status["triton"]
+print(kernels.choose_backend("cpu"), kernels.choose_backend("cuda"))
 """
-    done = python(code, cwd=repository)
-    assert done.returncode == 0, done.stderr
+    out, errors = python(code, PATH=str(tmp_path), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert out.split() == ["chunked", "chunked"]
+    assert "compiler" in errors and "driver is too old" in errors
 
 
 def test_rooms_import_one_way(repository):
@@ -177,8 +188,6 @@ def test_public_names_resolve():
     with pytest.raises(AttributeError):
         nfhelpers.selective_scam  # noqa: B018
 
-
-# ---------------------------------------------------------------- shipped models and what is said of them
 
 FIELDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
 

@@ -36,15 +36,6 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def test_wav_files_are_read(tmp_path):
-    write(tmp_path / "x.wav", np.array([0.0, 0.25, -1.0, 1.0]))
-    read, rate = read_wav(str(tmp_path / "x.wav"))
-    assert rate == RATE and read.dtype == np.float32
-    np.testing.assert_allclose(read, [0, 0.25, -1, 1], atol=1 / 32768)
-    soundfile.write(tmp_path / "x.wav", np.array([[0.5, 0], [0, -0.25]]), RATE, subtype="PCM_24")
-    np.testing.assert_allclose(read_wav(tmp_path / "x.wav")[0], [0.25, -0.125])  # channels are averaged
-
-
 INFO, ODD = chunk(b"LIST", b"INFO" + chunk(b"ICMT", b"data")), chunk(b"LIST", b"INFOx")
 SIZES = (0, 2**32 - 1, 2**31 - 1, 2**31, 2_000_000_000, 0x7FFFF000)  # what streams write for "unknown"
 
@@ -68,14 +59,16 @@ def test_a_file_that_is_cut_is_refused_by_its_name(tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    "kind", "WAV PCM_24 0;WAV FLOAT 0;WAV PCM_U8 .008;WAVEX PCM_32 0;RF64 PCM_16 1e-4;WAV ULAW .02".split(";")
+    "kind",
+    "WAV PCM_16 1e-4;WAV FLOAT 0;WAV PCM_U8 .008;WAVEX PCM_32 0;RF64 PCM_16 1e-4;WAV ULAW .02".split(";"),
 )
-def test_other_formats_are_read_at_any_rate(kind):
-    (form, subtype, error), file, samples = kind.split(), io.BytesIO(), tone(440, 250)
+def test_formats_are_read_at_any_rate(tmp_path, kind):
+    (form, subtype, error), file, samples = kind.split(), tmp_path / "x.wav", tone(440, 250)
     soundfile.write(file, np.stack([1.5 * samples, samples / 2], 1), 44_100, subtype, format=form)
-    read, rate = read_wav(io.BytesIO(file.getvalue()))  # channels are averaged
-    np.testing.assert_allclose(read, samples, atol=float(error) + 1e-6)
-    assert rate == 44_100
+    for source in (file, str(file), io.BytesIO(file.read_bytes())):
+        read, rate = read_wav(source)  # channels are averaged
+        np.testing.assert_allclose(read, samples, atol=float(error) + 1e-6)
+        assert rate == 44_100 and read.dtype == np.float32
 
 
 def test_magnitudes_equal_the_definition():

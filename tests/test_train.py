@@ -97,6 +97,15 @@ class SlowFields(SparseFields):
         return super().__getitem__(index)
 
 
+class DirtyFields(SparseFields):
+    """From the second epoch on item 7 holds a NaN in what is to be predicted."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        item["query_values"][:, 1] *= math.nan if index == 7 and self.epoch > 0 else 1
+        return item
+
+
 class BrokenFields(SparseFields):
     def __getitem__(self, index):
         raise KeyError("broken item")
@@ -161,28 +170,20 @@ def test_average_follows_its_recursion_and_is_what_is_saved(reference):
     assert not torch.allclose(state["model.last.weight"], average, atol=1e-4)
 
 
-def test_parameter_groups():
-    model = tiny()
-    model.second.weight._no_weight_decay = True
-    model.last.weight._mapping = True
+def test_matrices_decay_and_the_mapping_network_learns_at_a_third():
+    model = tiny_grids()
     found = {
         id(p): (group["weight_decay"], group["lr_scale"])
         for group in parameter_groups(model, 0.1)
         for p in group["params"]
     }
-    assert found[id(model.first.weight)] == (0.1, 1) and found[id(model.first.bias)] == (0, 1)
-    assert found[id(model.second.weight)] == (0, 1) and found[id(model.last.weight)] == (0.1, 1 / 3)
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or name.endswith(("A_log", "dt_bias", "mixer.D"))
+        mapping = name.startswith("mapping.") or "norm.head." in name
+        assert found[id(parameter)] == (0 if plain else 0.1, 1 / 3 if mapping else 1), name
 
 
 # ---------------------------------------------------------------------------------- one run, its files
-
-
-def test_loss_falls_when_overfitting_one_image(tmp_path):
-    fixed = SparseFields(gradients(1, 0).repeat(64, 0), queries=0.5, seed=0)
-    config = settings(tmp_path, epochs=9, learning_rate=2e-2, evaluate_every=9)
-    history = fit(tiny(width=64), (fixed, fixed), config).history
-    assert np.mean(history["loss"][-20:]) < 0.6 * np.mean(history["loss"][:8])
-    assert history["val_psnr"][-1] > 14 and history["val_loss"][-1] < 0.5
 
 
 def test_history_log_and_folders_agree(reference):
@@ -207,9 +208,6 @@ def test_nothing_written_is_a_pickle(reference):
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "tb"]
     assert len(list((folder / "tb").iterdir())) == 1
     assert {path.suffix for path in files} == {".safetensors", ".json", ".csv", ".png", ".md", ".lock"}
-    for path in files:  # neither raw pickles (protocol 2 and later) nor torch.save archives
-        content = path.read_bytes()  # of safetensors: the length of its header, then the header, JSON
-        assert content[8:9] == b"{" or not content.startswith((b"\x80", b"PK")), path
 
 
 def test_fields_and_psnr_are_those_of_evaluate(tmp_path):
@@ -402,28 +400,10 @@ def test_settings_that_do_not_fit_are_refused(changes, tmp_path):
 # ------------------------------------------------------------------------------------ what is not finite
 
 
-class Dirty:
-    """Fields of which item 7 holds a NaN in what is to be predicted, from the second epoch on."""
-
-    def __init__(self, fields):
-        self.fields, self.epoch = fields, 0
-
-    def __len__(self):
-        return len(self.fields)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __getitem__(self, index):
-        item = self.fields[index]
-        item["query_values"][:, 1] *= math.nan if index == 7 and self.epoch > 0 else 1
-        return item
-
-
 def test_loss_that_is_not_finite_stops_with_its_step(tmp_path):
-    train_data, validation = fields()
+    data = DirtyFields(gradients(18, 0), queries=0.5), fields()[1]
     with pytest.raises(FloatingPointError) as caught:
-        fit(tiny(), (Dirty(train_data), validation), settings(tmp_path, save_interval=0.0))
+        fit(tiny(), data, settings(tmp_path, save_interval=0.0))
     assert f"step {steps_saved(tmp_path) + 1}:" in str(caught.value) and 4 <= steps_saved(tmp_path) < 8
     assert all(torch.isfinite(x).all() for x in load_file(tmp_path / "state.safetensors").values())
 
