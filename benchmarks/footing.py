@@ -6,7 +6,7 @@
 
 It times steps of `train.fit`, takes as many as fill the seconds, and scores the weights of the lowest
 validation loss on the test images, once. SIGTERM leaves a state, from which the same command goes on.
-All models have the same images, mirrored ones too, masks, batch, loss, optimizer, schedule and learning rate.
+All have the same images, mirrored ones too, masks, batch, loss, optimizer, schedule and learning rate (1e-3).
 Their sizes are those of the shipped weights, 4.5 to 6.8 million parameters: a slower layer pays in steps.
 With --epochs the preset alone decides; `full` has the design documents' sizes and learning rate.
 """
@@ -67,11 +67,12 @@ def pace(model, data, settings):
 def trained(name, options):
     """Train, or go on; returns (the model of the lowest validation loss, about the training)."""
     (section, size), folder = MODELS[name], options.out / name
-    chosen = {"data.source": options.data} | (EQUAL | size if options.preset == "gpu" else {})
+    chosen = {"data.source": options.data, "train.cuda_graphs": True, "train.save_interval": 120.0}
+    chosen |= EQUAL | size if options.preset == "gpu" else {}
     settings = run.load_settings(section, options.preset, chosen | dict(options.set))
     device, data, seed = run.default_device(), settings["data"], settings["seed"]
     own = {"seed": seed, "precision": run.default_precision(device), "cpu": device.type == "cpu"}
-    own = settings["train"] | own | {"cuda_graphs": True, "progress": False, "save_interval": 120.0}
+    own |= settings["train"] | {"progress": False}
     torch.manual_seed(seed)
     model_class, config = models.FIELD_MODELS[section]
     model = model_class(config(**settings["model"]))
@@ -79,8 +80,7 @@ def trained(name, options):
     epochs, timed = options.epochs, folder / "pace.json"
     if not epochs:
         both = np.concatenate([part.images, part.images[:, :, ::-1]])
-        both = np.random.default_rng(seed).permutation(both)  # a file may be sorted
-        part = Turns(both, data["observed"], data["queries"])
+        part = Turns(np.random.default_rng(seed).permutation(both), data["observed"], data["queries"])
         part.length = PART * own["batch_size"]
         if not timed.exists():
             folder.mkdir(parents=True, exist_ok=True)
