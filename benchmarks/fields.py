@@ -49,7 +49,7 @@ def samples(model, seen, draws):
     """One row a sampler: CRPS and spread / skill of its draws."""
     rows = []
     for sampler, steps in tqdm(SAMPLERS, desc="samplers"):
-        if sampler == "shortcut" and not model.shortcut:
+        if sampler == "shortcut" and not getattr(model, "shortcut", False):
             continue
         options = {"kind": "sample", "sampler": sampler, "steps": steps, "draws": draws}
         drawn = evaluate.reconstruct(model, seen, **options)  # (K, N, H, W, 3)

@@ -9,7 +9,8 @@
 #
 # Stages: train-NAME of each folder in checkpoints/ (an autoencoder's -latent comes with it); then means-*, samples-*
 # (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
-# (autoencoders), generated-* (LocalMamba); and scan, train-step, sampling.
+# (autoencoders), generated-* (LocalMamba); scan, train-step, sampling; footing-NAME, models of fields at equal
+# seconds, and documents-NAME, at the design documents' sizes, with their tables, footing and documents.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
 # was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages, flagships and autoencoders take minutes and
 # start again.
@@ -20,6 +21,7 @@
 #     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=64"
 #     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else they
 #               are downloaded)
+#     CIFAR     source of the footing and the documents, such as an .npz          (cifar10)
 #     WINDOWS   an .npz of photographs of 128 px beside the named source of flagships and autoencoders     (none)
 #     LABELLED  an .npz of x_train and y_train for drawn-cifar10 in place of CIFAR-10's files              (none)
 #     DEVICE    cuda or cpu                                     (cuda where there is one)
@@ -66,8 +68,10 @@ else
     sources=(photos cifar10) grids=(fsdd --size 64) mean_images=64 images=16 steps=50
     scales=(32 64 96 128) quick=()
 fi
+footing=(v1 multidir lightweight v2 field) documents=(v1 multidir v2)
 stages=("${names[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
-    "${latent[@]}" "generated-${grids[0]}" scan train-step sampling)
+    "${latent[@]}" "generated-${grids[0]}" scan train-step sampling
+    "${footing[@]/#/footing-}" footing "${documents[@]/#/documents-}" documents)
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {
@@ -79,6 +83,15 @@ command_of() {
         command=("$PYTHON" "benchmarks/${1/-/_}.py" "${quick[@]}" "${device[@]}" "${result[@]}") ;;
     scan)
         command=("$PYTHON" benchmarks/scan.py "${quick[@]}" "${device[@]}" "${result[@]}" --figure "$OUT/scan.png") ;;
+    footing | documents)
+        local -n made=$1
+        command=("$PYTHON" benchmarks/footing.py)
+        for word in "${made[@]}"; do command+=("$OUT/$1/$word.json"); done ;;
+    footing-* | documents-*)
+        command=("$PYTHON" benchmarks/footing.py "$what" --data "${CIFAR:-${sources[-1]}}" --out "$OUT/${1%%-*}")
+        [[ $1 = documents-* ]] && command+=(--epochs 20 --preset full)
+        [ "$PRESET" = smoke ] && command+=(--preset smoke --images 2 --seconds 1)
+        for word in "${set[@]}"; do command+=(--set "$word"); done ;;
     train-field-* | train-diffae-*)
         command=("$PYTHON" benchmarks/flagship.py "$what" --out "$OUT/$what" --data)
         case $what in
@@ -160,6 +173,7 @@ for stage in "$@"; do
         touch "$OUT/done/$stage"
     elif [ -n "$SLICE" ] && [ "$status" -ge 137 ] && [ "$SECONDS" -ge "$SLICE" ]; then
         resumable=0
+        [[ $stage = footing-* || $stage = documents-* ]] && resumable=1
         [[ $stage = train-* && $stage != train-step && $stage != train-field-* && $stage != train-diffae-* ]] && resumable=1
         if [ "$first" -eq 1 ] && [ "$resumable" -eq 0 ]; then
             echo "$stage needs more than SLICE=$SLICE seconds: call again with more" >&2

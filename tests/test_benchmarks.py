@@ -159,3 +159,20 @@ def test_fields_of_the_flagships_recipe_are_area_means_and_start_from_the_spline
     torch.testing.assert_close(
         read, Hats.of(images.grid_coords(48, 48)[None], 64).read(nodes), rtol=0, atol=1e-5
     )
+
+
+def test_equal_footing_fills_the_seconds_and_reads_the_test_images_once(bench, tmp_path, monkeypatch):
+    footing = bench("footing")
+    turns = footing.Turns(np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 2, 2, 3), observed=1, queries=1)
+    turns.length, seen = 4, []
+    for epoch in range(3):
+        turns.set_epoch(epoch)
+        seen += [turns[i]["input_values"][0, 0].item() for i in range(4)]
+    assert seen[:6] == seen[6:] and len(set(seen)) == 6  # 12 items: all images, twice
+    monkeypatch.setattr(footing, "PART", 2)
+    arguments = f"v1 --preset smoke --data photos --seconds 0.4 --images 2 --out {tmp_path}".split()
+    footing.main(arguments)
+    about = json.loads((tmp_path / "v1.json").read_text())["config"]
+    assert about["steps done"] == 2 * max(1, round(400 / about["ms a step"] / 2))
+    monkeypatch.setattr(footing, "trained", None)
+    footing.main(arguments)  # shows what was written
