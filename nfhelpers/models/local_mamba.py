@@ -293,10 +293,8 @@ class LocalMamba2D(FieldModel):
 
     def _block(self, stage, drop_path):
         c, dim = self.config, self.config.dims[stage]
-        if c.mixer == "attention":
-            mixer = GridAttention(dim, c.head_dim)
-        else:
-            mixer = SS2D(dim, c.d_state, c.ssm_ratio, c.scan_directions)
+        scans = (c.d_state, c.ssm_ratio, c.scan_directions)
+        mixer = GridAttention(dim, c.head_dim) if c.mixer == "attention" else SS2D(dim, *scans)
         return ConditionedVSSBlock(mixer, dim, c.mapping_width, c.mlp_ratio, c.dropout, drop_path)
 
     def forward(self, x, t, labels=None, captions=None, drop=None):

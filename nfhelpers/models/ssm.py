@@ -91,11 +91,8 @@ class DirectionalScans(nn.Module):
     def scan(self, x, orders):
         """Scan x (B, L, E) along orders (B, K, L) or (K, L) -> (B, K, L, E), in the tokens' own order."""
         k = len(self.reverse)
-        low, B, C = (
-            self.x_proj(x)
-            .unflatten(-1, (self.sets, -1))  # (B, L, S, R+2N)
-            .split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        )
+        parts = self.x_proj(x).unflatten(-1, (self.sets, -1))  # (B, L, S, R+2N)
+        low, B, C = parts.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = torch.einsum("blsr,ser->bsle", low, self.dt_weight)  # (B, S, L, E)
         B, C = B.transpose(1, 2), C.transpose(1, 2)  # (B, S, L, N) each
         A = -torch.exp(self.A_log.float())  # (S, E, N), tied (S, E)
