@@ -1,13 +1,13 @@
 """Train a diffusion autoencoder as it is shipped, with the parts of `flagship.py`.
 
-    python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/diffae-cifar10
-    python benchmarks/autoencoder.py cifar10 --data cifar.npz:1 --out runs/128 --set '{"latent_dim":128}'
+    python benchmarks/autoencoder.py cifar10 --data cifar10:0.7 windows.npz:0.3 --out runs/diffae-cifar10
+    python benchmarks/autoencoder.py cifar10 --data cifar10:1 --out runs/128 --set '{"latent_dim":128}'
     python benchmarks/autoencoder.py photos --data windows.npz:0.9 photos:0.1 --out runs/diffae-photos
 
-The linear code is PCA of the first source. Phase 1 trains the whole model by the squared error of decodings;
-a part of each batch shows few pixels. Phase 2 freezes the encoder and trains the decoder as a flow, then in
-whole steps. Last comes a flow over latents, in OUT-latent. Weights are averaged; kept are those that decode
-held-out images best, of a flow those with the least loss there. The first line is PCA's.
+The linear code is PCA of all sources, mirrored images too. Phase 1 trains the whole model by the squared
+error of decodings; a part of each batch shows few pixels. Phase 2 freezes the encoder and trains the decoder
+as a flow, then in whole steps. Last comes a flow over latents, in OUT-latent. Weights are averaged; kept are
+those that decode held-out images best, of a flow those with the least loss there. The first line is PCA's.
 """
 
 import argparse
@@ -29,11 +29,11 @@ RECIPES = {
     "cifar10": {
         "model": {"widths": (48, 96, 128), "blocks": (2, 3, 3)},
         "batches": {32: 256},  # by side of the lattice that the queries enter
-        "fields": {32: ((32,), (0.75, 1, 1, 1))},
-        "turns": (0, 0, 0.5),
-        "colours": (0, 0),
-        "partly": (0.25, 0.15),  # share of a batch of which few pixels are seen, and its weight
-        "seconds": (480, 0, 0, 0),
+        "fields": {32: ((32,), (0.5, 0.625, 0.75, 1, 1))},
+        "turns": (0.1, 0.1, 0.5),
+        "colours": (0.1, 0.3),
+        "partly": (0.125, 0.3),  # share of a batch of which few pixels are seen, and its weight
+        "seconds": (400, 0, 0, 0),
         "mean": 0.4,  # share of the batch at t = 0 in phase 2
     },
     "photos": {
@@ -46,9 +46,9 @@ RECIPES = {
         },
         "turns": (0.5, 0.5, 0.5),
         "colours": (0.1, 0.3),
-        "partly": (0.5, 0.5),
+        "partly": (0.125, 0.3),
         "std": 0.14,  # of fields of all sizes around the linear code; of cifar10: what that leaves
-        "seconds": (420, 420, 120, 60),
+        "seconds": (370, 520, 260, 0),
         "mean": 0.25,
     },
 }
@@ -161,6 +161,12 @@ def encoded(model, pictures, index=None):
     return torch.cat([model.encode(*part) for part in zip(coords.split(500), values.split(500), strict=True)])
 
 
+def with_mirrored(sources):
+    """All pictures of the sources (N, 32, 32, 3), and again mirrored."""
+    pictures = np.concatenate([area_resize(images, SIDE) for images, _ in sources])
+    return np.concatenate([pictures, pictures[:, :, ::-1]])
+
+
 def held_out(model, images, sizes, masks):
     """score(weights): mean PSNR of the decodings of all pixels; prints that of 20%, too, at each size."""
     judge, small = copy.deepcopy(model), area_resize(images, SIDE)
@@ -187,8 +193,7 @@ def held_out(model, images, sizes, masks):
 
 def train_latents(model, sources, options, device, seconds):
     """A flow over the latents of these images and of their mirror images, whose statistics the model gets."""
-    pictures = np.concatenate([area_resize(images, SIDE) for images, _ in sources])
-    latents = encoded(model, np.concatenate([pictures, pictures[:, :, ::-1]]))
+    latents = encoded(model, with_mirrored(sources))
     model.latent_mean.copy_(latents.double().mean(0))
     model.latent_std.copy_(latents.double().std(0, correction=0))
     if not seconds:
@@ -231,7 +236,10 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(open_images(name, "train", size, held_out=True)[:], float(share)) for name, share in named]
+    sources = []
+    for name, share in named:
+        side = SIDE if name == "cifar10" else max(64, size)  # so that parts can be cut
+        sources.append((open_images(name, "train", side, held_out=True)[:], float(share)))
     validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 128)
     seconds = options.seconds or recipe["seconds"]
 
@@ -254,7 +262,7 @@ def main(arguments=None):
     else:
         config = models.MambaDiffusionAutoencoderConfig(**recipe["model"] | options.set)
         model = models.MambaDiffusionAutoencoder(config)
-        models.fit_linear_code(model, sources[0][0])
+        models.fit_linear_code(model, with_mirrored(sources))
         pictures = torch.from_numpy(to_model(area_resize(sources[0][0][:2000], SIDE)))
         code = model.encoder.linear_code
         left = (code.decode(code.encode(pictures)) - pictures).square().mean().sqrt().item()

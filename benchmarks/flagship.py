@@ -13,6 +13,7 @@ images of the first source are kept. Matrices are trained by Muon (Jordan et al.
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
@@ -59,10 +60,14 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------- images and points
 
 
+@functools.cache  # a CUDA graph cannot copy them from the CPU
+def on_device(numbers, device):
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def pick(options, count, device):
     """`count` draws of a few numbers (N,)."""
-    table = torch.tensor(options, dtype=torch.float32, device=device)
-    return table[torch.randint(len(options), (count,), device=device)]
+    return on_device(options, device)[torch.randint(len(options), (count,), device=device)]
 
 
 def area_means(sides, slots, length, first, size, flip):

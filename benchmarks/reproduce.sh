@@ -101,10 +101,11 @@ command_of() {
         case $what${WINDOWS:+ with windows} in
         *-photos) command+=(photos:1) ;;
         *"-photos with windows") command+=("$WINDOWS:0.9" photos:0.1) ;;
-        "field-cifar10 with windows") command+=(cifar10:0.7 "$WINDOWS:0.3") ;;
+        *"-cifar10"*" with windows") command+=(cifar10:0.7 "$WINDOWS:0.3") ;;
         *) command+=(cifar10:1) ;;
         esac
-        [ "$what" = diffae-cifar10-128 ] && command+=(--set '{"latent_dim": 128}' --seconds 400 270 90 40) ;;
+        [ "$what" = diffae-cifar10-128 ] && command+=(--set '{"latent_dim": 128}' --seconds 400 430 230 40
+            --flow '{"width": 256, "depth": 4}') ;;
     train-*)
         read -r -d '' -a settings <<<"${recipes[$what]}"
         section=${settings[0]}

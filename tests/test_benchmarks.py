@@ -97,7 +97,7 @@ def test_cost_of_localmamba_is_counted(bench, tmp_path):
 
 
 def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 12, 32, 32, 3)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 12, 64, 64, 3)).astype(np.uint8)
     np.savez(tmp_path / "data.npz", **dict(zip(("x_train", "x_validation", "x_test"), images, strict=True)))
     sizes = '{"latent_dim": 4, "widths": [8, 8], "blocks": [1, 1], "d_time": 16}'
     options = f"cifar10 --data {tmp_path}/data.npz:1 --out {tmp_path}/model --masks 4 --scale 0.016".split()
