@@ -65,7 +65,7 @@ def main(arguments=None):
     parser.add_argument("--observed", type=float, default=0.2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=run.default_device())
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--out", type=Path, help="write means and standard errors as JSON")
     options = parser.parse_args(arguments)
     train = images.load_images(options.train or options.data, "train", options.size)
     test = images.load_images(options.data, "test", options.size, limit=options.images)
@@ -77,7 +77,9 @@ def main(arguments=None):
         wide["difference"] = wide["autoencoder"] - wide["PCA"]
         print(f"{path.name}: {len(test)} test images of {options.data}, PCA of {len(train):,}; PSNR in dB")
         common.show(wide.groupby("given").agg(["mean", "sem"]))
-        tables.append(table)
+        means = table.groupby(["model", "method", "given"])[["psnr", "ssim", "speckle"]].agg(["mean", "sem"])
+        means.columns = [" ".join(pair) for pair in means.columns]
+        tables.append(means.reset_index())
     if options.out:
         command = shlex.join(["python", "benchmarks/diffae.py", *arguments])
         common.write_results(pd.concat(tables), options.out, command)

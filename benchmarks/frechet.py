@@ -17,6 +17,7 @@ import common
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -37,8 +38,8 @@ def labelled(source):
     return pictures[order], labels[order]
 
 
-def classifier(width=48, classes=10):
-    """A plain residual-free network: the last but two layers give the features (N, 4 width)."""
+def classifier(width=32, classes=10):
+    """Six convolutions and a linear layer, whose inputs are the features (N, 4 width)."""
 
     def block(below, above, stride):
         conv = nn.Conv2d(below, above, 3, stride, padding=1, bias=False)
@@ -72,7 +73,7 @@ def train(network, pictures, labels, epochs, device):
             loss.backward()
             optimizer.step()
             schedule.step()
-    return network.eval()
+    network.eval()
 
 
 @torch.no_grad()
@@ -133,7 +134,8 @@ def main(arguments=None):
     parser.add_argument("--flow", type=Path, required=True)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--train", type=int, default=40_000, help="pictures that the classifier learns")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--classifier", type=Path, metavar="FILE", help="its weights: kept there, then used")
     parser.add_argument("--images", type=int, default=2500, help="pictures of each kind")
     parser.add_argument("--steps", type=int, default=12, help="of Heun's method")
     parser.add_argument("--device", default=run.default_device())
@@ -148,7 +150,13 @@ def main(arguments=None):
         raise ValueError(
             f"{len(rest)} pictures are left beside --train {options.train}; --images wants two sets"
         )
-    network = train(classifier().to(device), shown, labels[: options.train], options.epochs, device)
+    network = classifier().to(device).eval()
+    if options.classifier and options.classifier.exists():
+        load_model(network, options.classifier)
+    else:
+        train(network.train(), shown, labels[: options.train], options.epochs, device)
+        if options.classifier:
+            save_model(network, options.classifier)
     held, real, others = features(network, rest, device), rest[:count] / 255, rest[count : 2 * count]
     with torch.no_grad():
         found = network[-1](torch.from_numpy(held).to(device)).argmax(1).cpu().numpy()

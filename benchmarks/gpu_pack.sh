@@ -25,7 +25,7 @@ packages=(nbclient nbformat nbconvert ipykernel ipywidgets pooch soundfile
     widgetsnbextension jupyterlab_widgets cffi pycparser attrs psutil)
 checkpoints_1=(v1-photos multidir-photos)
 checkpoints_2=(v2-photos field-photos diffae-photos diffae-cifar10)
-checkpoints_3=(diffae-photos-latent localmamba-fsdd)
+checkpoints_3=(diffae-cifar10-128 diffae-cifar10-128-latent localmamba-fsdd)
 
 rm -rf .gpu
 mkdir -p .gpu/{1,2,3}/{checkpoints,data} .gpu/1/wheels

@@ -24,8 +24,9 @@ Backends without fused directions gather a copy of the input for every order and
 their delta, B and C are given in the order of the scan.
 
 Times are, on a CPU, the shortest of several runs taken in turn with the other rows; on a GPU, the median
-by CUDA events, after FILLS fills of FLUSH_BYTES: they evict every cache, and keep the GPU busy until all of
-a run is launched, so that kernels are timed and not the host. Memory is the
+by CUDA events, after fills of FLUSH_BYTES: they evict every cache, and keep the GPU busy until all of a run
+is launched (as many fills as that takes, from FILLS[0] to FILLS[1]), so that kernels are timed and not the
+host. Memory is the
 peak of what tensors beyond the arguments hold during forward and backward: on a CPU from the record the
 profiler keeps of torch's allocations (native also adds up dB and dC in buffers of its own, which are not in
 it), on a GPU from the CUDA allocator. A growth exponent is the slope of log(value) against log(L) over the
@@ -81,7 +82,7 @@ GROWTH_RANGE = (1024, 65536)
 
 SPECIAL_RATE = 16  # exponentials a clock and SM, compute capability 5 to 9
 FLUSH_BYTES = 2**29
-FILLS = 16
+FILLS = 16, 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 MEMORY_LIMIT = 8 * 2**30  # on a CPU; on a GPU what is free
 TIME_LIMIT = {"cpu": 2.0, "cuda": 0.5}  # seconds a run, where an earlier size lets it be foreseen
@@ -427,13 +428,18 @@ def stopwatch(device):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def by_events(run):
-        for _ in range(FILLS):
-            filler.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        fills = FILLS[0]
+        while True:
+            for _ in range(fills):
+                filler.zero_()
+            start.record()
+            run()
+            waited = start.query()  # the GPU came to the run before all of it was launched
+            end.record()
+            end.synchronize()
+            if not waited or fills >= FILLS[1]:
+                return start.elapsed_time(end) / 1e3
+            fills *= 2
 
     return by_events
 
