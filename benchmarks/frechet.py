@@ -110,10 +110,17 @@ class Painter:
         return self.each(lambda z: self.model.encoder.linear_code.decode(z).clamp(-1, 1), latents, "linear")
 
     def sampled(self, latents, steps, generator):
+        """With details, drawn in so many whole steps."""
+
         def draw(z):
             noise = torch.randn(len(z), 1024, 3, generator=generator).to(z)
-            query = self.query.expand(len(z), -1, -1)
-            return samplers.decode_stochastic(self.model, query, z, noise, steps=steps)
+            query, times = self.query.expand(len(z), -1, -1), self.model.shortcut_times(steps).to(z)
+
+            def velocity(x, *t):
+                now, until = (moment.expand(len(z)) for moment in t)
+                return self.model.decode(query, z, now, x, until=until)
+
+            return samplers.shortcut(velocity, noise, times)
 
         return self.each(draw, latents, "sample")
 
@@ -136,8 +143,8 @@ def main(arguments=None):
     parser.add_argument("--train", type=int, default=40_000, help="pictures that the classifier learns")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--classifier", type=Path, metavar="FILE", help="its weights: kept there, then used")
-    parser.add_argument("--images", type=int, default=2500, help="pictures of each kind")
-    parser.add_argument("--steps", type=int, default=12, help="of Heun's method")
+    parser.add_argument("--images", type=int, default=2000, help="pictures of each kind")
+    parser.add_argument("--steps", type=int, default=4, help="of a sample, whole steps")
     parser.add_argument("--device", default=run.default_device())
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(arguments)
