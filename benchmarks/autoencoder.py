@@ -20,10 +20,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from flagship import SIDE, FieldTrainer, Grids, Images, Masks, Trainer, add_options, copy_into
+from flagship import (
+    SIDE,
+    FieldTrainer,
+    Grids,
+    Images,
+    Masks,
+    Trainer,
+    add_options,
+    copy_into,
+    training_pictures,
+)
 
 from nfhelpers import metrics, models, run
-from nfhelpers.images import area_resize, grid_coords, load_images, open_images, to_image, to_model
+from nfhelpers.images import area_resize, grid_coords, load_images, to_image, to_model
 
 RECIPES = {
     "cifar10": {
@@ -192,8 +202,8 @@ def held_out(model, images, sizes, masks):
 
 
 def train_latents(model, sources, options, device, seconds):
-    """A flow over the latents of these images and of their mirror images, whose statistics the model gets."""
-    latents = encoded(model, with_mirrored(sources))
+    """A flow over the latents of the first source, mirrored too, whose statistics the model gets."""
+    latents = encoded(model, with_mirrored(sources[:1]))
     model.latent_mean.copy_(latents.double().mean(0))
     model.latent_std.copy_(latents.double().std(0, correction=0))
     if not seconds:
@@ -236,10 +246,7 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    sources = []
-    for name, share in named:
-        side = SIDE if name == "cifar10" else max(64, size)  # so that parts can be cut
-        sources.append((open_images(name, "train", side, held_out=True)[:], float(share)))
+    sources = [(training_pictures(name, size), float(share)) for name, share in named]
     validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 128)
     seconds = options.seconds or recipe["seconds"]
 

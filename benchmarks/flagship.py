@@ -410,7 +410,7 @@ class FieldTrainer(Trainer):
         return sin * data + cos * noise, tau, cos * data - sin * noise, noise
 
     def step_loss(self, nodes, count):
-        """Phase 2: half of the batch as before, half whole steps of the frozen teacher."""
+        """Phase 2: half of the batch as in phase 1, half whole steps of the frozen teacher."""
         condition, data = self.batch(nodes, count)
         z, tau, target, noise = self.draw(data, 0.4)
         half = [x[1::2].contiguous() for x in condition]
@@ -450,11 +450,20 @@ def held_out(model, images, sizes):
     return score
 
 
+def training_pictures(name, size):
+    """Of a source, without those that are held out: of 64 px if it has them, so that parts can be cut."""
+    small = name == "cifar10"
+    if name.endswith(".npz"):
+        with np.load(name) as arrays:
+            small = arrays["x_train"].shape[1] == SIDE
+    return open_images(name, "train", SIDE if small else max(64, size), held_out=True)[:]
+
+
 def add_options(parser, rates=(1e-3, 5e-4)):
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE:SHARE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument(
-        "--rate", type=float, nargs="+", default=rates, help="peak learning rates of the phases"
+        "--rate", type=float, nargs=len(rates), default=rates, help="peak learning rates of the phases"
     )
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--ema", type=float, default=0.9995)
@@ -476,11 +485,7 @@ def main(arguments=None):
     device, recipe = run.default_device(), RECIPES[options.recipe]
     size = max(recipe["batches"])
     named = [text.rsplit(":", 1) for text in options.data]
-    loaded = [SIDE if name == "cifar10" else max(64, size) for name, _ in named]  # so that parts can be cut
-    sources = [
-        (open_images(name, "train", pixels, held_out=True)[:], float(share))
-        for (name, share), pixels in zip(named, loaded, strict=True)
-    ]
+    sources = [(training_pictures(name, size), float(share)) for name, share in named]
     model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = FieldTrainer(model, sources, recipe, options, device)

@@ -8,7 +8,7 @@ It times steps of `train.fit`, takes as many as fill the seconds, and scores the
 validation loss on the test images, once. SIGTERM leaves a state, from which the same command goes on.
 All have the same images, mirrored ones too, masks, batch, loss, optimizer, schedule and learning rate (1e-3).
 Their sizes are those of the shipped weights, 4.5 to 6.8 million parameters: a slower layer pays in steps.
-With --epochs the preset alone decides; `full` has the design documents' sizes and learning rate.
+With --epochs and another preset that preset decides; `full` has the design documents' sizes and rates.
 """
 
 import argparse

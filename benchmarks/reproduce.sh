@@ -7,7 +7,7 @@
 #     bash benchmarks/reproduce.sh train-v1-photos means-photos  these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
-# Stages: train-NAME of each folder in checkpoints/ (an autoencoder's -latent comes with it); then means-*, samples-*
+# Stages: train-NAME of each folder in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); then means-*, samples-*
 # (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
 # (autoencoders), generated-* (LocalMamba); scan, train-step, sampling; footing-NAME, models of fields at equal
 # seconds, and documents-NAME, at the design documents' sizes, with their tables, footing and documents.
@@ -18,7 +18,7 @@
 #     OUT       folder of runs, results and tables             (runs/reproduce/$PRESET)
 #     PRESET    full, or smoke: everything small, without flagships and autoencoders    (full)
 #     SLICE     seconds after which the call ends with exit status 75, "call again"; none: no limit
-#     SET       settings of all trainings, such as "train.epochs=20 train.batch_size=64"
+#     SET       settings of all trainings but flagships and autoencoders, such as "train.epochs=20 train.batch_size=64"
 #     NF_DATA   folder of cifar-10-batches-bin and fsdd-recordings.zip (../shared/data if it is there; else they
 #               are downloaded)
 #     CIFAR     source of the footing and the documents, such as an .npz          (cifar10)

@@ -157,10 +157,12 @@ def build_model(name, preset, settings, init=None, chosen=()):
     model = model_class(config(**settings))
     if same:
         copied = source.state_dict()
-        if other := vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
+        own = {}
+        if vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
             copied.pop("class_embedding.weight", None)  # of other classes it is new
+            own = {key: x for key, x in model.state_dict().items() if key.startswith("class_embedding.")}
         try:
-            model.load_state_dict(copied, strict=not other)
+            model.load_state_dict(copied | own)
         except RuntimeError as error:
             raise ValueError(f"--init {init} does not fit: {str(error).splitlines()[1].strip()}") from error
     elif isinstance(source, models.MambaDiffusion):
@@ -187,6 +189,8 @@ def evaluate_models(options):
     fields = tuple(model for model, _ in models.FIELD_MODELS.values())
     if others := [name for name, model in networks.items() if not isinstance(model, fields)]:
         raise ValueError(f"no models of sparse fields: {', '.join(others)}")
+    if "shortcut" in options.samplers and not all(getattr(x, "shortcut", False) for x in networks.values()):
+        raise ValueError("--samplers shortcut: not all of these models were trained on whole steps")
     truth = {size: images.load_images(options.data, "test", size, options.images) for size in sizes}
     if len({len(pictures) for pictures in truth.values()}) > 1:
         raise ValueError(f"{options.data} holds images that are too small for --sizes {max(sizes)}")

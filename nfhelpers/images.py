@@ -119,7 +119,10 @@ def _records(folder):
     found = {}
     for file in sorted(folder.glob("[!.]*_batch*.bin")):
         part = found.setdefault("test" if file.name.startswith("test") else "train", [])
-        part.append(np.fromfile(file, np.uint8).reshape(-1, RECORD))
+        records = np.fromfile(file, np.uint8)
+        if len(records) % RECORD:
+            raise ValueError(f"{file} is cut: {len(records)} bytes are no multiple of {RECORD}; get it again")
+        part.append(records.reshape(-1, RECORD))
     return {split: np.concatenate(records) for split, records in found.items()}
 
 

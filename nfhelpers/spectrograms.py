@@ -89,14 +89,17 @@ def _digits():
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / "fsdd.lock"):  # one process downloads, the others wait
-            path = Path(pooch.retrieve(FSDD_URL, None, FSDD_NAMES[1], root, progressbar=True))
-        with zipfile.ZipFile(path) as archive:  # whoever packs the recordings anew packs other bytes
-            sums = {Path(x.filename).name: x.CRC for x in archive.infolist() if x.filename.endswith(".wav")}
-        if hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest() != FSDD_DIGEST:
-            path.unlink()
-            raise OSError("what was downloaded has other recordings")
+            if not (path := root / FSDD_NAMES[1]).exists():  # it is whole once it has its name
+                found = Path(pooch.retrieve(FSDD_URL, None, "fsdd.part", root, progressbar=True))
+                with zipfile.ZipFile(found) as archive:  # whoever packs it anew packs other bytes
+                    wavs = [x for x in archive.infolist() if x.filename.endswith(".wav")]
+                sums = sorted((Path(x.filename).name, x.CRC) for x in wavs)
+                if hashlib.sha256(repr(sums).encode()).hexdigest() != FSDD_DIGEST:
+                    raise zipfile.BadZipFile("what was downloaded has other recordings")
+                found.rename(path)
         return path
-    except OSError as error:
+    except (OSError, zipfile.BadZipFile) as error:
+        (root / "fsdd.part").unlink(missing_ok=True)
         raise OSError(f"{FSDD_URL} is not in {root}: {error}; set NF_DATA to where it is") from error
 
 

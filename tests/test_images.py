@@ -130,6 +130,10 @@ def test_cifar10_is_read_from_its_batches(batches, monkeypatch):
         equal(load_images(source, "test"), random_images(2, 32, 32, seed=1))
     (batches / "._data_batch_1.bin").write_bytes(b"\x00\x05\x16\x07")  # of a Mac
     equal(load_images(batches), train)
+    file = batches / "data_batch_2.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=file.name):
+        load_images("cifar10")
 
 
 def test_cifar10_is_downloaded_once(batches, tmp_path, monkeypatch):

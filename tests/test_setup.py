@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 import nfhelpers
 
@@ -179,6 +180,12 @@ def test_rooms_import_one_way(repository):
                 path,
                 rooms,
             )
+
+
+def test_shipped_weights_are_finite(repository):
+    for file in (repository / "checkpoints").rglob("*.safetensors"):
+        bad = [name for name, x in load_file(file).items() if not x.isfinite().all()]
+        assert not bad, (file.parent.name, bad)
 
 
 def test_public_names_resolve():

@@ -127,6 +127,11 @@ def test_digits_are_split_by_take(tmp_path, monkeypatch, kind):
     assert load_spectrograms("fsdd", size=8).meta.names == parts[0].meta.names + parts[1].meta.names
 
 
+def write_text(path):
+    path.write_text("<html>")
+    return path
+
+
 def test_digits_are_downloaded_once_if_they_are_the_ones(tmp_path, monkeypatch):
     def download(url, known_hash, fname, path, progressbar):
         with zipfile.ZipFile(path / fname, "w") as file:
@@ -139,6 +144,9 @@ def test_digits_are_downloaded_once_if_they_are_the_ones(tmp_path, monkeypatch):
     monkeypatch.setattr("pooch.retrieve", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(OSError, match="NF_DATA"):
         load_spectrograms("fsdd")
+    monkeypatch.setattr("pooch.retrieve", lambda url, known, name, path, **_: write_text(path / name))
+    with pytest.raises(OSError, match="NF_DATA"):
+        load_spectrograms("fsdd")  # a page in its place
     monkeypatch.setattr("pooch.retrieve", download)
     with pytest.raises(OSError, match="NF_DATA"):
         load_spectrograms("fsdd")

@@ -1,8 +1,5 @@
-"""LocalMamba's windowed scan of a grid and its exact inverse, for any height, width and window.
-
-Both move values by one index. Models need neither: `directional_scan` takes the order of the grid and gathers
-inside its Triton kernel.
-"""
+"""LocalMamba's windowed scan of a grid and its exact inverse. Models need neither: `directional_scan` takes
+the order of the grid and gathers inside its kernel."""
 
 import torch
 

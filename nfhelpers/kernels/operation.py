@@ -21,13 +21,11 @@ def module(name):
     return importlib.import_module(_MODULES[name])
 
 
-_INPUTS = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0"
-)
+_ARGS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0"
 _OPTIONS = "Tensor? order, Tensor? carried, int reverse, bool softplus, bool tied"
 # `layout` tells torch.compile, which keeps graphs on disk, how this version lays `states` out.
-_FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
-_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_INPUTS}, {_OPTIONS}) -> ({'Tensor, ' * 8}Tensor)"
+_FORWARD = f"({_ARGS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_ARGS}, {_OPTIONS}) -> ({'Tensor, ' * 8}Tensor)"
 
 
 def _call(name, function, *arguments):

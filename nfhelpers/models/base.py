@@ -76,11 +76,9 @@ def evaluation_mode(model):
 
 
 class FieldModel(nn.Module, PyTorchModelHubMixin):
-    """Base of the models: `save_pretrained(folder)`, `from_pretrained(folder or hub id)` in eval mode.
-
-    Both are strict. Weights are safetensors only, all of them must be there, and they load as float32. For a
-    `launch_bound` class the CPU takes longer to launch an evaluation's kernels than a GPU to run them: CUDA
-    graphs help.
+    """Base of the models: `save_pretrained(folder)`, `from_pretrained(folder or hub id)` in eval mode; for
+    a folder `models.load_model` never asks the hub. Weights are safetensors, all of them must be there, and
+    they load as float32. Launching takes longer than computing in a `launch_bound` class: CUDA graphs help.
     """
 
     launch_bound: ClassVar[bool] = False

@@ -95,8 +95,8 @@ class FieldEncoder(Pyramid):
 class MambaDiffusionAutoencoder(SparseField):
     """Semantic autoencoder of sparse fields, whose decoder is the flagship, `MambaField`.
 
-    `decode` reads the picture of the linear code anywhere: there the flow starts, and its pixels the decoder
-    takes for observed. The latent joins beside the time, and at the coarsest lattice. Phase 1 trains at
+    `decode` reads the picture of the linear code anywhere: there the flow starts, and the decoder takes its
+    pixels for observed. The latent joins beside the time, and at the coarsest lattice. Phase 1 trains at
     t = 0, where one step is the mean of all fields with this latent; phase 2 freezes the encoder and trains
     at all times.
     """

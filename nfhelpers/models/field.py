@@ -44,9 +44,7 @@ class MambaFieldConfig(ModelConfig):
         coarser = len(self.widths) - 1 - self.finer
         levels = coarser >= 0 and len(self.blocks) == len(self.widths) and self.nodes % 2**coarser == 0
         if not levels or len(self.orders) % 2 or (self.scans and not self.blocks[-1]):
-            raise ValueError(
-                f"{self.blocks=} and {self.widths=} or {self.finer=} and {self.nodes=} do not fit"
-            )
+            raise ValueError(f"{self.blocks=}, {self.widths=}, {self.finer=} and {self.nodes=} do not fit")
 
 
 class Hats(NamedTuple):
