@@ -29,11 +29,12 @@ from flagship import (
     Trainer,
     add_options,
     copy_into,
-    training_pictures,
+    save,
+    training_data,
 )
 
 from nfhelpers import metrics, models, run
-from nfhelpers.images import area_resize, grid_coords, load_images, to_image, to_model
+from nfhelpers.images import area_resize, grid_coords, to_image, to_model
 
 RECIPES = {
     "cifar10": {
@@ -94,9 +95,10 @@ class AutoencoderTrainer(FieldTrainer):
         sides, query, valid, place = places
         with self.autocast():
             latent = self.latents(self.model, *seen)
-            start = self.model.conditions(query, latent).start
+            conditions = self.model.conditions(query, latent)
+            start = conditions.start
             zeros = torch.zeros_like(start), start.new_zeros(len(start)), start.new_zeros(len(start))
-            u = self.predict(self.model, (latent, query, start, place, valid, sides), *zeros)
+            u = self.model.decoder.predict(*zeros, on_grids(conditions, sides, valid, place))
         squares = (u.float() - (truth - start) / self.std).square().mean(-1) * valid
         weight = torch.ones_like(squares[:, 0])
         weight[len(weight) - len(seen[1]) :] = self.recipe["partly"][1]
@@ -126,10 +128,15 @@ class AutoencoderTrainer(FieldTrainer):
         return float(np.mean(losses))
 
     def predict(self, model, condition, z, tau, delta):
-        latent, query, start, places, valid, sides = condition
+        latent, query, _, places, valid, sides = condition
         conditions = model.conditions(query, latent)
-        grids = Grids(sides, math.isqrt(start.shape[1]), valid)
-        return model.decoder.predict(z, tau, delta, conditions._replace(queries=grids, places=places))
+        return model.decoder.predict(z, tau, delta, on_grids(conditions, sides, valid, places))
+
+
+def on_grids(conditions, sides, valid, places):
+    """The conditions with queries that are whole grids."""
+    grids = Grids(sides, math.isqrt(conditions.start.shape[1]), valid)
+    return conditions._replace(queries=grids, places=places)
 
 
 class LatentTrainer(Trainer):
@@ -226,12 +233,6 @@ def train_latents(model, sources, options, device, seconds):
     return with_weights(network, weights)
 
 
-def save(model, folder):
-    copy.deepcopy(model).to(memory_format=torch.contiguous_format).cpu().half().save_pretrained(folder)
-    print(f"written: {folder}", flush=True)
-    return model
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,15 +245,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
-    size = max(recipe["batches"])
-    named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(training_pictures(name, size), float(share)) for name, share in named]
-    validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 128)
+    sources, validation = training_data(options, recipe, held_out=128)
     seconds = options.seconds or recipe["seconds"]
 
     def trained(model, seconds, rate, loss):
         trainer = AutoencoderTrainer(model, sources, recipe, options, device)
-        psnr = held_out(model, validation, sorted({SIDE, size}), trainer.splines)
+        psnr = held_out(model, validation, sorted({SIDE, max(recipe["batches"])}), trainer.splines)
         others, judge = Images(validation, device, recipe["turns"]), copy.deepcopy(model)
 
         def score(weights):
@@ -262,7 +260,8 @@ def main(arguments=None):
         print(f"{loss}; before: {score([p.detach() for p in trainer.parameters]):.3f}", flush=True)
         found, weights = trainer.run(trainer.recorded(getattr(trainer, loss)), seconds, rate, score)
         print(f"{loss}: {found:.3f} on held-out images", flush=True)
-        return save(with_weights(model, trainer.average if loss == "step_loss" else weights), options.out)
+        save(with_weights(model, trainer.average if loss == "step_loss" else weights), options.out)
+        return model
 
     if options.init:
         model = models.load_model(options.init).to(device)

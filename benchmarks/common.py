@@ -46,6 +46,13 @@ def peak_bytes(call, device):
     return int(np.cumsum(changes).max()) if changes else None
 
 
+def frechet_distance(a, b):
+    """Squared Frechet distance of two sets of features, (N, D) and (M, D) (Heusel et al. 2017)."""
+    cov_a, cov_b = (np.cov(x, rowvar=False) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()  # trace of the matrix root
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+
+
 def show(rows, index=None):
     """Print rows (list of dicts, or a DataFrame) as a table."""
     table = pd.DataFrame(rows)

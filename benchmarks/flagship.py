@@ -459,6 +459,20 @@ def training_pictures(name, size):
     return open_images(name, "train", SIDE if small else max(64, size), held_out=True)[:]
 
 
+def training_data(options, recipe, held_out):
+    """(Pictures, share) of each source in --data, and so many held-out ones of the first, 500 of 32 px."""
+    size, named = max(recipe["batches"]), [text.rsplit(":", 1) for text in options.data]
+    sources = [(training_pictures(name, size), float(share)) for name, share in named]
+    limit = 500 if size == SIDE else held_out
+    return sources, load_images(named[0][0], "validation", size, limit=limit)
+
+
+def save(model, folder):
+    """A copy in float16; the model stays what and where it is."""
+    copy.deepcopy(model).to(memory_format=torch.contiguous_format).cpu().half().save_pretrained(folder)
+    print(f"written: {folder}", flush=True)
+
+
 def add_options(parser, rates=(1e-3, 5e-4)):
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE:SHARE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
@@ -483,14 +497,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
-    size = max(recipe["batches"])
-    named = [text.rsplit(":", 1) for text in options.data]
-    sources = [(training_pictures(name, size), float(share)) for name, share in named]
+    sources, validation = training_data(options, recipe, held_out=64)
     model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
     model = model.to(memory_format=torch.channels_last)
     trainer = FieldTrainer(model, sources, recipe, options, device)
-    validation = load_images(named[0][0], "validation", size, limit=500 if size == SIDE else 64)
-    score = held_out(model, validation, sorted({SIDE, size}))
+    score = held_out(model, validation, sorted({SIDE, max(recipe["batches"])}))
     seconds = options.seconds or recipe["seconds"]
     steps = [trainer.recorded(trainer.velocity_loss), trainer.recorded(trainer.step_loss)]
     _, weights = trainer.run(steps[0], seconds[0], options.rate[0], score)
@@ -499,8 +510,8 @@ def main(arguments=None):
     found, weights = trainer.run(steps[1], seconds[1], options.rate[1], score)
     trainer.restart(weights)
     model.config = replace(model.config, shortcut=True)
-    model.to(memory_format=torch.contiguous_format).cpu().half().save_pretrained(options.out)
-    print(f"{found:.3f} dB on held-out images; written: {options.out}")
+    print(f"{found:.3f} dB on held-out images")
+    save(model, options.out)
 
 
 if __name__ == "__main__":

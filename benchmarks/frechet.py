@@ -83,13 +83,6 @@ def features(network, pictures, device):
     )
 
 
-def frechet(a, b):
-    """Between Gaussians fitted to two sets of features (N, D)."""
-    cov_a, cov_b = (np.cov(x, rowvar=False) for x in (a, b))
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()  # trace of the matrix root
-    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-
-
 class Painter:
     """Pictures (N, 32, 32, 3) in [0, 1] of latents (N, C), not normalised."""
 
@@ -132,6 +125,49 @@ class Painter:
         return torch.cat([self.model.encode(coords[: len(v)], v.to(self.device)).cpu() for v in parts])
 
 
+def judge(options, pictures, labels, device):
+    """A classifier, trained or read, and the pictures that it was not shown."""
+    shown, rest = pictures[: options.train], pictures[options.train :]
+    if len(rest) < 2 * options.images:
+        raise ValueError(
+            f"{len(rest)} pictures are left beside --train {options.train}; --images wants two sets"
+        )
+    network = classifier().to(device).eval()
+    if options.classifier and options.classifier.exists():
+        load_model(network, options.classifier)
+    else:
+        train(network.train(), shown, labels[: options.train], options.epochs, device)
+        if options.classifier:
+            save_model(network, options.classifier)
+    with torch.no_grad():
+        seen = torch.from_numpy(features(network, rest, device)).to(device)
+        found = network[-1](seen).argmax(1).cpu().numpy()
+    accuracy = (found == labels[options.train :]).mean()
+    print(f"the classifier gets {accuracy:.1%} of {len(rest):,} pictures right that it was not shown")
+    return network, rest, accuracy
+
+
+def crowds(options, others, device):
+    """{kind: pictures (N, 32, 32, 3) in [0, 1]}, as many as the `others`, real ones."""
+    generator, count = torch.Generator().manual_seed(0), len(others)
+    painter = Painter(models.load_model(options.autoencoder).to(device), device)
+    model, flow = painter.model, models.load_model(options.flow).to(device)
+    known = painter.latents(others)
+    drawn = model.denormalise(samplers.sample_latents(flow, count, steps=50, generator=generator)).cpu()
+    white = torch.randn(count, known.shape[1], generator=generator)
+    gaussian = known.mean(0) + white @ torch.linalg.cholesky(torch.cov(known.mT)).mT
+    return {
+        "real, others": others / 255,
+        "real, decoded": painter.decoded(known),
+        "real, sampled": painter.sampled(known, options.steps, generator),
+        "Gaussian of PCA": painter.linear(white),
+        "Gaussian latents, decoded": painter.decoded(gaussian),
+        "Gaussian latents, sampled": painter.sampled(gaussian, options.steps, generator),
+        "flow over latents, decoded": painter.decoded(drawn),
+        "flow over latents, sampled": painter.sampled(drawn, options.steps, generator),
+    }
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
@@ -150,49 +186,16 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     device, count = torch.device(options.device), options.images
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
     pictures, labels = labelled(options.data)
-    shown, rest = pictures[: options.train], pictures[options.train :]
-    if len(rest) < 2 * count:
-        raise ValueError(
-            f"{len(rest)} pictures are left beside --train {options.train}; --images wants two sets"
-        )
-    network = classifier().to(device).eval()
-    if options.classifier and options.classifier.exists():
-        load_model(network, options.classifier)
-    else:
-        train(network.train(), shown, labels[: options.train], options.epochs, device)
-        if options.classifier:
-            save_model(network, options.classifier)
-    held, real, others = features(network, rest, device), rest[:count] / 255, rest[count : 2 * count]
-    with torch.no_grad():
-        found = network[-1](torch.from_numpy(held).to(device)).argmax(1).cpu().numpy()
-    accuracy = (found == labels[options.train :]).mean()
-    print(f"the classifier gets {accuracy:.1%} of {len(rest):,} pictures right that it was not shown")
-
-    painter = Painter(models.load_model(options.autoencoder).to(device), device)
-    model, flow = painter.model, models.load_model(options.flow).to(device)
-    known = painter.latents(others)
-    drawn = samplers.sample_latents(flow, count, steps=50, generator=generator).cpu()
-    drawn = model.cpu().denormalise(drawn)
-    model.to(device)
-    white = torch.randn(count, known.shape[1], generator=generator)
-    gaussian = known.mean(0) + white @ torch.linalg.cholesky(torch.cov(known.mT)).mT
-    crowds = {
-        "real, others": others / 255,
-        "real, decoded": painter.decoded(known),
-        "real, sampled": painter.sampled(known, options.steps, generator),
-        "Gaussian of PCA": painter.linear(white),
-        "Gaussian latents, decoded": painter.decoded(gaussian),
-        "Gaussian latents, sampled": painter.sampled(gaussian, options.steps, generator),
-        "flow over latents, decoded": painter.decoded(drawn),
-        "flow over latents, sampled": painter.sampled(drawn, options.steps, generator),
-    }
+    network, rest, accuracy = judge(options, pictures, labels, device)
+    real, others = rest[:count] / 255, rest[count : 2 * count]
     rng, rows, target = np.random.default_rng(0), [], features(network, real, device)
-    for name, made in crowds.items():
+    for name, made in crowds(options, others, device).items():
         seen = features(network, made.astype(np.float32), device)
-        again = [frechet(seen[rng.integers(count, size=count)], target) for _ in range(10)]
-        rows.append({"pictures": name, "distance": frechet(seen, target), "spread": np.std(again)})
+        again = [common.frechet_distance(seen[rng.integers(count, size=count)], target) for _ in range(10)]
+        rows.append(
+            {"pictures": name, "distance": common.frechet_distance(seen, target), "spread": np.std(again)}
+        )
     table = pd.DataFrame(rows).assign(accuracy=accuracy, count=count)
     common.show(table.set_index("pictures")[["distance", "spread"]])
     if options.out:

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import common
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -112,13 +111,6 @@ def shifted(grids):
     return (torch.where(inside, moved, -1.0) + level).clamp(-1, 1)
 
 
-def frechet_distance(a, b):
-    """Squared Frechet distance of two sets of features, (N, D) and (M, D) (Heusel et al. 2017)."""
-    cov_a, cov_b = (np.cov(x, rowvar=False) for x in (a, b))
-    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
-    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-
-
 @torch.no_grad()
 def scores(grids, labels, classifier, train, test):
     """Accuracy in %, Frechet distance to the test clips, distance to the nearest clip, copies in %."""
@@ -132,7 +124,7 @@ def scores(grids, labels, classifier, train, test):
         "count": len(grids),
         "accuracy": right.mean(),
         "standard error": right.std(ddof=1) / len(right) ** 0.5,
-        "Frechet": frechet_distance(features.numpy(), there.numpy()),
+        "Frechet": common.frechet_distance(features.numpy(), there.numpy()),
         "nearest": nearest.median().item(),
         "copies": 100 * (nearest < unseen.min()).double().mean().item(),
     }

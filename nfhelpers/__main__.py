@@ -72,6 +72,8 @@ def check_paths(*models, source=None, output=None):
     if source not in (None, *SOURCES) and not os.path.exists(os.path.expanduser(source)):
         raise ValueError(f"--data {source}: no such path; pass one, or a name of {', '.join(SOURCES)}")
     if output is not None:
+        if "\\udc" in ascii(output.absolute()):
+            raise ValueError(f"--output {output}: TensorBoard needs a path in UTF-8")
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
 

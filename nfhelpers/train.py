@@ -322,14 +322,13 @@ class _Run:
         checkpoint.save_state(*self.state, self.identity | {"progress": self.progress})
 
     def card(self):
-        """The README of a run and of its models: what was trained, on what, for how long, how well."""
+        """The README of a run and of its models, in UTF-8: what was trained, on what, how long, how well."""
         seconds = self.progress["seconds"] + time.monotonic() - self.saved
         device = torch.cuda.get_device_name(self.device) if self.cuda else "CPU"
         lines = self.about | {"training": f"{self.progress['step']} steps, {seconds:.0f} s on {device}"}
         lines |= {name: f"{x[-1]:.4f}" for name in ("loss", *_SCORES) if (x := self.history[name])}
         text = "\n".join(f"- {name}: {line}" for name, line in (lines | {"settings": self.config}).items())
-        text = f"# {type(self.model).__name__}\n\n{text}\n"
-        return text.encode(errors="backslashreplace").decode()  # paths may be of another encoding
+        return f"# {type(self.model).__name__}\n\n{text}\n".encode(errors="backslashreplace").decode()
 
 
 class _Steps(Dataset):
