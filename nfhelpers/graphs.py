@@ -76,27 +76,30 @@ def recorded_velocity(model, velocity, evaluations):
     if evaluations < RECORD_FROM or not is_recordable(model):
         return velocity
     recorded = Recorded(velocity, EAGER_CALLS)
-    return lambda x, t: recorded(x=x, t=t).clone() if can_record(x) else velocity(x, t)
+    return lambda x, t, **end: recorded(x=x, t=t, **end).clone() if can_record(x) else velocity(x, t, **end)
 
 
-def recorded_gradient(model, add_gradient):
-    """add_gradient(**tensors), which adds to the parameters' gradients and returns the loss, by graphs.
+def recorded_gradient(objective):
+    """batch -> the loss objective(batch), launched by graphs, in whose memory it leaves the gradients.
 
-    A call's gradients replace the last one's and lie in the graph's memory, for a step of the optimizer
-    before the next call. Only for one GPU, and without recomputed layers.
+    For one GPU, without recomputed layers. Aliases of the parameters are differentiated: a loss that someone
+    still holds ties the parameters themselves to the stream it was computed on.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    aliases = {name: torch.nn.Parameter(p.detach()) for name, p in named.items()}
 
-    def gradient(**tensors):
-        for p in parameters:
+    def gradient(**batch):
+        for p in aliases.values():
             p.grad = None  # so that a graph writes gradients, and does not add to these
-        return add_gradient(**tensors), [p.grad for p in parameters]
+        loss = torch.func.functional_call(objective, aliases, (batch,))
+        loss.backward()
+        return loss.detach().float(), [p.grad for p in aliases.values()]
 
     recorded = Recorded(gradient, 1)
 
-    def launched(**tensors):
-        loss, found = recorded(**tensors)
-        for p, grad in zip(parameters, found, strict=True):
+    def launched(**batch):
+        loss, found = recorded(**batch)
+        for p, grad in zip(named.values(), found, strict=True):
             p.grad = grad
         return loss.clone()
 

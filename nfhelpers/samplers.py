@@ -8,8 +8,7 @@ average of all draws: it has half the squared error of a sample (about 3 dB more
     rk4                  order 4, four
     shortcut             one; for networks that were trained on whole steps (Frans et al., ICLR 2025)
 
-Sources: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022 (heun, sde);
-Song et al., ICLR 2021 (sde); Preechakul et al. 2022 (latents); Ho and Salimans 2022 (guidance).
+Sources: Karras et al. 2022 (heun, sde); Preechakul et al. 2022 (latents); Ho and Salimans 2022 (guidance).
 """
 
 import math
@@ -100,7 +99,7 @@ def sde(velocity, x, t, t_next, *, temperature=1.0, generator=None):
 @over_times
 def shortcut(velocity, x, t, t_next):
     """Euler's method, with a network that is told where the step ends and answers with the mean velocity."""
-    return x + (t_next - t) * velocity(x, t, t_next)
+    return x + (t_next - t) * velocity(x, t, until=t_next)
 
 
 SAMPLERS = {x.__name__: x for x in (euler, heun, midpoint, rk4, sde, shortcut)}
@@ -139,10 +138,11 @@ def _parts(batch, max_batch):
 
 
 def _in_parts(evaluate, parts):
-    """velocity(x, t, ...) of evaluate(part, x[part], t (b,), ...) for each part of the batch in turn."""
+    """velocity(x, t, ...) of evaluate(part, x[part], t=(b,), ...) for each part of the batch in turn."""
 
-    def velocity(x, *times):
-        made = [evaluate(p, x[p], *(t.expand(len(x[p])) for t in times)) for p in parts]
+    def velocity(x, t, **until):
+        times = {"t": t, **until}
+        made = [evaluate(p, x[p], **{k: v.expand(len(x[p])) for k, v in times.items()}) for p in parts]
         return torch.cat(made).to(x.dtype)
 
     return velocity
@@ -156,9 +156,8 @@ def _field_velocity(model, query_coords, input_coords, input_values, max_batch, 
     if len(parts) == 1 and hasattr(model, "prepare"):
         options = {"conditions": model.prepare(query_coords, input_coords, input_values, **options)}
 
-    def evaluate(p, x, t, until=None):
-        more = options if until is None else {**options, "until": until}
-        return model(x, query_coords[p], t, input_coords[p], input_values[p], **more)
+    def evaluate(p, x, t, **until):
+        return model(x, query_coords[p], t, input_coords[p], input_values[p], **options, **until)
 
     velocity = _in_parts(evaluate, parts)
     return recorded_velocity(model, velocity, evaluations) if len(parts) == 1 else velocity
@@ -223,27 +222,23 @@ def posterior_mean(
 
 def encode_stochastic(model, query_coords, query_values, latent, **options):
     """The noise from which `decode_stochastic` arrives at these values: what the latent leaves open."""
-    return _flow_of_latent(model, query_coords, latent, query_values, backwards=True, **options)
-
-
-def decode_stochastic(model, query_coords, latent, noise, **options):
-    """The field (B, Nq, 3), not clamped, of a latent (B, C) and a noise (B, Nq, 3).
-
-    model: a `MambaDiffusionAutoencoder` of phase 2. options: method="heun" (but "sde" and "shortcut"),
-    steps=50, footprint, max_batch, callback and progress, as in `sample`.
-    """
-    return _flow_of_latent(model, query_coords, latent, noise, backwards=False, **options)
+    return decode_stochastic(model, query_coords, latent, query_values, backwards=True, **options)
 
 
 @torch.no_grad()
-def _flow_of_latent(
-    model, query_coords, latent, x, *, backwards, method="heun", steps=50, footprint=None, max_batch=None,
-    **options,
+def decode_stochastic(
+    model, query_coords, latent, noise,
+    *, method="heun", steps=50, footprint=None, max_batch=None, backwards=False, **options,
 ):  # fmt: skip
+    """The field (B, Nq, 3), not clamped, of a latent (B, C) and a noise (B, Nq, 3).
+
+    model: a `MambaDiffusionAutoencoder` of phase 2. method: not "sde" or "shortcut"; options: callback and
+    progress; the others are those of `sample`. backwards: from a field to its noise, as `encode_stochastic`.
+    """
     integrate = _sampler(method, SAMPLERS.keys() - {"sde", "shortcut"})  # which draw noise, or go one way
     if model.config.phase != 2:
         raise ValueError("an autoencoder of phase 1 has no noise; pass models.second_phase(model), trained")
-    query_coords, latent, x = _as_parameters(model, query_coords, latent, x)
+    query_coords, latent, x = _as_parameters(model, query_coords, latent, noise)
     times, parts = _times(steps, x), _parts(len(x), max_batch)
 
     def evaluate(p, x, t):

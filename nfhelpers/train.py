@@ -156,7 +156,7 @@ class _Run:
         self.objective = accelerator.prepare(_Objective(network))
         parts = accelerator.num_processes * config.gradient_accumulation
         if config.cuda_graphs and self.cuda and parts == 1 and not config.gradient_checkpointing:
-            self.add_gradient = graphs.recorded_gradient(model, self.add_gradient)
+            self.add_gradient = graphs.recorded_gradient(self.objective)
         self.total, self.unread = config.epochs * self.steps.per_epoch, []  # steps; those not read back yet
 
     def go(self, callback):

@@ -22,9 +22,7 @@ def panel(draw, controls, *, button=None, cache=32, uses=None):
     draw: function of the controls' values by name; returns a Figure, (Figure, text) or (Figure, text, HTML).
     controls: dict of name -> widget. button: its label; nothing is drawn until it is pressed. cache: drawings
     kept (0 if values are not hashable). uses: {control: (other, values)}: greyed out for other values.
-
-    An error stands in the picture's place in red and is raised again. Sliders redraw on release. The text
-    names the file that an upload brought: a server may drop a large one without a word.
+    An error stands in the picture's place in red and is raised again. Sliders redraw on release.
     """
     # At its own size where there is room: a column would stretch it to its full width.
     size = {"max_width": "100%", "min_width": "220px", "align_self": "flex-start"}

@@ -128,7 +128,6 @@ def sum_channels(xs, PRECISION: tl.constexpr):
 
     S = 32 / D lanes share a channel, R = min(16, N / S) rows, h counts the R S states of one pass;
     (R, N T / R), in bfloat16 with columns of zeros up to 8.
-
     Of operand B (k, column) of mma.m16n8 a lane holds some k of one column, in packs of W neighbours, every
     fourth pack (PTX ISA): as k = (r / W, d % 4, r % W), column = (h, t, s, d / 4) the tiles are this operand
     where they lie. Ones and zeros on its left add over d % 4. NaN spreads over its column.

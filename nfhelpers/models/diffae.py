@@ -19,7 +19,7 @@ from nfhelpers.flow import check_unit_range, loss_weight, path_variance, skip_we
 from nfhelpers.images import area_resize, to_model
 from nfhelpers.models.base import FieldModel, Layers, ModelConfig, evaluation_mode
 from nfhelpers.models.field import FieldConditions, Hats, MambaField, MambaFieldConfig, Modulated, Pyramid
-from nfhelpers.models.layers import TimeEmbedding, mlp, zero
+from nfhelpers.models.layers import RMSNorm, TimeEmbedding, mlp, zero
 from nfhelpers.models.sparse_fields import SparseField, check_points
 
 SMALLEST_STD = 1e-6  # that a latent channel is divided by: one that never changes normalises to 0
@@ -69,7 +69,7 @@ class FieldEncoder(Pyramid):
         super().__init__(replace(c, **own), up=False)
         self.linear_code = LinearCode(c.nodes, c.latent_dim)
         self.picture_embedding = nn.Linear(2 * 3, c.widths[base])
-        self.to_nodes = nn.Sequential(nn.RMSNorm(c.widths[-1]), nn.Linear(c.widths[-1], c.d_node))
+        self.to_nodes = nn.Sequential(RMSNorm(c.widths[-1]), nn.Linear(c.widths[-1], c.d_node))
         self.to_latent = zero(nn.Linear(self.orders.shape[1] * c.d_node, c.latent_dim))
 
     def picture(self, coords, values):
@@ -206,7 +206,7 @@ class LatentVelocityNetwork(FieldModel):
         self.in_proj = nn.Linear(config.latent_dim, config.width)
         self.time = TimeEmbedding(config.width)
         self.blocks = Layers(LatentBlock(config.width) for _ in range(config.depth))
-        self.out = nn.Sequential(nn.RMSNorm(config.width), zero(nn.Linear(config.width, config.latent_dim)))
+        self.out = nn.Sequential(RMSNorm(config.width), zero(nn.Linear(config.width, config.latent_dim)))
 
     def forward(self, noisy_latent, t):
         """Velocity (B, C) at noisy latents (B, C) of `normalise`, t (B,) in [0, 1], 0 is noise."""

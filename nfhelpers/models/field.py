@@ -15,7 +15,7 @@ from nfhelpers.flow import loss_weight, path_variance, skip_weight
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels.orders import point_order
 from nfhelpers.models.base import Layers, ModelConfig
-from nfhelpers.models.layers import TimeEmbedding, mlp, zero
+from nfhelpers.models.layers import RMSNorm, TimeEmbedding, mlp, zero
 from nfhelpers.models.sparse_fields import SparseField, check_points
 from nfhelpers.models.spline import thin_plate_spline
 from nfhelpers.models.ssm import MultiDirectionalSSM
@@ -92,7 +92,7 @@ class Modulated(nn.Module):
 
     def __init__(self, d, d_time):
         super().__init__()
-        self.norm = nn.RMSNorm(d)
+        self.norm = RMSNorm(d)
         self.modulate = zero(nn.Linear(d_time, 2 * d))
 
     def forward(self, x, time):
@@ -105,7 +105,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, d, d_time):
         super().__init__()
-        self.norm, self.norm_out = Modulated(d, d_time), nn.RMSNorm(d)
+        self.norm, self.norm_out = Modulated(d, d_time), RMSNorm(d)
         self.conv = nn.Conv2d(d, d, 3, padding=1)
         self.conv_out = zero(nn.Conv2d(d, d, 3, padding=1))
 
@@ -231,7 +231,7 @@ class MambaField(Pyramid, SparseField):
 
         def decoder(d):
             layers = nn.Linear(2 * d, 2 * d), nn.GELU(), zero(nn.Linear(2 * d, 3))
-            return nn.Sequential(nn.RMSNorm(2 * d), *layers)
+            return nn.Sequential(RMSNorm(2 * d), *layers)
 
         self.decoders = nn.ModuleList(decoder(d) for d in entries)
         zero(self.step.mlp[-1])

@@ -82,6 +82,13 @@ def solve_positive(A, b):
     return torch.linalg.solve_triangular(factor.mT, b, upper=True)
 
 
+class RMSNorm(nn.RMSNorm):
+    """In float32, whatever the input: torch has no fast kernel of two types."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
 def mlp(dim, hidden, out, dropout=0.0):
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out))
 
@@ -91,3 +98,8 @@ def zero(layer):
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def decoder(d, dropout):
+    """Tokens (B, Q, D) -> what a velocity (B, Q, 3) adds to its linear part in x_t; zero to begin with."""
+    return nn.Sequential(RMSNorm(d), mlp(d, 2 * d, d, dropout), nn.GELU(), zero(nn.Linear(d, 3)))

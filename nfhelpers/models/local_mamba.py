@@ -20,7 +20,7 @@ from nfhelpers.flow import check_unit_range, skip_weight
 from nfhelpers.images import grid_coords
 from nfhelpers.kernels.orders import grid_order
 from nfhelpers.models.base import FieldModel, ModelConfig
-from nfhelpers.models.layers import mlp, sinusoidal_embedding, zero
+from nfhelpers.models.layers import RMSNorm, mlp, sinusoidal_embedding, zero
 from nfhelpers.models.perceiver import RotaryCoordinates, relative_attention
 from nfhelpers.models.ssm import DirectionalScans, stack
 
@@ -62,9 +62,9 @@ class MappingNetwork(nn.Module):
     def __init__(self, parts, width, depth, dropout):
         super().__init__()
         self.in_proj = nn.Linear(parts * width, width)
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(depth))
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(depth))
         self.layers = nn.ModuleList(mlp(width, 2 * width, width, dropout) for _ in range(depth))
-        self.out_norm = nn.RMSNorm(width)
+        self.out_norm = RMSNorm(width)
 
     def forward(self, features):
         condition = self.in_proj(features).to(self.out_norm.weight.dtype)  # (B, M)
@@ -104,7 +104,7 @@ class BiAttn(nn.Module):
     def __init__(self, dim):
         super().__init__()
         hidden = max(dim // 8, 4)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.whole_proj = nn.Linear(dim, hidden)
         self.place_proj = nn.Linear(dim, hidden)
         self.channel_score = nn.Linear(hidden, dim)
@@ -135,7 +135,7 @@ class SS2D(DirectionalScans):
         self.conv = nn.Conv2d(e, e, 3, padding=1, groups=e)
         self.make_scans(dim, e, d_state, reverse, sets=len(directions), tied_decay=False)
         self.fusion = BiAttn(e)
-        self.norm = nn.RMSNorm(e)
+        self.norm = RMSNorm(e)
         self.out_proj = nn.Linear(e, dim, bias=False)
 
     def forward(self, grid, orders):
@@ -198,7 +198,7 @@ class PatchMerging2D(nn.Module):
 
     def __init__(self, dim, dim_below):
         super().__init__()
-        self.norm = nn.RMSNorm(4 * dim)
+        self.norm = RMSNorm(4 * dim)
         self.proj = nn.Linear(4 * dim, dim_below, bias=False)
 
     def forward(self, grid):
@@ -281,10 +281,10 @@ class LocalMamba2D(FieldModel):
         self.down = nn.ModuleList(stacks[:stages])
         self.up = nn.ModuleList(stacks[stages:])
         self.mergings = nn.ModuleList(PatchMerging2D(dims[s], dims[s + 1]) for s in range(stages - 1))
-        self.bottleneck_norm = nn.RMSNorm(dims[-1])
+        self.bottleneck_norm = RMSNorm(dims[-1])
         self.bottleneck_conv = nn.Conv2d(dims[-1], dims[-1], 3, padding=1)
         self.splits = nn.ModuleList(TokenSplit(dims[s + 1], dims[s]) for s in reversed(range(stages - 1)))
-        self.out_norm = nn.RMSNorm(dims[0])
+        self.out_norm = RMSNorm(dims[0])
         self.out_proj = zero(nn.Linear(dims[0], 4 * config.channels))
         for module in self.modules():
             if isinstance(module, MappingNetwork | AdaRMSNorm):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nfhelpers.models.base import Layers
-from nfhelpers.models.layers import mlp, squared_distances
+from nfhelpers.models.layers import RMSNorm, mlp, squared_distances
 
 
 class RotaryCoordinates(nn.Module):
@@ -70,8 +70,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query_norm = nn.RMSNorm(d_model)
-        self.input_norm = nn.RMSNorm(d_model)
+        self.query_norm = RMSNorm(d_model)
+        self.input_norm = RMSNorm(d_model)
         self.to_query = nn.Linear(d_model, d_model)
         self.to_key_value = nn.Linear(d_model, 2 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
@@ -121,7 +121,7 @@ class QuerySelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         self.to_query_key_value = nn.Linear(d_model, 3 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
         self.rotary = RotaryCoordinates(num_heads, d_model // num_heads)
@@ -143,7 +143,7 @@ class PerceiverLayer(nn.Module):
         super().__init__()
         self.cross_attention = CrossAttention(d_model, num_heads, dropout)
         self.self_attention = QuerySelfAttention(d_model, num_heads, dropout)
-        self.mlp_norm = nn.RMSNorm(d_model)
+        self.mlp_norm = RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
 
     def places(self, query_coords, input_coords):

@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import nn
 
 from nfhelpers.flow import check_unit_range, loss_weight, skip_weight
 from nfhelpers.kernels.orders import inverse_order, point_order
 from nfhelpers.models.base import FieldModel, ModelConfig
-from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, gather_tokens, mlp, zero
+from nfhelpers.models.layers import FourierFeatures, PointEmbedding, TimeEmbedding, decoder, gather_tokens
 from nfhelpers.models.perceiver import CrossAttention, LightweightPerceiver
 from nfhelpers.models.ssm import BidirectionalMamba, MambaBlock, MultiDirectionalSSM, ResidualBlock, stack
 
@@ -24,11 +23,6 @@ def check_points(t, *fields):
         check_unit_range("coordinates", coords, "pixel centres (x, y)")
         if values is not None and coords.shape[:2] != values.shape[:2]:  # sorting would drop some silently
             raise ValueError(f"coordinates {tuple(coords.shape)} and values {tuple(values.shape)} differ")
-
-
-def residual_decoder(d, dropout):
-    """Tokens (B, Q, D) -> what a velocity (B, Q, 3) adds to its linear part in x_t; zero to begin with."""
-    return nn.Sequential(nn.RMSNorm(d), mlp(d, 2 * d, d, dropout), nn.GELU(), zero(nn.Linear(d, 3)))
 
 
 def split_tokens(tokens, num_inputs):
@@ -169,7 +163,7 @@ class MambaDiffusion(TokenField):
         block = (c.d_model, c.d_state, c.expand, c.tied_decay, c.mlp_ratio, c.dropout)
         self.blocks = stack(MambaBlock(*block) for _ in range(c.num_layers))
         self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
-        self.decoder = residual_decoder(c.d_model, c.dropout)
+        self.decoder = decoder(c.d_model, c.dropout)
 
     def mix(self, tokens, c):
         tokens = self.blocks(tokens)  # (B, L, D)
@@ -191,7 +185,7 @@ class MultiDirectionalMambaDiffusion(TokenField):
         mixers = (MultiDirectionalSSM(*scan, c.dropout) for _ in range(c.num_layers))
         self.blocks = stack(ResidualBlock(mixer, c.d_model, c.mlp_ratio, c.dropout) for mixer in mixers)
         self.cross_attention = CrossAttention(c.d_model, c.num_heads, c.dropout)
-        self.decoder = residual_decoder(c.d_model, c.dropout)
+        self.decoder = decoder(c.d_model, c.dropout)
 
     def prepare(self, *points):
         c = super().prepare(*points)
@@ -219,7 +213,7 @@ class MambaDiffusionV2(TokenField):
         self.perceiver = LightweightPerceiver(
             c.d_model, c.num_heads, c.perceiver_iterations, c.mlp_ratio, c.dropout
         )
-        self.decoder = residual_decoder(c.d_model, c.dropout)
+        self.decoder = decoder(c.d_model, c.dropout)
 
     def prepare(self, *points):
         c = super().prepare(*points)

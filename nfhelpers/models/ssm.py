@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from nfhelpers.kernels import directional_scan, selective_scan
 from nfhelpers.models.base import Layers
-from nfhelpers.models.layers import mlp, zero
+from nfhelpers.models.layers import RMSNorm, mlp, zero
 
 
 def initial_step_bias(*shape):
@@ -132,7 +132,7 @@ class MultiDirectionalSSM(DirectionalScans):
         self.make_scans(d_model, e, d_state, reverse, sets, tied_decay)
         joined = num_orders * e
         self.fusion = nn.Linear(joined, e) if shared_weights else mlp(joined, 2 * e, e, dropout)
-        self.fusion_norm = nn.RMSNorm(e)
+        self.fusion_norm = RMSNorm(e)
         self.out_proj = nn.Linear(e, d_model, bias=False)
 
     def forward(self, tokens, orders):
@@ -150,9 +150,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, mixer, d_model, mlp_ratio, dropout):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(d_model)
+        self.mixer_norm = RMSNorm(d_model)
         self.mixer = mixer
-        self.mlp_norm = nn.RMSNorm(d_model)
+        self.mlp_norm = RMSNorm(d_model)
         self.mlp = mlp(d_model, int(mlp_ratio * d_model), d_model, dropout)
         self.dropout = nn.Dropout(dropout)
 
