@@ -53,6 +53,7 @@ if torch and torch.cuda.is_initialized():
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|Users|mnt)/[^\s\"'<>]*")
+BAR = re.compile(r"(\S[^:]*): +(\d+)%\|")
 EMPTY_TABLE = re.compile(r"<tbody>\s*</tbody>|Empty DataFrame|(?:^|\n)[ -]*---[ -]*\s*$")
 
 
@@ -110,6 +111,8 @@ def run(path, preset, timeout):
 def execute(path, preset, timeout):
     """Run a copy of one notebook; returns it with its outputs, its GPU memory, and a list of complaints."""
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:  # of a run that ends early, no cell shows what an earlier run found
+        cell.update({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {})
     notebook.cells.append(new_code_cell(PEAK))
     os.environ["NF_PRESET"] = preset  # the kernel inherits it
     client = NotebookClient(
@@ -175,10 +178,17 @@ def last_lines(outputs):
             previous.text += output.text
         else:
             joined.append(output)
-    for output in joined:
+    later = set()  # progress bars that go on further down: a figure may stand between two of their states
+    for output in reversed(joined):
         if output.output_type == "stream":
-            output.text = "\n".join(line.rsplit("\r", 1)[-1] for line in output.text.split("\n"))
-    return joined
+            kept = []
+            for line in reversed([line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]):
+                bar = BAR.match(line)
+                if not bar or bar[2] == "100" or bar[1] not in later:
+                    kept.append(line)
+                later |= {bar[1]} if bar else set()
+            output.text = "\n".join(reversed(kept))
+    return [output for output in joined if output.get("text", "shown").strip()]
 
 
 def shorten_paths(text):

@@ -176,3 +176,12 @@ def test_problems_are_found():
     assert len(problems_of(text("ok"), count=2)) == 1
     bar = [new_output("stream", name="stderr", text=text) for text in ("start\n", "\r 0%", "\r100%\n")]
     assert [output.text for output in run_all.last_lines(bar)] == ["start\n100%\n"]
+    states = [f"train:  {n}%|#| {n}/100" for n in (17, 60, 100)]
+    bar = [
+        text(states[0]),
+        new_output("display_data", {}),
+        text("so far\n" + states[1]),
+        text("\r" + states[2]),
+    ]
+    shown = [output.get("text") for output in run_all.last_lines(bar)]
+    assert shown == [None, "so far\n" + states[2]]
