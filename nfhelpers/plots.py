@@ -109,8 +109,8 @@ def training_figure(history, fields=None, title=None):
     figure, axes = subplots(1 + bool(fields), len(panels), 4.4, 2.9, title, squeeze=False)
     axes[0, 0].plot(history["step"], loss, color=COLOURS[5], linewidth=0.8, alpha=0.6, label="training")
     if (window := len(loss) // 25) > 1:
-        mean = np.convolve(loss, np.full(window, 1 / window), mode="valid")
-        axes[0, 0].plot(history["step"][window - 1 :], mean, color=COLOURS[0], label=f"mean of {window}")
+        mean = [np.convolve(x, np.full(window, 1 / window), "valid") for x in (history["step"], loss)]
+        axes[0, 0].plot(*mean, color=COLOURS[0], label=f"mean of {window}")
     for ax, (name, values) in zip(axes[0], panels.items(), strict=True):
         ax.plot(history.get("val_step", []), values, "s-", color=COLOURS[1], ms=4, label="validation")
         ax.set(xlabel="step", ylabel=name)
