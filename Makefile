@@ -7,8 +7,9 @@ NF_PRESET ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Unit tests and notebooks run in parallel processes of one thread each.
-PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8
+# Unit tests and notebooks run in parallel processes of one thread each. A process takes one test at a time, so
+# that none waits at the end for another with a row of long ones.
+PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --maxschedchunk 1
 # Jupyter refuses root unless told; a container's only user often is root.
 ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 # A file that is uploaded to a widget travels as one message; Jupyter drops those over 10 MiB without a word.
@@ -25,7 +26,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 
 help:
 	@echo "make notebooks   install, then run the notebooks into build/notebooks (.ipynb and .html)"
-	@echo "make test        install, then lint, unit tests, kernels, notebooks (smoke) and the browser test"
+	@echo "make test        install, then lint, kernels, notebooks (smoke), unit tests and the browser test"
 	@echo "make lab         install, then open JupyterLab"
 	@echo "make doctor      install, then print versions, devices and scan backends"
 	@echo "make outputs     copy the last run's notebooks and figures into notebooks/ and figures/ (maintainers)"
@@ -44,7 +45,8 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "nfhelpers needs Python 3.11.4 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
 	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[notebooks,dev]"
+	@# Python compiles a file when it is first imported; of 15,000 files most never are.
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable ".[notebooks,dev]"
 	@touch $@
 	@echo "installed in $(VENV): run commands as $(BIN)/python -m nfhelpers train | evaluate | doctor,"
 	@echo "or as python -m nfhelpers after: source $(BIN)/activate"
@@ -58,13 +60,11 @@ outputs: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PARALLEL) tests --ignore tests/test_browser.py
 	@# Triton's interpreter is chosen at import, so its tests need a process of their own.
 	TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
-	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks
-	NF_PRESET=smoke $(PARALLEL) tests/test_browser.py
+	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks tests
 
 lab: install
 	NF_PRESET=$(NF_PRESET) $(BIN)/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks $(ALLOW_ROOT)

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,22 +22,11 @@ from test_train import (  # noqa: F401  fixtures
     steps_saved,
     stop,
     tiny,
+    undrawn,
     worker,
 )
 
-from nfhelpers import plots
 from nfhelpers.train import fit
-
-
-@pytest.fixture(autouse=True)
-def blank_figures(monkeypatch):
-    """Drawing is slow and tested elsewhere."""
-
-    class Blank:
-        def savefig(self, path):
-            Path(path).touch()
-
-    monkeypatch.setattr(plots, "training_figure", lambda *arguments: Blank())
 
 
 class Killed(BaseException):

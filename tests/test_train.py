@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from nfhelpers import evaluate, metrics
+from nfhelpers import evaluate, metrics, plots
 from nfhelpers.flow import skip_weight
 from nfhelpers.images import SparseFields
 from nfhelpers.models import LocalMamba2D, LocalMamba2DConfig
@@ -129,6 +130,17 @@ def assert_same_run(folder, other, tolerance=0.0, weights=None):
     weights = tolerance if weights is None else weights
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=weights, rtol=weights, equal_nan=True)
+
+
+def no_figure(*arguments):
+    """In place of `plots.training_figure`: drawing is slow and tested elsewhere."""
+    return SimpleNamespace(savefig=lambda path: path.touch())
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """The runs of tests draw nothing; `reference`, which is of the module, does."""
+    monkeypatch.setattr(plots, "training_figure", no_figure)
 
 
 @pytest.fixture(scope="module")
@@ -457,6 +469,7 @@ def test_conditions_are_dropped_in_training_and_not_in_validation(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    plots.training_figure = no_figure
     folder, options = Path(sys.argv[1]), sys.argv[2:]
     (folder / "{RANK}of{WORLD_SIZE}".format_map({"RANK": 0, "WORLD_SIZE": 1, **os.environ})).touch()
     data, workers = fields(), 2 if "workers" in options else 0
