@@ -61,7 +61,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# Triton's interpreter is chosen at import, so its tests need a process of their own.
-	TRITON_INTERPRET=1 $(PARALLEL) tests/test_triton.py
+	TRITON_INTERPRET=1 $(PARALLEL) -p no:nbmake tests/test_triton.py
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 notebooks tests
