@@ -7,8 +7,8 @@ NF_PRESET ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Unit tests and notebooks run in parallel processes of one thread each. A process takes one test at a time, so
-# that none waits at the end for another with a row of long ones.
+# Unit tests and notebooks run in parallel processes of one thread each. Few tests are handed to a process
+# at a time, so that none waits at the end for another with a row of long ones.
 PARALLEL := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --maxschedchunk 1
 # Jupyter refuses root unless told; a container's only user often is root.
 ALLOW_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)

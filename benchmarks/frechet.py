@@ -109,8 +109,8 @@ class Painter:
             noise = torch.randn(len(z), 1024, 3, generator=generator).to(z)
             query, times = self.query.expand(len(z), -1, -1), self.model.shortcut_times(steps).to(z)
 
-            def velocity(x, *t):
-                now, until = (moment.expand(len(z)) for moment in t)
+            def velocity(x, t, until):
+                now, until = (moment.expand(len(z)) for moment in (t, until))
                 return self.model.decode(query, z, now, x, until=until)
 
             return samplers.shortcut(velocity, noise, times)

@@ -8,7 +8,8 @@ average of all draws: it has half the squared error of a sample (about 3 dB more
     rk4                  order 4, four
     shortcut             one; for networks that were trained on whole steps (Frans et al., ICLR 2025)
 
-Sources: Karras et al. 2022 (heun, sde); Preechakul et al. 2022 (latents); Ho and Salimans 2022 (guidance).
+Sources: Karras et al. 2022 (heun, sde); Song et al., ICLR 2021 (sde); Preechakul et al. 2022 (latents); Ho
+and Salimans 2022 (guidance).
 """
 
 import math
@@ -98,7 +99,7 @@ def sde(velocity, x, t, t_next, *, temperature=1.0, generator=None):
 
 @over_times
 def shortcut(velocity, x, t, t_next):
-    """Euler's method, with a network that is told where the step ends and answers with the mean velocity."""
+    """Euler's method, by the mean velocity(x, t, until=t_next) over the step: the network is told its end."""
     return x + (t_next - t) * velocity(x, t, until=t_next)
 
 
@@ -188,8 +189,7 @@ def sample(
     else:
         x = temperature * x
     with evaluation_mode(model):
-        evaluations = 0 if method == "shortcut" else steps * EVALUATIONS[method]
-        velocity = _field_velocity(model, *field, max_batch, evaluations, footprint)
+        velocity = _field_velocity(model, *field, max_batch, steps * EVALUATIONS[method], footprint)
         times = model.shortcut_times(steps).to(x) if method == "shortcut" else _times(steps, x)
         return integrate(velocity, x, times, **options).clamp(-1, 1)
 
@@ -232,8 +232,8 @@ def decode_stochastic(
 ):  # fmt: skip
     """The field (B, Nq, 3), not clamped, of a latent (B, C) and a noise (B, Nq, 3).
 
-    model: a `MambaDiffusionAutoencoder` of phase 2. method: not "sde" or "shortcut"; options: callback and
-    progress; the others are those of `sample`. backwards: from a field to its noise, as `encode_stochastic`.
+    model: a `MambaDiffusionAutoencoder` of phase 2. method: not "sde" or "shortcut"; footprint, max_batch
+    and options, callback and progress, as in `sample`. backwards: from a field to its noise.
     """
     integrate = _sampler(method, SAMPLERS.keys() - {"sde", "shortcut"})  # which draw noise, or go one way
     if model.config.phase != 2:

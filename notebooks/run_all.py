@@ -182,7 +182,9 @@ def last_lines(outputs):
     for output in reversed(joined):
         if output.output_type == "stream":
             kept = []
-            for line in reversed([line.rsplit("\r", 1)[-1] for line in output.text.split("\n")]):
+            for line in reversed(
+                [line.removesuffix("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
+            ):
                 bar = BAR.match(line)
                 if not bar or bar[2] == "100" or bar[1] not in later:
                     kept.append(line)

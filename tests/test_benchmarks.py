@@ -107,6 +107,8 @@ def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
     assert model.shortcut and all(x.isfinite().all() for x in model.state_dict().values())
     drawn = model.denormalise(samplers.sample_latents(flow, 2, steps=2))
     assert model.decode(grid_coords(32, 32).expand(2, -1, -1), drawn).isfinite().all()
+    painted = bench("frechet").Painter(model, torch.device("cpu")).sampled(drawn, 2, torch.Generator())
+    assert painted.shape == (2, 32, 32, 3) and np.isfinite(painted).all()
 
 
 def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.interpolate import RBFInterpolator
+from torch import nn
 from torch.nn import functional as F
 
 from nfhelpers.flow import flow_matching_loss, skip_weight
@@ -16,7 +17,7 @@ from nfhelpers.kernels.reference import selective_scan_reference
 from nfhelpers.models import FIELD_MODELS, initialise_from_v1, load_model
 from nfhelpers.models.base import Layers, evaluation_mode
 from nfhelpers.models.field import Hats
-from nfhelpers.models.layers import FourierFeatures
+from nfhelpers.models.layers import FourierFeatures, RMSNorm
 from nfhelpers.models.perceiver import (
     CrossAttention,
     LightweightPerceiver,
@@ -103,6 +104,14 @@ def assert_equal_with_gradients(found, expected, inputs):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     grads, wanted = (torch.autograd.grad(x.square().sum(), inputs) for x in (found, expected))
     torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_computes_in_the_type_of_its_weights():
+    norm, x = RMSNorm(6, eps=1e-6).double(), torch.randn(5, 6, dtype=torch.float64)
+    nn.init.normal_(norm.weight)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected, atol=1e-12, rtol=0)
+    assert norm.float()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_fourier_features_are_a_gaussian_kernel_also_under_autocast():
