@@ -3,7 +3,7 @@
     x_t = (1 - t) noise + t data          velocity v = dx_t/dt = data - noise
 
 A network trained by mean squared error on v predicts E[v | x_t]. noise, data, x_t, velocity: (B, ...); t: a
-number, a scalar tensor or (B,). Sources: Lipman et al., ICLR 2023; Karras et al., 2022 (loss_weight).
+number, a scalar tensor or (B,). Sources: Lipman et al. 2023; Karras et al. 2022; Ho and Salimans 2022.
 """
 
 import torch

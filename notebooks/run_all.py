@@ -170,7 +170,10 @@ def shrink(notebook):
 
 
 def last_lines(outputs):
-    """Outputs with neighbouring streams joined, and what a carriage return overwrote left out."""
+    """Outputs with neighbouring streams joined, without what a carriage return overwrote.
+
+    Of a progress bar's states in a cell, the last one and those at 100% stay.
+    """
     joined = []
     for output in outputs:
         previous = joined[-1] if joined else {}
@@ -181,10 +184,9 @@ def last_lines(outputs):
     later = set()  # progress bars that go on further down: a figure may stand between two of their states
     for output in reversed(joined):
         if output.output_type == "stream":
+            lines = [line.removesuffix("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
             kept = []
-            for line in reversed(
-                [line.removesuffix("\r").rsplit("\r", 1)[-1] for line in output.text.split("\n")]
-            ):
+            for line in reversed(lines):
                 bar = BAR.match(line)
                 if not bar or bar[2] == "100" or bar[1] not in later:
                     kept.append(line)
