@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from nfhelpers import evaluate, metrics, plots
+from nfhelpers import evaluate, metrics, models, plots
 from nfhelpers.flow import skip_weight
 from nfhelpers.images import SparseFields
 from nfhelpers.models import LocalMamba2D, LocalMamba2DConfig
@@ -86,6 +86,16 @@ def tiny_grids(**options):
             if not parameter.any():
                 parameter.normal_(std=0.02)
     return model
+
+
+def small(kind):
+    """A model of the library; of the autoencoder the second phase."""
+    torch.manual_seed(3)
+    sizes = dict(nodes=8, widths=(4, 4), blocks=(1, 1), d_time=4, d_state=2)
+    if kind == "MambaDiffusion":
+        sizes = dict(d_model=16, num_layers=2, d_state=2, num_fourier_features=8, num_heads=2)
+    model = getattr(models, kind)(getattr(models, kind + "Config")(**sizes))
+    return models.second_phase(model) if kind == "MambaDiffusionAutoencoder" else model
 
 
 def chirps():
@@ -322,14 +332,15 @@ def test_compile_is_used_for_training_and_not_for_saving(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graphs_give_the_same_run(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [None, "MambaDiffusion", "MambaField", "MambaDiffusionAutoencoder"])
+def test_cuda_graphs_give_the_same_run(kind, precision, tmp_path):
+    data, make = (fields, lambda: small(kind)) if kind else (chirps, tiny_grids)
     losses = []
     for graphs in (False, True):
-        changes = dict(cpu=False, cuda_graphs=graphs)
-        losses.append(
-            fit(tiny_grids(), chirps(), settings(tmp_path / str(graphs), **changes)).history["loss"]
-        )
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+        options = dict(cpu=False, cuda_graphs=graphs, precision=precision, compile=kind == "MambaDiffusion")
+        losses.append(fit(make(), data(), settings(tmp_path / str(graphs), **options)).history["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if precision == "fp32" else 2e-2)
 
 
 def test_workers_give_the_same_run(reference, tmp_path):
