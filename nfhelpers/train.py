@@ -367,8 +367,9 @@ class _Steps(Dataset):
         if self.dropped is None and self.config.vary_queries:
             queries = len(item["query_values"])
             of_step = _generator(seed, _STEP, step)  # the whole batch keeps as many
-            share = torch.randint(1, QUERY_COUNTS + 1, (), generator=of_step)
-            count = math.ceil(queries * int(share) / QUERY_COUNTS)
+            share = int(torch.randint(1, QUERY_COUNTS + 1, (), generator=of_step))
+            share = QUERY_COUNTS if step < 2 else share  # graphs of fewer lie in the largest's memory
+            count = math.ceil(queries * share / QUERY_COUNTS)
             keep = torch.randperm(queries, generator=generator)[:count].sort().values
             item |= {name: item[name][keep] for name in ("query_coords", "query_values")}
         return item | {"noise": torch.randn(item[self.key].shape, generator=generator)}
