@@ -13,6 +13,8 @@ parameters are float32. What makes it fast:
 - A state tile is (N, D), its addresses kept from being vectorised along channels: a thread holds all N states
   of one channel (of N > 16, a part), so that sums over states, softplus and gate stay within it.
 - What a step needs is loaded well before, explicitly: the compiler moves no load past a store or a barrier.
+  It is loaded, and what is elementwise is done, for four steps at once: Triton's time for a kernel grows with
+  (memory operations) x (operations)^2, and was three times as long without.
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
 - The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
@@ -30,11 +32,16 @@ import triton.language as tl
 from .triton_parts import QUAD, carry, pack, sums
 
 STEPS = 8  # steps between saved states
-GROUP = 4  # steps whose states the backward pass holds in registers: half of STEPS, or all
+GROUP = 4  # steps whose states the backward pass holds in registers, and of a tile of what is loaded
 TILE = 512  # states of a program: 16 in each of 32 threads
 SHORTEST = 16  # steps of a segment, a multiple of STEPS
 WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
+# For values of these a kernel is not compiled anew, 1 and multiples of 16 included.
+NUMBERS = (
+    "L span segments begins group_dim reverse blocks_per_group order_b order_k u_b u_k u_l dt_b dt_k dt_l "
+    "z_b z_k z_l dy_b dy_k dy_l du_b du_k du_l ddt_b ddt_k ddt_l dz_b dz_k dz_l"
+).split()
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -189,13 +196,36 @@ def rows_at(order_ptr, t, count: tl.constexpr, L, backwards, WIDE: tl.constexpr)
 
 
 @triton.jit
+def tile_at(rows, stride, columns):
+    """Offsets (T, D) of these columns of T rows."""
+    return pick(tl.arange(0, len(rows)), rows)[:, None] * stride + columns[None, :]
+
+
+@triton.jit
 def load_rows(ptr, rows, stride, columns, mask):
-    """These columns of each of the rows; nothing of a tensor that is None."""
-    xs = ()
-    if ptr is not None:
-        for i in tl.static_range(len(rows)):
-            xs = xs + (tl.load(ptr + (rows[i] * stride + columns), mask=mask, other=0.0),)
-    return xs
+    """A tile (T, D), in a tuple: these columns of T rows; no tile of a tensor that is None."""
+    if ptr is None:
+        return ()
+    else:
+        return (tl.load(ptr + tile_at(rows, stride, columns), mask=mask, other=0.0),)
+
+
+@triton.jit
+def store_rows(ptr, rows, stride, columns, xs, mask):
+    """The vectors xs (D,) of four steps, as one tile (T, D)."""
+    x = tl.join(tl.join(xs[0], xs[2]), tl.join(xs[1], xs[3]))
+    x = tl.permute(tl.reshape(x, (x.shape[0], 4)), (1, 0))
+    tl.store(ptr + tile_at(rows, stride, columns), x, mask=mask)
+
+
+@triton.jit
+def split_steps(x):
+    """The vectors (D,) of a tile (T, D) of four steps."""
+    x = tl.permute(tl.reshape(tl.permute(x, (1, 0)), (x.shape[1], 2, 2)), (0, 2, 1))
+    first, second = tl.split(x)
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
 
 
 @triton.jit
@@ -219,7 +249,7 @@ def load_weight(ptr, second: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def place(
     L, span, segments, blocks_per_group, group_dim, dim, num_state,
-    SEGMENTED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """What a program owns: sample b, direction k, both in one, with the segment too, its steps, group g of so
     many, channels, states.
@@ -229,17 +259,12 @@ def place(
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     bk = b * tl.num_programs(1) + k
-    if SEGMENTED:
-        blocks = blocks // segments
-        segment = block // blocks
-        block = block % blocks
-        part = (b * segments + segment) * tl.num_programs(1) + k
-        first = segment * span
-        stop = tl.minimum(first + span, L)
-    else:
-        part = bk
-        first = 0
-        stop = L
+    blocks = blocks // segments
+    segment = block // blocks
+    block = block % blocks
+    part = (b * segments + segment) * tl.num_programs(1) + k
+    first = segment * span
+    stop = tl.minimum(first + span, L)
     g = block // blocks_per_group
     groups = blocks // blocks_per_group
     within = block % blocks_per_group * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -252,20 +277,20 @@ def place(
     return b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask
 
 
-@triton.jit(do_not_specialize=["L", "span", "segments", "group_dim", "reverse"])
+@triton.jit(do_not_specialize=["rows_ptr", "keep", *NUMBERS[:18]])
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
     y_ptr, states_ptr, first_ptr, last_ptr, decays_ptr,
     u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
-    L, span, segments, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
-    SEGMENTED: tl.constexpr, ENDS: tl.constexpr, ADJOINT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    TIED: tl.constexpr, WIDE: tl.constexpr,
+    L, span, segments, begins, keep, group_dim, reverse, blocks_per_group,
+    dim: tl.constexpr, num_state: tl.constexpr, ENDS: tl.constexpr, ADJOINT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TIED: tl.constexpr, WIDE: tl.constexpr,
     STEPS: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # ENDS: only the state that a segment makes of zero, and its decay. ADJOINT: the same of the adjoint
     # recurrence g_{t-1} = a_t (g_t + C_t dy_t), walked the other way, with dy, gated, in place of u.
     b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask = place(
-        L, span, segments, blocks_per_group, group_dim, dim, num_state, SEGMENTED, BLOCK_D, BLOCK_N
+        L, span, segments, blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
     )
     row_n = tl.arange(0, ROW)
     backwards = ((reverse >> k) & 1) == (0 if ADJOINT else 1)
@@ -295,51 +320,56 @@ def forward_kernel(
     # What a step needs is loaded one chunk ahead; the rows it will be loaded from, two.
     rows = rows_at(order_ptr, first, STEPS, L, backwards, WIDE)
     later = rows_at(order_ptr, first + STEPS, STEPS, L, backwards, WIDE)
-    us = load_rows(u_ptr, rows, u_l, d, d_mask)
-    deltas = load_rows(delta_ptr, rows, dt_l, d, d_mask)
-    zs = load_rows(z_ptr, rows, z_l, d, d_mask)
-    weights = load_rows(rows_ptr, rows, ROW, row_n, row_n < ROW)
+    us, deltas, zs, weights = (), (), (), ()
+    every = d_mask[None, :]
+    for i in tl.static_range(0, STEPS, 4):
+        us = us + load_rows(u_ptr, rows[i : i + 4], u_l, d, every)
+        deltas = deltas + load_rows(delta_ptr, rows[i : i + 4], dt_l, d, every)
+        zs = zs + load_rows(z_ptr, rows[i : i + 4], z_l, d, every)
+        weights = weights + load_rows(rows_ptr, rows[i : i + 4], ROW, row_n, row_n[None, :] < ROW)
 
-    if first_ptr is not None:
-        h = tl.load(first_ptr + part * num_state * dim + nd, mask=mask, other=0.0)
-    else:
-        h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     if ENDS:
+        h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
         kept = 1.0
+    else:
+        h = tl.load(first_ptr + part * num_state * dim + nd, mask=mask & (begins != 0), other=0.0)
     for chunk in range(tl.cdiv(stop - first, STEPS)):
-        if states_ptr is not None:
-            saved = bk * chunks + first // STEPS + chunk
-            tl.store(states_ptr + saved * num_state * dim + nd, h, mask=mask)
-        later2 = ()
-        us2 = ()
-        deltas2 = ()
-        zs2 = ()
-        weights2 = ()
+        if not ENDS:
+            if keep != 0:
+                saved = bk * chunks + first // STEPS + chunk
+                tl.store(states_ptr + saved * num_state * dim + nd, h, mask=mask)
+        later2, us2, deltas2, zs2, weights2 = (), (), (), (), ()
         for i in tl.static_range(STEPS):
             t = first + chunk * STEPS + i
-            u = us[i].to(tl.float32)
-            delta, _ = step_size(deltas[i], bias, SOFTPLUS)
-            delta = tl.where(t < stop, delta, 0.0)
-            B_t, C_t = split_weights(weights[i], BLOCK_N)
-
-            row = later[i]
+            if i % 4 == 0:  # four steps at once: fewer operations, whose square is the compiler's time
+                live = (t + tl.arange(0, 4) < stop)[:, None]
+                x = us[i // 4].to(tl.float32)
+                u4 = split_steps(tl.where(live, x, 0.0) if ADJOINT else x)
+                x, _ = step_size(deltas[i // 4], bias, SOFTPLUS)
+                delta4 = split_steps(tl.where(live, x, 0.0))
+                if z_ptr is not None:
+                    x = zs[i // 4].to(tl.float32)
+                    gate4 = split_steps(x * tl.sigmoid(x))
+                weight4 = split_steps(weights[i // 4])
+                y4 = ()
+            u, delta = u4[i % 4], delta4[i % 4]
+            B_t, C_t = split_weights(weight4[i % 4], BLOCK_N)
             later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, WIDE),)
-            us2 = us2 + (tl.load(u_ptr + (row * u_l + d), mask=d_mask, other=0.0),)
-            deltas2 = deltas2 + (tl.load(delta_ptr + (row * dt_l + d), mask=d_mask, other=0.0),)
-            if z_ptr is not None:
-                zs2 = zs2 + (tl.load(z_ptr + (row * z_l + d), mask=d_mask, other=0.0),)
-            weights2 = weights2 + (tl.load(rows_ptr + row * ROW + row_n),)
+            if i % 4 == 3:
+                later4 = later[i - 3 : i + 1]
+                us2 = us2 + load_rows(u_ptr, later4, u_l, d, every)
+                deltas2 = deltas2 + load_rows(delta_ptr, later4, dt_l, d, every)
+                zs2 = zs2 + load_rows(z_ptr, later4, z_l, d, every)
+                weights2 = weights2 + load_rows(rows_ptr, later4, ROW, row_n, row_n[None, :] < ROW)
 
             factor = load_factor(carried_ptr, rows[i], t < stop)
             if ENDS:
                 total += delta
                 kept *= factor
             if ADJOINT:
-                u = tl.where(t < stop, u, 0.0)
                 if z_ptr is not None:
-                    z = zs[i].to(tl.float32)
-                    u = u * z * tl.sigmoid(z)
+                    u = u * gate4[i % 4]
                 h = (h + u[None, :] * C_t) * decay(delta, A2, factor, TIED, BLOCK_N)
             else:
                 h = advance(h, delta, u, B_t, A2, factor, TIED, BLOCK_N)
@@ -347,16 +377,10 @@ def forward_kernel(
                 y = tl.sum(h * C_t, axis=0)
                 if D_ptr is not None:
                     y += D * u
-                if z_ptr is not None:
-                    z = zs[i].to(tl.float32)
-                    y = y * z * tl.sigmoid(z)
-                tl.store(y_ptr + rows[i] * dim + d, y, mask=d_mask & (t < stop))
-        rows = later
-        later = later2
-        us = us2
-        deltas = deltas2
-        zs = zs2
-        weights = weights2
+                y4 = y4 + (y * gate4[i % 4] if z_ptr is not None else y,)
+                if i % 4 == 3:
+                    store_rows(y_ptr, rows[i - 3 : i + 1], dim, d, y4, every & live)
+        rows, later, us, deltas, zs, weights = later, later2, us2, deltas2, zs2, weights2
     if ENDS:
         tl.store(last_ptr + part * num_state * dim + nd, h, mask=mask)
         tl.store(decays_ptr + part * num_state * dim + nd, decay(total, A2, kept, TIED, BLOCK_N), mask=mask)
@@ -364,20 +388,20 @@ def forward_kernel(
         tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask & (stop == L))
 
 
-@triton.jit(do_not_specialize=["L", "span", "segments", "group_dim", "reverse"])
+@triton.jit(do_not_specialize=NUMBERS)
 def backward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
     states_ptr, dy_ptr, dlast_ptr,
     du_ptr, ddelta_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr, dz_ptr, dbias_ptr, dfirst_ptr, one,
     u_b, u_k, u_l, dt_b, dt_k, dt_l, z_b, z_k, z_l, order_b, order_k,
     dy_b, dy_k, dy_l, du_b, du_k, du_l, ddt_b, ddt_k, ddt_l, dz_b, dz_k, dz_l,
-    L, span, segments, group_dim, reverse, blocks_per_group, dim: tl.constexpr, num_state: tl.constexpr,
-    SEGMENTED: tl.constexpr, SOFTPLUS: tl.constexpr, TIED: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr, ROW: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    L, span, segments, begins, group_dim, reverse, blocks_per_group,
+    dim: tl.constexpr, num_state: tl.constexpr, SOFTPLUS: tl.constexpr, TIED: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr, STEPS: tl.constexpr,
+    GROUP: tl.constexpr, ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask = place(
-        L, span, segments, blocks_per_group, group_dim, dim, num_state, SEGMENTED, BLOCK_D, BLOCK_N
+        L, span, segments, blocks_per_group, group_dim, dim, num_state, BLOCK_D, BLOCK_N
     )
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
@@ -423,23 +447,20 @@ def backward_kernel(
     part_t = column // S % PARTS
     part_mask = (part_n < num_state) & (column < columns)
 
-    if dlast_ptr is not None:
-        dh = tl.load(dlast_ptr + part * num_state * dim + nd, mask=mask, other=0.0)
-    else:  # zeros, by a load masked off everywhere: these get the layout of the states, others were converted
-        dh = tl.load(states_ptr + nd, mask=mask & (L < 0), other=0.0)
+    dh = tl.load(dlast_ptr + part * num_state * dim + nd, mask=mask & (begins != 0), other=0.0)
 
     groups_of_steps = tl.cdiv(stop, GROUP)
     last_t = (groups_of_steps - 1) * GROUP
     rows = rows_at(order_ptr, last_t, GROUP, L, backwards, WIDE)
-    us = load_rows(u_ptr, rows, u_l, d, d_mask)
-    deltas = load_rows(delta_ptr, rows, dt_l, d, d_mask)
-    zs = load_rows(z_ptr, rows, z_l, d, d_mask)
-    dys = ()
-    for i in tl.static_range(GROUP):
-        dys = dys + (tl.load(dy_ptr + (rows[i] * dy_l + d), mask=d_mask & (last_t + i < L), other=0.0),)
+    step = tl.arange(0, GROUP)[:, None]  # (T, 1)
+    every = d_mask[None, :]
+    us = load_rows(u_ptr, rows, u_l, d, every)
+    deltas = load_rows(delta_ptr, rows, dt_l, d, every)
+    zs = load_rows(z_ptr, rows, z_l, d, every)
+    dys = load_rows(dy_ptr, rows, dy_l, d, every & (last_t + step < L))
     rows2 = rows_at(order_ptr, tl.maximum(last_t - GROUP, 0), GROUP, L, backwards, WIDE)
-    us2 = load_rows(u_ptr, rows2, u_l, d, d_mask)
-    deltas2 = load_rows(delta_ptr, rows2, dt_l, d, d_mask)
+    us2 = load_rows(u_ptr, rows2, u_l, d, every)
+    deltas2 = load_rows(delta_ptr, rows2, dt_l, d, every)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps - first // GROUP):
@@ -451,10 +472,12 @@ def backward_kernel(
             B0 = ()
             for i in tl.static_range(GROUP):
                 B0 = B0 + (load_weight(rows_ptr + rows2[i] * ROW, False, BLOCK_N),)
+            x, _ = step_size(deltas2[0], bias, SOFTPLUS)
+            delta4 = split_steps(x)
+            u4 = split_steps(us2[0].to(tl.float32))
             for i in tl.static_range(GROUP):
-                delta, _ = step_size(deltas2[i], bias, SOFTPLUS)
                 factor = load_factor(carried_ptr, rows2[i], True)
-                h = advance(h, delta, us2[i].to(tl.float32), B0[i], A2, factor, TIED, BLOCK_N)
+                h = advance(h, delta4[i], u4[i], B0[i], A2, factor, TIED, BLOCK_N)
 
         # ... then within it. B and C are read well before their use: nothing else hides the latency.
         Bs = ()
@@ -462,58 +485,52 @@ def backward_kernel(
             Bs = Bs + (load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N),)
         if z_ptr is not None:
             C = load_weight(rows_ptr + rows[0] * ROW, True, BLOCK_N)
-        before = ()
-        gated = ()
-        sizes = ()
-        slopes = ()
-        addends = ()
+        live = start + step < L
+        u4 = split_steps(us[0].to(tl.float32))
+        x, slope = step_size(deltas[0], bias, SOFTPLUS)
+        delta4 = split_steps(tl.where(live, x, 0.0))
+        slope4 = split_steps(tl.where(live, slope, 0.0))
+        x = dys[0].to(tl.float32)
+        if z_ptr is not None:
+            z = zs[0].to(tl.float32)
+            gate = tl.sigmoid(z)
+            dz4 = split_steps(x * gate * (1.0 + z * (1.0 - gate)))
+            x = x * z * gate
+        dy4 = split_steps(x)
+        before, dzs, addends = (), (), ()
         for i in tl.static_range(GROUP):
-            live = start + i < L
-            u = us[i].to(tl.float32)
-            delta, slope = step_size(deltas[i], bias, SOFTPLUS)
-            delta = tl.where(live, delta, 0.0)
-            slope = tl.where(live, slope, 0.0)
+            u, delta, dy = u4[i], delta4[i], dy4[i]
             if i == GROUP - 1:
                 B2 = load_weight(rows_ptr + rows[i] * ROW, False, BLOCK_N)
                 C2 = load_weight(rows_ptr + rows[i] * ROW, True, BLOCK_N)
             before = before + (h,)
-            factor = load_factor(carried_ptr, rows[i], live)
+            factor = load_factor(carried_ptr, rows[i], start + i < L)
             h = advance(h, delta, u, Bs[i], A2, factor, TIED, BLOCK_N)
-            dy = dys[i].to(tl.float32)
             if z_ptr is not None:
                 y = tl.sum(h * C, axis=0)
                 if i < GROUP - 1:
                     C = load_weight(rows_ptr + rows[i + 1] * ROW, True, BLOCK_N)
                 if D_ptr is not None:
                     y += D * u
-                z = zs[i].to(tl.float32)
-                gate = tl.sigmoid(z)
-                dz = dy * y * gate * (1.0 + z * (1.0 - gate))
-                tl.store(dz_ptr + rows[i] * dz_l + d, dz, mask=d_mask & live)
-                dy = dy * z * gate
+                dzs = dzs + (dz4[i] * y,)
             addends = addends + (h * dy[None, :],)
             if len(addends) == PARTS:
                 at = pick(part_t, rows[i + 1 - PARTS : i + 1]) * num_state + part_n
                 valid = part_mask & (start + i + 1 - PARTS + part_t < L)
                 tl.store(dC_ptr + at, sum_channels(addends, PRECISION), mask=valid)
                 addends = ()
-            gated = gated + (dy,)
-            sizes = sizes + (delta,)
-            slopes = slopes + (slope,)
+        if z_ptr is not None:
+            store_rows(dz_ptr, rows, dz_l, d, dzs, every & live)
         # The loads of the next group now: the compiler cannot move a load past a store.
-        us3 = load_rows(u_ptr, rows3, u_l, d, d_mask)
-        deltas3 = load_rows(delta_ptr, rows3, dt_l, d, d_mask)
-        dys2 = load_rows(dy_ptr, rows2, dy_l, d, d_mask)
-        zs2 = load_rows(z_ptr, rows2, z_l, d, d_mask)
+        us3 = load_rows(u_ptr, rows3, u_l, d, every)
+        deltas3 = load_rows(delta_ptr, rows3, dt_l, d, every)
+        dys2 = load_rows(dy_ptr, rows2, dy_l, d, every)
+        zs2 = load_rows(z_ptr, rows2, z_l, d, every)
 
         # And backwards through them.
-        dus = ()
-        ddeltas = ()
-        addends = ()
+        dus, ddeltas, addends = (), (), ()
         for i in tl.static_range(GROUP - 1, -1, -1):
-            u = us[i].to(tl.float32)
-            dy = gated[i]
-            delta = sizes[i]
+            u, delta, dy = u4[i], delta4[i], dy4[i]
             B, C = B2, C2
             if i > 0:
                 B2 = load_weight(rows_ptr + rows[i - 1] * ROW, False, BLOCK_N)
@@ -546,24 +563,16 @@ def backward_kernel(
             if D_ptr is not None:
                 du += dy * D
                 dD += dy * u
-            ddelta *= slopes[i]
+            ddelta *= slope4[i]
             if bias_ptr is not None:
                 dbias += ddelta
             dus = (du,) + dus
             ddeltas = (ddelta,) + ddeltas
-        for i in tl.static_range(GROUP):
-            live = d_mask & (start + i < L)
-            tl.store(du_ptr + rows[i] * du_l + d, dus[i], mask=live)
-            tl.store(ddelta_ptr + rows[i] * ddt_l + d, ddeltas[i], mask=live)
-        h = h2
-        rows = rows2
-        us = us2
-        deltas = deltas2
-        rows2 = rows3
-        us2 = us3
-        deltas2 = deltas3
-        dys = dys2
-        zs = zs2
+        store_rows(du_ptr, rows, du_l, d, dus, every & live)
+        store_rows(ddelta_ptr, rows, ddt_l, d, ddeltas, every & live)
+        h, dys, zs = h2, dys2, zs2
+        rows, us, deltas = rows2, us2, deltas2
+        rows2, us2, deltas2 = rows3, us3, deltas3
 
     if dfirst_ptr is not None:
         tl.store(dfirst_ptr + bk * num_state * dim + nd, dh, mask=mask & (first == 0))
@@ -609,7 +618,7 @@ def _carries(arguments, grid, first, adjoint=False):
     forward_kernel[grid](
         **arguments | dict(D_ptr=None, z_ptr=arguments["z_ptr"] if adjoint else None),
         y_ptr=None, states_ptr=None, first_ptr=None, last_ptr=ends, decays_ptr=decays,
-        ENDS=True, ADJOINT=adjoint,
+        keep=False, ENDS=True, ADJOINT=adjoint,
     )  # fmt: skip
     carry(ends, decays, first, adjoint)
     return ends
@@ -637,7 +646,7 @@ def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse,
         **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        L=length, span=span, segments=count, SEGMENTED=count > 1, reverse=reverse, dim=channels,
+        L=length, span=span, segments=count, begins=False, reverse=reverse, dim=channels,
         group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
         WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
         STEPS=STEPS, ROW=2 * block_n, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
@@ -659,8 +668,9 @@ def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, sof
         first = None if initial is None else initial.transpose(2, 3).contiguous()
         first = _carries(arguments, grid, first)
         forward_kernel[grid](
-            **arguments, y_ptr=y, states_ptr=saved if keep_states else None, first_ptr=first, last_ptr=last,
-            decays_ptr=None, ENDS=False, ADJOINT=False,
+            **arguments | dict(begins=first is not None), keep=keep_states, y_ptr=y, states_ptr=saved,
+            first_ptr=last if first is None else first,  # any pointer, where nothing is read
+            last_ptr=last, decays_ptr=None, ENDS=False, ADJOINT=False,
         )  # fmt: skip
     return y, last.transpose(2, 3).contiguous(), saved
 
@@ -693,7 +703,8 @@ def backward(
         dB, dC = (new(per_row, dtype=partial) for _ in "BC")
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
-            **arguments | dict(maxnreg=255), states_ptr=states, dy_ptr=grad_y, dlast_ptr=grad_last,
+            **arguments | dict(maxnreg=255, begins=grad_last is not None), states_ptr=states, dy_ptr=grad_y,
+            dlast_ptr=states if grad_last is None else grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, dfirst_ptr=dinitial, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
             PRECISION=precision, GROUP=GROUP,
