@@ -38,10 +38,8 @@ SHORTEST = 16  # steps of a segment, a multiple of STEPS
 WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
 # For values of these a kernel is not compiled anew, 1 and multiples of 16 included.
-NUMBERS = (
-    "L span segments begins group_dim reverse blocks_per_group order_b order_k u_b u_k u_l dt_b dt_k dt_l "
-    "z_b z_k z_l dy_b dy_k dy_l du_b du_k du_l ddt_b ddt_k ddt_l dz_b dz_k dz_l"
-).split()
+NUMBERS = "L span segments begins group_dim reverse blocks_per_group order_b order_k".split()
+STRIDES = [f"{name}_{i}" for name in ("u", "dt", "z", "dy", "du", "ddt", "dz") for i in "bkl"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -255,11 +253,10 @@ def place(
     many, channels, states.
     """
     block = tl.program_id(0)
-    blocks = tl.num_programs(0)
+    blocks = tl.num_programs(0) // segments
     k = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     bk = b * tl.num_programs(1) + k
-    blocks = blocks // segments
     segment = block // blocks
     block = block % blocks
     part = (b * segments + segment) * tl.num_programs(1) + k
@@ -277,7 +274,7 @@ def place(
     return b, k, bk, part, first, stop, g, groups, d, d_mask, nd, mask
 
 
-@triton.jit(do_not_specialize=["rows_ptr", "keep", *NUMBERS[:18]])
+@triton.jit(do_not_specialize=["rows_ptr", "keep", *NUMBERS, *STRIDES[:9]])
 def forward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
     y_ptr, states_ptr, first_ptr, last_ptr, decays_ptr,
@@ -388,7 +385,7 @@ def forward_kernel(
         tl.store(last_ptr + bk * num_state * dim + nd, h, mask=mask & (stop == L))
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS + STRIDES)
 def backward_kernel(
     u_ptr, delta_ptr, A_ptr, rows_ptr, D_ptr, z_ptr, bias_ptr, order_ptr, carried_ptr,
     states_ptr, dy_ptr, dlast_ptr,
@@ -418,8 +415,7 @@ def backward_kernel(
         D = tl.load(D_ptr + k * dim + d, mask=d_mask, other=0.0)
         dD = tl.zeros((BLOCK_D,), dtype=tl.float32)
     bias = None if bias_ptr is None else tl.load(bias_ptr + k * dim + d, mask=d_mask, other=0.0)
-    if bias_ptr is not None:
-        dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     u_ptr += b * u_b + k * u_k
     delta_ptr += b * dt_b + k * dt_k
     dy_ptr += b * dy_b + k * dy_k
@@ -665,8 +661,7 @@ def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, sof
     saved = new(states_shape(*delta.shape, B.shape[4]) if keep_states else (0,))
     with torch.cuda.device_of(u):  # Triton launches on the current device
         arguments, grid = _arguments(WARPS[0], *given)
-        first = None if initial is None else initial.transpose(2, 3).contiguous()
-        first = _carries(arguments, grid, first)
+        first = _carries(arguments, grid, None if initial is None else initial.transpose(2, 3).contiguous())
         forward_kernel[grid](
             **arguments | dict(begins=first is not None), keep=keep_states, y_ptr=y, states_ptr=saved,
             first_ptr=last if first is None else first,  # any pointer, where nothing is read
