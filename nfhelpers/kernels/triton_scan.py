@@ -614,7 +614,7 @@ def _carries(arguments, grid, first, adjoint=False):
     forward_kernel[grid](
         **arguments | dict(D_ptr=None, z_ptr=arguments["z_ptr"] if adjoint else None),
         y_ptr=None, states_ptr=None, first_ptr=None, last_ptr=ends, decays_ptr=decays,
-        keep=False, ENDS=True, ADJOINT=adjoint,
+        keep=0, ENDS=True, ADJOINT=adjoint,
     )  # fmt: skip
     carry(ends, decays, first, adjoint)
     return ends
@@ -642,7 +642,7 @@ def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse,
         **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        L=length, span=span, segments=count, begins=False, reverse=reverse, dim=channels,
+        L=length, span=span, segments=count, begins=0, reverse=reverse, dim=channels,
         group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
         WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
         STEPS=STEPS, ROW=2 * block_n, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
@@ -663,9 +663,9 @@ def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, sof
         arguments, grid = _arguments(WARPS[0], *given)
         first = _carries(arguments, grid, None if initial is None else initial.transpose(2, 3).contiguous())
         forward_kernel[grid](
-            **arguments | dict(begins=first is not None), keep=keep_states, y_ptr=y, states_ptr=saved,
+            **arguments | dict(begins=int(first is not None)), keep=int(keep_states), y_ptr=y,
             first_ptr=last if first is None else first,  # any pointer, where nothing is read
-            last_ptr=last, decays_ptr=None, ENDS=False, ADJOINT=False,
+            states_ptr=saved, last_ptr=last, decays_ptr=None, ENDS=False, ADJOINT=False,
         )  # fmt: skip
     return y, last.transpose(2, 3).contiguous(), saved
 
@@ -698,8 +698,8 @@ def backward(
         dB, dC = (new(per_row, dtype=partial) for _ in "BC")
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
-            **arguments | dict(maxnreg=255, begins=grad_last is not None), states_ptr=states, dy_ptr=grad_y,
-            dlast_ptr=states if grad_last is None else grad_last,
+            **arguments | dict(maxnreg=255, begins=int(grad_last is not None)), states_ptr=states,
+            dy_ptr=grad_y, dlast_ptr=states if grad_last is None else grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, dfirst_ptr=dinitial, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
             PRECISION=precision, GROUP=GROUP,
