@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from nfhelpers import classical, metrics, samplers
 from nfhelpers.images import grid_coords, to_image, to_unit
