@@ -5,15 +5,17 @@
 
 A fifth of 32 x 32 pixels (area means) is observed. `own + bicubic` is the model's own mean at 32 x 32,
 enlarged. Differences are paired, image by image. CRPS (fair, on [0, 1]) and spread / skill (1: calibrated)
-are over the unobserved pixels.
+are over the pixels that were not observed: above 32 px over all.
 """
 
 import argparse
+import itertools
 import shlex
 import sys
 from pathlib import Path
 
 import common
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
@@ -45,18 +47,24 @@ def means(model, truth, seen, wiener):
     return rows
 
 
-def samples(model, seen, draws):
-    """One row a sampler: CRPS and spread / skill of its draws."""
-    rows = []
-    for sampler, steps in tqdm(SAMPLERS, desc="samplers"):
+def samples(model, truth, seen, draws):
+    """One row a size and a sampler: CRPS and spread / skill of its draws, over the pixels not observed."""
+    rows, first = [], min(truth)
+    for (size, target), (sampler, steps) in tqdm(
+        [*itertools.product(truth.items(), SAMPLERS)], desc="samplers"
+    ):
         if sampler == "shortcut" and not getattr(model, "shortcut", False):
             continue
         options = {"kind": "sample", "sampler": sampler, "steps": steps, "draws": draws}
-        drawn = evaluate.reconstruct(model, seen, **options)  # (K, N, H, W, 3)
-        row = {"sampler": sampler, "steps": steps, "images": len(seen.mask), "draws": draws}
-        row["CRPS"] = metrics.crps(drawn, seen.images).mean() / (~seen.mask).mean()
-        row["spread / skill"] = metrics.spread_skill(drawn, seen.images, seen.mask)
-        of_one = evaluate.score(drawn[0], seen.images)[["psnr", "ssim", "speckle"]].mean()
+        drawn = evaluate.reconstruct(
+            model, seen, None if size == first else size, **options
+        )  # (K, N, H, W, 3)
+        known = seen.mask if size == first else np.zeros(target.shape[:3], dtype=bool)
+        target = images.to_unit(target)
+        row = {"size": size, "sampler": sampler, "steps": steps, "images": len(target), "draws": draws}
+        row["CRPS"] = metrics.crps(drawn, target).mean() / (~known).mean()
+        row["spread / skill"] = metrics.spread_skill(drawn, target, known)
+        of_one = evaluate.score(drawn[0], target)[["psnr", "ssim", "speckle"]].mean()
         rows.append(row | of_one.to_dict())
     return rows
 
@@ -86,8 +94,9 @@ def main(arguments=None):
     common.show(pd.DataFrame(tables["means"]).set_index("size").T)
     if options.samples:
         part = evaluate.observe(truth[first][: options.samples], 0.2, options.seed)
-        tables["samples"] = samples(model, part, options.draws)
-        common.show(tables["samples"], ["sampler", "steps"])
+        few = {size: target[: options.samples] for size, target in truth.items()}
+        tables["samples"] = samples(model, few, part, options.draws)
+        common.show(tables["samples"], ["size", "sampler", "steps"])
     if options.out:
         rows = [{"table": name, **row} for name, table in tables.items() for row in table]
         command = shlex.join(["python", "benchmarks/fields.py", *arguments])
