@@ -105,7 +105,8 @@ def scored(model, truth):
     seconds = common.best_seconds(lambda: evaluate.reconstruct(model, seen), device, repeats=1)
     table = evaluate.score(evaluate.reconstruct(model, seen), seen.images)
     table["biharmonic"] = evaluate.score(evaluate.reconstruct("biharmonic", seen), seen.images).psnr
-    drawn = fields.samples(model, evaluate.observe(truth[: -(-len(truth) // 4)], 0.2, 0), draws=6)
+    few = truth[: -(-len(truth) // 4)]
+    drawn = fields.samples(model, {few.shape[1]: few}, evaluate.observe(few, 0.2, 0), draws=6)
     return table, {"ms an image": 1e3 * seconds / len(truth), "samples": drawn}
 
 
