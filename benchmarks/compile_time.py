@@ -4,7 +4,7 @@
 
 One row a kernel that is compiled anew while a model of four directions and 320 channels trains in bfloat16 on
 three numbers of tokens, evaluates many images and draws one at two sizes, and its influence on a pixel is
-differentiated: seconds, registers, bytes of them that do not fit, instructions of the longest loop.
+differentiated: seconds, registers, stack for what they do not hold, instructions of the longest loop.
 """
 
 import collections
@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from nfhelpers.kernels import triton_parts, triton_scan
 
-SESSION = [  # images, tokens, with gradient, numbers
+SESSION = [  # images, tokens, with gradient, dtype
     (48, 1024, True, torch.bfloat16), (48, 717, True, torch.bfloat16), (48, 461, True, torch.bfloat16),
     (256, 1024, False, torch.bfloat16), (1, 1024, False, torch.bfloat16), (1, 16384, False, torch.bfloat16),
     (1, 1025, True, torch.bfloat16), (48, 1024, True, torch.float32),
@@ -56,12 +56,11 @@ class Compiled:
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
-            known, start = len(self.rows), time.perf_counter()
+            start = time.perf_counter()
             compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
-            seconds = time.perf_counter() - start
-            if all(compiled is not row["compiled"] for row in self.rows[:known]):
-                name = self.kernel.fn.__name__
-                self.rows.append({"kernel": name, "s": round(seconds, 2), "compiled": compiled})
+            seconds = round(time.perf_counter() - start, 2)
+            if all(compiled is not row["compiled"] for row in self.rows):
+                self.rows.append({"kernel": self.kernel.fn.__name__, "s": seconds, "compiled": compiled})
 
         return launch
 
@@ -106,14 +105,15 @@ def main():
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Compiled(getattr(module, name), rows))
     torch.cuda.device_of = lambda x: contextlib.nullcontext()
-    triton_scan.WARPS = tuple(
-        132 // 2 * warps for warps in triton_scan.WARPS
-    )  # a CPU counts as 2 multiprocessors
+    multiprocessors = 132 // 2  # a CPU counts as two
+    triton_scan.WARPS = tuple(multiprocessors * warps for warps in triton_scan.WARPS)
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
         for call in SESSION:
             scan(*call)
-    table = pd.DataFrame([row | disassembled(row.pop("compiled").asm["cubin"]) for row in rows])
+    for row in rows:
+        row |= disassembled(row.pop("compiled").asm["cubin"])
+    table = pd.DataFrame(rows)
     print(table.to_string(index=False))
     count = collections.Counter(table.kernel)
     print(f"{table.s.sum():.1f} s:", ", ".join(f"{n} x {name}" for name, n in count.items()))

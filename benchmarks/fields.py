@@ -50,15 +50,13 @@ def means(model, truth, seen, wiener):
 def samples(model, truth, seen, draws):
     """One row a size and a sampler: CRPS and spread / skill of its draws, over the pixels not observed."""
     rows, first = [], min(truth)
-    for (size, target), (sampler, steps) in tqdm(
-        [*itertools.product(truth.items(), SAMPLERS)], desc="samplers"
-    ):
+    runs = [*itertools.product(truth.items(), SAMPLERS)]
+    for (size, target), (sampler, steps) in tqdm(runs, desc="samplers"):
         if sampler == "shortcut" and not getattr(model, "shortcut", False):
             continue
         options = {"kind": "sample", "sampler": sampler, "steps": steps, "draws": draws}
-        drawn = evaluate.reconstruct(
-            model, seen, None if size == first else size, **options
-        )  # (K, N, H, W, 3)
+        shape = None if size == first else size
+        drawn = evaluate.reconstruct(model, seen, shape, **options)  # (K, N, H, W, 3)
         known = seen.mask if size == first else np.zeros(target.shape[:3], dtype=bool)
         target = images.to_unit(target)
         row = {"size": size, "sampler": sampler, "steps": steps, "images": len(target), "draws": draws}

@@ -61,7 +61,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # less memory a layer, a third more time
     compile: bool = False
     cuda_graphs: bool = False  # on one GPU, of whole batches, without checkpointing: one launch a step
-    vary_queries: bool = True  # of fields: each step keeps a quarter of the query points, up to all of them
+    vary_queries: bool = True  # of fields: steps, but the first two, keep a quarter of the queries or more
     evaluate_every: int = 2  # epochs; the last one is always evaluated
     save_interval: float = 30.0  # what a kill loses at most; the state is also saved at the end
     num_workers: int = 0  # processes that load data
@@ -368,7 +368,7 @@ class _Steps(Dataset):
             queries = len(item["query_values"])
             of_step = _generator(seed, _STEP, step)  # the whole batch keeps as many
             share = int(torch.randint(1, QUERY_COUNTS + 1, (), generator=of_step))
-            share = QUERY_COUNTS if step < 2 else share  # graphs of fewer lie in the largest's memory
+            share = QUERY_COUNTS if step < 2 else share  # recorded first: other graphs lie in its memory
             count = math.ceil(queries * share / QUERY_COUNTS)
             keep = torch.randperm(queries, generator=generator)[:count].sort().values
             item |= {name: item[name][keep] for name in ("query_coords", "query_values")}

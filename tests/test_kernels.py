@@ -602,6 +602,7 @@ def test_compiles_without_a_graph_break(directional):
         dict(u=torch.ones(2, 6, 15, dtype=torch.long)),
         dict(A=torch.randn(6, 4, dtype=torch.complex64)),
         dict(discretization="euler"),
+        dict.fromkeys("BC", torch.ones(2, 4, 0)) | dict.fromkeys(("u", "delta"), torch.ones(2, 6, 0)),
     ],
     ids=lambda change: "-".join(change),
 )

@@ -95,7 +95,11 @@ def small(kind):
     if kind == "MambaDiffusion":
         sizes = dict(d_model=16, num_layers=2, d_state=2, num_fourier_features=8, num_heads=2)
     model = getattr(models, kind)(getattr(models, kind + "Config")(**sizes))
-    return models.second_phase(model) if kind == "MambaDiffusionAutoencoder" else model
+    model = models.second_phase(model) if kind == "MambaDiffusionAutoencoder" else model
+    with torch.no_grad():  # layers that start at zero keep those before them from learning
+        for parameter in (x for x in model.parameters() if not x.any()):
+            parameter.normal_(std=0.1)
+    return model
 
 
 def chirps():
@@ -247,7 +251,7 @@ def test_fields_and_psnr_are_those_of_evaluate(tmp_path):
 
 def test_queries_vary_by_step_in_canonical_order(reference, tmp_path):
     counts = [coords.shape[1] for _, coords, _ in reference[2].seen]
-    assert set(counts) == {8, 16, 24, 32}  # from a quarter to all
+    assert counts[:2] == [32, 32] and set(counts) == {8, 16, 24, 32}  # from a quarter to all
     for _, coords, _ in reference[2].seen:
         order = (coords[..., 1] * 8).floor() * 8 + (coords[..., 0] * 8).floor()
         assert (order.diff(dim=1) > 0).all()
@@ -340,7 +344,7 @@ def test_cuda_graphs_give_the_same_run(kind, precision, tmp_path):
     for graphs in (False, True):
         options = dict(cpu=False, cuda_graphs=graphs, precision=precision, compile=kind == "MambaDiffusion")
         losses.append(fit(make(), data(), settings(tmp_path / str(graphs), **options)).history["loss"])
-    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if precision == "fp32" else 2e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3 if precision == "fp32" else 5e-3)
 
 
 def test_workers_give_the_same_run(reference, tmp_path):

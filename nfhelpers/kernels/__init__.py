@@ -101,8 +101,8 @@ def _scan(backend, tensors, order, carried, reverse, softplus, tied):
         if x.shape != shape or x.device != u.device or not (x.is_floating_point() or name == "order"):
             found = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} is {found}; pass real numbers {shape} on {u.device}")
-    if size["d"] % size["G"]:
-        raise ValueError(f"{size['G']} groups of B and C do not divide {size['d']} channels")
+    if size["d"] % size["G"] or not size["l"]:
+        raise ValueError(f"{size['l']} steps, {size['d']} channels in {size['G']} groups: none, or unequal")
     dtype = reference.compute_dtype(*tensors)
     uses = ["seq_idx"] * (carried is not None) + ["initial_state"] * (initial is not None)
     uses += ["float64"] * (dtype == torch.float64)

@@ -14,7 +14,7 @@ parameters are float32. What makes it fast:
   of one channel (of N > 16, a part), so that sums over states, softplus and gate stay within it.
 - What a step needs is loaded well before, explicitly: the compiler moves no load past a store or a barrier.
   It is loaded, and what is elementwise is done, for four steps at once: Triton's time for a kernel grows with
-  (memory operations) x (operations)^2, and was three times as long without.
+  (memory operations) x (operations)^2, and is nearly twice as long step by step.
 - Registers decide how many warps hide each other's latency: the backward pass computes decays twice rather
   than holding them, and keeps the states of four steps, not eight.
 - The matrix unit adds the gradients of B and C over channels, several steps at once, from the registers in
@@ -32,12 +32,12 @@ import triton.language as tl
 from .triton_parts import QUAD, carry, pack, sums
 
 STEPS = 8  # steps between saved states
-GROUP = 4  # steps whose states the backward pass holds in registers, and of a tile of what is loaded
+GROUP = 4  # steps of a tile, and whose states the backward pass holds: STEPS or half of it
 TILE = 512  # states of a program: 16 in each of 32 threads
 SHORTEST = 16  # steps of a segment, a multiple of STEPS
 WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
-# For values of these a kernel is not compiled anew, 1 and multiples of 16 included.
+# No kernel is compiled anew for a value of these; nor for rows_ptr: loads by fours would spill registers.
 NUMBERS = "L span segments begins group_dim reverse blocks_per_group order_b order_k".split()
 STRIDES = [f"{name}_{i}" for name in ("u", "dt", "z", "dy", "du", "ddt", "dz") for i in "bkl"]
 
@@ -94,7 +94,7 @@ def load_factor(carried_ptr, row, live):
 
 @triton.jit
 def step_size(raw, bias, SOFTPLUS: tl.constexpr):
-    """delta (D,) as the recurrence uses it, and its derivative with respect to what was loaded."""
+    """delta (..., D) as the recurrence uses it, and its derivative with respect to what was loaded."""
     delta = raw.to(tl.float32)
     if bias is not None:
         delta += bias
@@ -318,11 +318,11 @@ def forward_kernel(
     rows = rows_at(order_ptr, first, STEPS, L, backwards, WIDE)
     later = rows_at(order_ptr, first + STEPS, STEPS, L, backwards, WIDE)
     us, deltas, zs, weights = (), (), (), ()
-    every = d_mask[None, :]
+    owned = d_mask[None, :]
     for i in tl.static_range(0, STEPS, 4):
-        us = us + load_rows(u_ptr, rows[i : i + 4], u_l, d, every)
-        deltas = deltas + load_rows(delta_ptr, rows[i : i + 4], dt_l, d, every)
-        zs = zs + load_rows(z_ptr, rows[i : i + 4], z_l, d, every)
+        us = us + load_rows(u_ptr, rows[i : i + 4], u_l, d, owned)
+        deltas = deltas + load_rows(delta_ptr, rows[i : i + 4], dt_l, d, owned)
+        zs = zs + load_rows(z_ptr, rows[i : i + 4], z_l, d, owned)
         weights = weights + load_rows(rows_ptr, rows[i : i + 4], ROW, row_n, row_n[None, :] < ROW)
 
     if ENDS:
@@ -339,7 +339,7 @@ def forward_kernel(
         later2, us2, deltas2, zs2, weights2 = (), (), (), (), ()
         for i in tl.static_range(STEPS):
             t = first + chunk * STEPS + i
-            if i % 4 == 0:  # four steps at once: fewer operations, whose square is the compiler's time
+            if i % 4 == 0:  # a tile of four steps
                 live = (t + tl.arange(0, 4) < stop)[:, None]
                 x = us[i // 4].to(tl.float32)
                 u4 = split_steps(tl.where(live, x, 0.0) if ADJOINT else x)
@@ -355,9 +355,9 @@ def forward_kernel(
             later2 = later2 + (row_at(order_ptr, t + 2 * STEPS, L, backwards, WIDE),)
             if i % 4 == 3:
                 later4 = later[i - 3 : i + 1]
-                us2 = us2 + load_rows(u_ptr, later4, u_l, d, every)
-                deltas2 = deltas2 + load_rows(delta_ptr, later4, dt_l, d, every)
-                zs2 = zs2 + load_rows(z_ptr, later4, z_l, d, every)
+                us2 = us2 + load_rows(u_ptr, later4, u_l, d, owned)
+                deltas2 = deltas2 + load_rows(delta_ptr, later4, dt_l, d, owned)
+                zs2 = zs2 + load_rows(z_ptr, later4, z_l, d, owned)
                 weights2 = weights2 + load_rows(rows_ptr, later4, ROW, row_n, row_n[None, :] < ROW)
 
             factor = load_factor(carried_ptr, rows[i], t < stop)
@@ -376,7 +376,7 @@ def forward_kernel(
                     y += D * u
                 y4 = y4 + (y * gate4[i % 4] if z_ptr is not None else y,)
                 if i % 4 == 3:
-                    store_rows(y_ptr, rows[i - 3 : i + 1], dim, d, y4, every & live)
+                    store_rows(y_ptr, rows[i - 3 : i + 1], dim, d, y4, owned & live)
         rows, later, us, deltas, zs, weights = later, later2, us2, deltas2, zs2, weights2
     if ENDS:
         tl.store(last_ptr + part * num_state * dim + nd, h, mask=mask)
@@ -402,7 +402,7 @@ def backward_kernel(
     )
     backwards = ((reverse >> k) & 1) == 1
     chunks = tl.cdiv(L, STEPS)
-    tl.static_assert(GROUP % PARTS == 0)
+    tl.static_assert(GROUP == 4 and GROUP % PARTS == 0)
     rank = (tl.arange(0, BLOCK_N) + 1).to(tl.float32)[:, None]  # (N, 1)
 
     if TIED:
@@ -449,14 +449,14 @@ def backward_kernel(
     last_t = (groups_of_steps - 1) * GROUP
     rows = rows_at(order_ptr, last_t, GROUP, L, backwards, WIDE)
     step = tl.arange(0, GROUP)[:, None]  # (T, 1)
-    every = d_mask[None, :]
-    us = load_rows(u_ptr, rows, u_l, d, every)
-    deltas = load_rows(delta_ptr, rows, dt_l, d, every)
-    zs = load_rows(z_ptr, rows, z_l, d, every)
-    dys = load_rows(dy_ptr, rows, dy_l, d, every & (last_t + step < L))
+    owned = d_mask[None, :]
+    us = load_rows(u_ptr, rows, u_l, d, owned)
+    deltas = load_rows(delta_ptr, rows, dt_l, d, owned)
+    zs = load_rows(z_ptr, rows, z_l, d, owned)
+    dys = load_rows(dy_ptr, rows, dy_l, d, owned & (last_t + step < L))
     rows2 = rows_at(order_ptr, tl.maximum(last_t - GROUP, 0), GROUP, L, backwards, WIDE)
-    us2 = load_rows(u_ptr, rows2, u_l, d, every)
-    deltas2 = load_rows(delta_ptr, rows2, dt_l, d, every)
+    us2 = load_rows(u_ptr, rows2, u_l, d, owned)
+    deltas2 = load_rows(delta_ptr, rows2, dt_l, d, owned)
     saved = (groups_of_steps - 1) * GROUP // STEPS
     h = tl.load(states_ptr + (bk * chunks + saved) * num_state * dim + nd, mask=mask, other=0.0)
     for walked in range(groups_of_steps - first // GROUP):
@@ -516,12 +516,12 @@ def backward_kernel(
                 tl.store(dC_ptr + at, sum_channels(addends, PRECISION), mask=valid)
                 addends = ()
         if z_ptr is not None:
-            store_rows(dz_ptr, rows, dz_l, d, dzs, every & live)
+            store_rows(dz_ptr, rows, dz_l, d, dzs, owned & live)
         # The loads of the next group now: the compiler cannot move a load past a store.
-        us3 = load_rows(u_ptr, rows3, u_l, d, every)
-        deltas3 = load_rows(delta_ptr, rows3, dt_l, d, every)
-        dys2 = load_rows(dy_ptr, rows2, dy_l, d, every)
-        zs2 = load_rows(z_ptr, rows2, z_l, d, every)
+        us3 = load_rows(u_ptr, rows3, u_l, d, owned)
+        deltas3 = load_rows(delta_ptr, rows3, dt_l, d, owned)
+        dys2 = load_rows(dy_ptr, rows2, dy_l, d, owned)
+        zs2 = load_rows(z_ptr, rows2, z_l, d, owned)
 
         # And backwards through them.
         dus, ddeltas, addends = (), (), ()
@@ -564,8 +564,8 @@ def backward_kernel(
                 dbias += ddelta
             dus = (du,) + dus
             ddeltas = (ddelta,) + ddeltas
-        store_rows(du_ptr, rows, du_l, d, dus, every & live)
-        store_rows(ddelta_ptr, rows, ddt_l, d, ddeltas, every & live)
+        store_rows(du_ptr, rows, du_l, d, dus, owned & live)
+        store_rows(ddelta_ptr, rows, ddt_l, d, ddeltas, owned & live)
         h, dys, zs = h2, dys2, zs2
         rows, us, deltas = rows2, us2, deltas2
         rows2, us2, deltas2 = rows3, us3, deltas3
