@@ -21,14 +21,10 @@ from nfhelpers.files import plain
 
 PRESETS = ("smoke", "demo", "gpu", "full")
 SECTIONS = {  # notebook -> its section of presets.toml
-    "01_ssm_basics": "ssm_basics",
-    "02_flow_matching_v1": "v1",
-    "03_multidirectional_scan": "multidir",
-    "04_bidirectional_v2": "v2",
-    "05_diffae_phase1": "diffae_phase1",
-    "06_diffae_phase2": "diffae_phase2",
+    "01_ssm_basics": "ssm_basics", "02_flow_matching_v1": "v1", "03_multidirectional_scan": "multidir",
+    "04_bidirectional_v2": "v2", "05_diffae_phase1": "diffae_phase1", "06_diffae_phase2": "diffae_phase2",
     "07_local_mamba": "localmamba",
-}
+}  # fmt: skip
 STAND_INS = {  # source that neither lies in NF_DATA nor can be downloaded -> settings
     "cifar10": {("data", "source"): "photos"},
     "fsdd": {("data", "source"): "chirps", ("model", "num_classes"): 4, ("model", "data_std"): 0.65},

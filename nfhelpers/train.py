@@ -366,9 +366,8 @@ class _Steps(Dataset):
             check_field(*(item[name][None] for name in ("query_coords", "input_coords", "input_values")))
         if self.dropped is None and self.config.vary_queries:
             queries = len(item["query_values"])
-            of_step = _generator(seed, _STEP, step)  # the whole batch keeps as many
-            share = int(torch.randint(1, QUERY_COUNTS + 1, (), generator=of_step))
-            share = QUERY_COUNTS if step < 2 else share  # recorded first: other graphs lie in its memory
+            draw = _generator(seed, _STEP, step)  # a batch; at first all: graphs share that one's memory
+            share = QUERY_COUNTS if step < 2 else int(torch.randint(1, QUERY_COUNTS + 1, (), generator=draw))
             count = math.ceil(queries * share / QUERY_COUNTS)
             keep = torch.randperm(queries, generator=generator)[:count].sort().values
             item |= {name: item[name][keep] for name in ("query_coords", "query_values")}

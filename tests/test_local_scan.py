@@ -87,6 +87,9 @@ def test_every_layout_gives_the_same(layout, shape, device):
     assert torch.equal(y, wanted)
     steps = LAYOUTS[layout](wanted.unsqueeze(3)).squeeze(3)  # (B, C, L) in this layout
     assert torch.equal(local_reverse(steps, *shape[2:], 3, True, True), x)
+    if layout == "channels-last" and min(shape) > 1:
+        assert y.transpose(1, 2).is_contiguous()
+        assert local_reverse(y, *shape[2:], 3).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_what_is_no_grid_is_refused():

@@ -593,8 +593,7 @@ def _channels_last(x):
 
 def _strides(**tensors):
     """{"u_b": ..., "u_k": ..., "u_l": ...} for each of these tensors (b, k, l, d) or None."""
-    dims = [(name, x, i) for name, x in tensors.items() for i in range(3)]
-    return {f"{name}_{'bkl'[i]}": 0 if x is None else x.stride(i) for name, x, i in dims}
+    return {f"{n}_{'bkl'[i]}": 0 if x is None else x.stride(i) for n, x in tensors.items() for i in range(3)}
 
 
 def _is_wide(length, *widths):
@@ -614,7 +613,7 @@ def _carries(arguments, grid, first, adjoint=False):
     forward_kernel[grid](
         **arguments | dict(D_ptr=None, z_ptr=arguments["z_ptr"] if adjoint else None),
         y_ptr=None, states_ptr=None, first_ptr=None, last_ptr=ends, decays_ptr=decays,
-        keep=0, ENDS=True, ADJOINT=adjoint,
+        begins=0, keep=0, ENDS=True, ADJOINT=adjoint,
     )  # fmt: skip
     carry(ends, decays, first, adjoint)
     return ends
@@ -642,7 +641,7 @@ def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse,
         **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        L=length, span=span, segments=count, begins=0, reverse=reverse, dim=channels,
+        L=length, span=span, segments=count, reverse=reverse, dim=channels,
         group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
         WIDE=_is_wide(length, 2 * block_n, channels, u, delta, z),
         STEPS=STEPS, ROW=2 * block_n, BLOCK_D=block_d, BLOCK_N=block_n, num_warps=1,
@@ -663,7 +662,7 @@ def forward(u, delta, A, B, C, D, z, bias, initial, order, carried, reverse, sof
         arguments, grid = _arguments(WARPS[0], *given)
         first = _carries(arguments, grid, None if initial is None else initial.transpose(2, 3).contiguous())
         forward_kernel[grid](
-            **arguments | dict(begins=int(first is not None)), keep=int(keep_states), y_ptr=y,
+            **arguments, begins=int(first is not None), keep=int(keep_states), y_ptr=y,
             first_ptr=last if first is None else first,  # any pointer, where nothing is read
             states_ptr=saved, last_ptr=last, decays_ptr=None, ENDS=False, ADJOINT=False,
         )  # fmt: skip
@@ -698,7 +697,7 @@ def backward(
         dB, dC = (new(per_row, dtype=partial) for _ in "BC")
         dD, dbias = (None if x is None else new(per_channel) for x in (D, bias))
         backward_kernel[grid](
-            **arguments | dict(maxnreg=255, begins=int(grad_last is not None)), states_ptr=states,
+            **arguments | dict(maxnreg=255), begins=int(grad_last is not None), states_ptr=states,
             dy_ptr=grad_y, dlast_ptr=states if grad_last is None else grad_last,
             du_ptr=du, ddelta_ptr=ddelta, dA_ptr=dA, dB_ptr=dB, dC_ptr=dC, dD_ptr=dD, dz_ptr=dz,
             dbias_ptr=dbias, dfirst_ptr=dinitial, one=1.0, **_strides(dy=grad_y, du=du, ddt=ddelta, dz=dz),
