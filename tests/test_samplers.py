@@ -341,7 +341,8 @@ def test_a_recorded_run_is_the_same_run(kind, bf16, device, monkeypatch):
     launched = run()
     assert len(recorded) == (1 if kind == "LocalMamba2D" else 3)
     monkeypatch.setattr(graphs, "RECORD_FROM", math.inf)
-    assert all(torch.equal(x, y) for x, y in zip(launched, run(), strict=True))
+    atol = 1e-7 * (device == "cuda")  # sums that atomics add up differ from run to run, recorded or not
+    assert all(torch.allclose(x, y, rtol=0, atol=atol) for x, y in zip(launched, run(), strict=True))
 
 
 class SquaredError(nn.Module):
