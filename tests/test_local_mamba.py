@@ -40,8 +40,7 @@ def tiny_model(trained=True, **settings):
 def arguments(batch=2, channels=1, height=12, width=8, classes=0, captions=0):
     generator = torch.Generator().manual_seed(1)
     given = dict(
-        x=torch.randn(batch, channels, height, width, generator=generator),
-        t=torch.linspace(0.1, 0.9, batch),
+        x=torch.randn(batch, channels, height, width, generator=generator), t=torch.linspace(0.1, 0.9, batch)
     )
     if classes:
         given["labels"] = torch.randint(classes, (batch,), generator=generator)

@@ -5,13 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfhelpers.kernels.orders import (
-    GRID_ORDERS,
-    POINT_ORDERS,
-    grid_order,
-    inverse_order,
-    point_order,
-)
+from nfhelpers.kernels.orders import GRID_ORDERS, POINT_ORDERS, grid_order, inverse_order, point_order
 
 KINDS = pytest.mark.parametrize("kind", POINT_ORDERS)
 
