@@ -116,8 +116,7 @@ def train_model(options):
         "data": f"{data['source']}, {len(datasets[0]):,} items, {len(datasets[1]):,} to validate",
         "device": f"{run.describe_device(device)}, {precision}, scan: {kernels.choose_backend(device)}",
     }
-    if classes:
-        about["classes"] = f"{len(classes)}: {', '.join(classes)}"
+    about |= {"classes": f"{len(classes)}: {', '.join(classes)}"} if classes else {}
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         print("\n".join(f"{key:<8} {line}" for key, line in about.items() if key != "command"))
@@ -158,8 +157,7 @@ def build_model(name, preset, settings, init=None, chosen=()):
         settings["shortcut"] = False
     model = model_class(config(**settings))
     if same:
-        copied = source.state_dict()
-        own = {}
+        copied, own = source.state_dict(), {}
         if vars(model.config).get("num_classes") != vars(source.config).get("num_classes"):
             copied.pop("class_embedding.weight", None)  # of other classes it is new
             own = {key: x for key, x in model.state_dict().items() if key.startswith("class_embedding.")}

@@ -19,7 +19,6 @@ from nfhelpers.files import data_folder, left_out, read_usable, source_path, spl
 
 DYNAMIC_RANGE = 60.0  # decibels
 SECONDS = 0.5  # what a spectrogram shows, unless it is too small for that: `frames_of`
-
 CHIRP_CLASSES = ("rising", "falling", "constant", "two-tone")
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 FSDD_NAMES = "fsdd-recordings.zip free-spoken-digit-dataset-1.0.10.zip v1.0.10.zip fsdd recordings".split()

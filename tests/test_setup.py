@@ -138,9 +138,9 @@ HEAVY += "mamba_ssm triton torch._dynamo".split()
 
 def test_models_and_training_import_nothing_heavy():
     python(f"""
-import sys
-import nfhelpers.models, nfhelpers.train, nfhelpers.evaluate, nfhelpers.spectrograms, nfhelpers.run
-import nfhelpers.kernels.local_scan, nfhelpers.kernels.native
+import sys, nfhelpers.models, nfhelpers.train, nfhelpers.evaluate, nfhelpers.spectrograms, nfhelpers.run
+import nfhelpers.kernels.local_scan, nfhelpers.kernels.native, torch
+nfhelpers.selective_scan(*torch.ones(2, 1, 2, 3), torch.ones(2, 2), *torch.ones(2, 1, 2, 3))
 assert not [name for name in {HEAVY} if name in sys.modules]
 """)
 

@@ -4,7 +4,6 @@ Reverse mode runs the backend's own backward pass, under torch.func too. Forward
 whose steps are PyTorch's. The derivative of a backend's gradient is refused.
 """
 
-import functools
 import importlib
 
 import torch
@@ -12,6 +11,8 @@ from torch.autograd import forward_ad
 
 from .orders import check_permutation
 
+# torch.library.custom_op would import torch._dynamo, for seconds, when an operation is first called.
+_library = torch.library.Library("nfhelpers", "FRAGMENT")
 _MODULES = {name: f"{__package__}.{name}" for name in ("reference", "chunked", "native")}
 _MODULES |= {"triton": f"{__package__}.triton_scan", "mamba_ssm": "mamba_ssm.ops.selective_scan_interface"}
 
@@ -69,11 +70,13 @@ def _register(name):
         pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
         return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
 
-    operation = functools.partial(torch.library.custom_op, mutates_args=())
-    op = operation(f"nfhelpers::scan_{name}", run, schema=_FORWARD)
-    backward_op = operation(f"nfhelpers::scan_{name}_backward", run_backward, schema=_BACKWARD)
+    parts = {f"scan_{name}": (_FORWARD, run), f"scan_{name}_backward": (_BACKWARD, run_backward)}
+    for own, (schema, function) in parts.items():
+        _library.define(own + schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(own, function, "CompositeExplicitAutograd")
+    op, backward_op = (getattr(torch.ops.nfhelpers, own).default for own in parts)
 
-    @op.register_fake
+    @torch.library.register_fake(op)
     def _(*arguments):
         (u, delta, A, B, *_), keep_states = arguments, arguments[14]
         kept = module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
@@ -81,7 +84,7 @@ def _register(name):
         y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
         return y, last, A.new_empty(kept)
 
-    @backward_op.register_fake
+    @torch.library.register_fake(backward_op)
     def _(grad_y, grad_last, states, *given):
         return tuple(states.new_empty(0) if x is None else torch.empty_like(x) for x in given[:9])
 
@@ -102,8 +105,8 @@ def _register(name):
         grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
         return *grads, *[None] * 7  # order ... layout
 
-    op.register_autograd(differentiate, setup_context=setup)
-    backward_op.register_autograd(_refuse)
+    torch.library.register_autograd(op, differentiate, setup_context=setup)
+    torch.library.register_autograd(backward_op, _refuse)
     twice = _function(backward_op, lambda ctx, inputs, output: None, _refuse)
     return op, _function(op, setup, differentiate)
 
