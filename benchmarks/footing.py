@@ -7,7 +7,7 @@
 It times steps of `train.fit`, takes as many as fill the seconds, and scores the weights of the lowest
 validation loss on the test images, once. SIGTERM leaves a state, from which the same command goes on.
 All have the same images, mirrored ones too, masks, batch, loss, optimizer, schedule and learning rate (1e-3).
-Their sizes are those of the shipped weights, 4.5 to 6.8 million parameters: a slower layer pays in steps.
+All but the flagship (6.8 million) have 2.1 to 2.2 million parameters: a slower layer pays in steps.
 With --epochs and another preset that preset decides; `full` has the design documents' sizes and rates.
 """
 
@@ -30,11 +30,11 @@ from nfhelpers import evaluate, images, models, run, train
 from nfhelpers.__main__ import setting
 
 PART = 100  # steps, which `fit` takes for an epoch: the seconds are met to half of them
-MODELS = {  # section of presets.toml, and what gives its preset gpu the size of the shipped weights
-    "v1": ("v1", {}),
-    "multidir": ("multidir", {}),
-    "lightweight": ("multidir", {"model.shared_weights": True, "model.d_model": 192}),
-    "v2": ("v2", {"model.d_model": 256, "model.num_layers": 6, "model.num_fourier_features": 256}),
+MODELS = {  # section of presets.toml, and what gives its preset gpu two million parameters, but for the flagship
+    "v1": ("v1", {"model.d_model": 160}),
+    "multidir": ("multidir", {"model.d_model": 96}),
+    "lightweight": ("multidir", {"model.shared_weights": True, "model.d_model": 128}),
+    "v2": ("v2", {"model.d_model": 144, "model.num_layers": 6, "model.num_fourier_features": 256}),
     "field": ("field", {}),
 }
 EQUAL = {"data.train_images": 50_000, "data.validation_images": 500, "data.queries": 0.8}
