@@ -1,7 +1,7 @@
 """Whole fields from sparse pixels without a network: what a model has to beat."""
 
 import numpy as np
-from scipy import fft, interpolate, linalg
+import scipy
 
 from nfhelpers.images import grid_coords, to_unit
 
@@ -23,9 +23,9 @@ def fill(method, observed, size=None):
         if method == "biharmonic":
             field = inpaint_biharmonic(image.astype(np.float64), ~mask, channel_axis=-1)  # (H, W, 3)
         elif method == "thin plate":
-            field = interpolate.RBFInterpolator(*points, kernel="thin_plate_spline")(query)  # (h*w, 3)
+            field = scipy.interpolate.RBFInterpolator(*points, kernel="thin_plate_spline")(query)  # (h*w, 3)
         else:
-            field, nearest = (interpolate.griddata(*points, query, kind) for kind in (method, "nearest"))
+            field, nearest = (scipy.interpolate.griddata(*points, query, k) for k in (method, "nearest"))
             field = np.where(np.isnan(field), nearest, field)  # outside the convex hull
         fields.append(field.clip(0, 1) if field.ndim == 3 else field.clip(0, 1).reshape(*shape, 3))
     fields = resize(np.stack(fields), *shape).astype(np.float32)
@@ -52,7 +52,7 @@ class Wiener:
         images = to_unit(train_images)
         self.height, self.width = sides = images.shape[1:3]
         self.mean = images.mean(axis=(0, 1, 2), dtype=np.float64)  # (3,)
-        spectra = fft.dctn(images - self.mean, axes=(1, 2), norm="ortho")  # (M, H, W, 3)
+        spectra = scipy.fft.dctn(images - self.mean, axes=(1, 2), norm="ortho")  # (M, H, W, 3)
         power = np.einsum("mhwi,mhwj->hwij", spectra, spectra) / len(images)  # (H, W, 3, 3)
         cosines = [np.cos(np.pi * np.outer(np.arange(n + 1), np.arange(n)) / n) / n for n in sides]
         self.covariance = np.einsum("yh,xw,hwij->yxij", *cosines, power, optimize=True)  # (H+1, W+1, 3, 3)
@@ -69,7 +69,7 @@ class Wiener:
         lags = [np.abs(index[:, None] - index) for index in (row, column)]  # (Ni, Ni) each
         among = self.covariance[tuple(lags)].transpose(0, 2, 1, 3).reshape(3 * len(row), -1)  # (3 Ni, 3 Ni)
         among[np.diag_indices_from(among)] += RIDGE * np.trace(self.covariance[0, 0]) / 3 + 1e-12
-        solved = linalg.solve(among, (image[mask] - self.mean).ravel(), assume_a="pos")
+        solved = scipy.linalg.solve(among, (image[mask] - self.mean).ravel(), assume_a="pos")
         # Zero-padded to twice the size, the circular convolution is the sum over the observed pixels.
         weights = np.zeros((2 * self.height, 2 * self.width, 3))
         weights[row, column] = solved.reshape(-1, 3)
