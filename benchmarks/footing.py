@@ -30,7 +30,7 @@ from nfhelpers import evaluate, images, models, run, train
 from nfhelpers.__main__ import setting
 
 PART = 100  # steps, which `fit` takes for an epoch: the seconds are met to half of them
-MODELS = {  # section of presets.toml, and what gives its preset gpu two million parameters, but for the flagship
+MODELS = {  # section of presets.toml, and what gives its preset gpu two million parameters (field: 6.8)
     "v1": ("v1", {"model.d_model": 160}),
     "multidir": ("multidir", {"model.d_model": 96}),
     "lightweight": ("multidir", {"model.shared_weights": True, "model.d_model": 128}),

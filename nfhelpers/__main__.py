@@ -153,8 +153,7 @@ def build_model(name, preset, settings, init=None, chosen=()):
     if same := type(source) is model_class:
         settings = vars(source.config) | {key: settings[key] for key in chosen}
         settings |= {"phase": 1} if name == "diffae_phase1" else {}
-    if "shortcut" in settings:  # `fit` trains the velocity, not whole steps
-        settings["shortcut"] = False
+    settings |= {"shortcut": False} if "shortcut" in settings else {}  # `fit` trains no whole steps
     model = model_class(config(**settings))
     if same:
         copied, own = source.state_dict(), {}

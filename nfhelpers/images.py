@@ -24,7 +24,6 @@ UPRIGHT = {"validation": ("grace_hopper",), "test": ("china", "coffee", "chelsea
 TRAIN_CYCLE = """astronaut motorcycle_left flower ihc motorcycle_left astronaut rocket motorcycle_left ihc
     flower astronaut motorcycle_left rocket retina""".split()
 SEED = 20231201
-
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_HASH = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 RECORD = 1 + 3 * 32 * 32  # of CIFAR-10: label, then red, green and blue planes

@@ -69,8 +69,7 @@ def start(notebook, preset=None, overrides=None):
         runs.mkdir(parents=True, exist_ok=True)
         runs = Path(tempfile.mkdtemp(dir=runs))
     precision, backend = default_precision(device), kernels.choose_backend(device)
-    minutes = _presets()["minutes"].get(preset, {}).get(section)
-    about = f", about {minutes:g} min" if minutes else ""
+    about = f", about {m:g} min" if (m := _presets()["minutes"].get(preset, {}).get(section)) else ""
     print(f"preset    {preset}{about}\ndevice    {describe_device(device)}, {precision}\nbackend   {backend}")
     print(f"versions  {', '.join(map(' '.join, versions().items()))}\nseed      {seed}")
     source = settings.get("data", {}).get("source")
@@ -176,8 +175,7 @@ def describe_device(device):
     import torch
 
     if torch.device(device).type != "cuda":
-        threads = torch.get_num_threads()
-        return f"{device} ({threads} thread{'s' * (threads > 1)})"
+        return f"{device} ({(n := torch.get_num_threads())} thread{'s' * (n > 1)})"
     gpu = torch.cuda.get_device_properties(device)
     return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
 

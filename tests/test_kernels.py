@@ -556,6 +556,15 @@ def test_a_compiled_graph_names_the_layout_of_the_states(monkeypatch):
     torch._dynamo.reset()
 
 
+@EACH
+def test_torch_compile_does_not_look_into_a_kernel(backend):  # where it takes no scan into a graph
+    graphs, arguments = [], problem(length=9)
+    scan = functools.partial(selective_scan, **arguments, backend=backend)
+    slope = torch.func.grad(lambda u: scan(u=u).square().sum())
+    found = torch.compile(slope, backend=lambda graph, _: graphs.append(graph) or graph)(arguments["u"])
+    assert len(graphs) <= 1 and torch.equal(found, slope(arguments["u"]))
+
+
 @pytest.mark.parametrize("directional", [False, True], ids=["selective", "directional"])
 def test_compiles_without_a_graph_break(directional):
     """Forward and backward, with eager's numbers; an order that is none is refused in compiled code, too."""

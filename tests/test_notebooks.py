@@ -80,7 +80,7 @@ def test_it_teaches_in_short_cells(path):
 
 @every_notebook
 def test_every_widget_has_a_static_twin_above_it(path):
-    """What a panel draws was called plainly before: its figure is in the file, and nbmake sees its errors."""
+    """What a panel draws was called plainly before: its figure is in the file, and a run sees its errors."""
     above, draws = set(), {}
     for statement in (node for cell in code_cells(path) for node in tree_of(cell).body):
         names = {name for _, name, _ in calls(statement)}

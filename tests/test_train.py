@@ -396,10 +396,7 @@ def test_a_finished_run_stays_and_can_be_trained_longer(reference, tmp_path, cap
     fit(tiny(), fields(), settings(tmp_path, epochs=2))
     longer = fit(tiny(), fields(), settings(tmp_path, epochs=3))
     assert longer.steps == 12 and longer.history["val_step"] == [8, 12]
-    rates = [
-        *(1e-2 * cosine_schedule(k, 8, 1) for k in range(8)),
-        *(1e-2 * cosine_schedule(k, 12, 1) for k in range(8, 12)),
-    ]
+    rates = [1e-2 * cosine_schedule(k, 8 if k < 8 else 12, 1) for k in range(12)]
     assert longer.history["learning_rate"] == pytest.approx(rates)
 
 

@@ -42,10 +42,7 @@ CASES = {
     "several blocks a group": (dict(batch=1, channels=80, length=9, groups=2, extras="D"), {}),
     "many states": (dict(batch=1, channels=3, length=9, states=64), {}),
     "more states": (dict(batch=1, channels=3, length=5, states=100), {}),
-    "long": (
-        dict(batch=1, length=40 if INTERPRETED else 1228, extras="delta_bias"),
-        dict(delta_softplus=True),
-    ),
+    "long": (dict(batch=1, length=(1228, 40)[INTERPRETED], extras="delta_bias"), dict(delta_softplus=True)),
 }
 
 
@@ -75,9 +72,8 @@ def test_matches_reference(name):
     [("", False, False), ("", True, True), ("x A D delta_bias", True, False)],
 )
 def test_directions_match_reference(shared, order_a_sample, tied):
-    arguments, orders = directional_problem(
-        batch=2, channels=5, length=7, states=4, shared=shared, order_a_sample=order_a_sample, tied=tied
-    )
+    size = dict(batch=2, channels=5, length=7, states=4, shared=shared, tied=tied)
+    arguments, orders = directional_problem(**size, order_a_sample=order_a_sample)
     options = dict(orders=orders, reverse=[False, True, True], tied_decay=tied)
     assert_matches_reference(directional_scan, arguments, **options)
 
@@ -99,10 +95,8 @@ def test_segments_of_time_are_one_scan(monkeypatch, tied):
         options = dict(orders=orders, reverse=[False, True], tied_decay=True)
         assert_matches_reference(directional_scan, arguments, **options)
     else:
-        options, arguments = (
-            dict(delta_softplus=True, return_last_state=True),
-            problem(1, 6, length, extras=ALL),
-        )
+        options = dict(delta_softplus=True, return_last_state=True)
+        arguments = problem(1, 6, length, extras=ALL)
         assert_matches_reference(selective_scan, arguments, **options)
         options, arguments = options | dict(backend="triton"), to_device(arguments)
         assert_all_equal(*(outputs_and_gradients(selective_scan, arguments, **options) for _ in range(2)))

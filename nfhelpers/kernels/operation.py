@@ -5,6 +5,7 @@ whose steps are PyTorch's. The derivative of a backend's gradient is refused.
 """
 
 import importlib
+import sys
 
 import torch
 from torch.autograd import forward_ad
@@ -29,16 +30,20 @@ _FORWARD = f"({_ARGS}, {_OPTIONS}, bool keep_states, str layout='') -> (Tensor, 
 _BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_ARGS}, {_OPTIONS}) -> ({'Tensor, ' * 8}Tensor)"
 
 
-def _call(name, function, *arguments):
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return getattr(module(name), function)(*arguments)
+def _untraced(function):
+    """`function`, into which torch.compile, where it is in use, does not look."""
+
+    def call(*arguments):
+        disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
+        return (disable(function) if disable else function)(*arguments)
+
+    return call
 
 
 def _fit(x, like):
     """x in the dtype and memory order of `torch.empty_like(like)`."""
     wanted = like if x.stride() == like.stride() else torch.empty_like(like)
-    fits = x.stride() == wanted.stride() and x.dtype == like.dtype
-    return x if fits else torch.empty_like(like).copy_(x)
+    return x if (x.stride(), x.dtype) == (wanted.stride(), like.dtype) else torch.empty_like(like).copy_(x)
 
 
 def is_transformed():
@@ -62,27 +67,27 @@ def _register(name):
 
     def run(*arguments):  # of the schema
         check_permutation(arguments[9])
-        y, last, states = _call(name, "forward", *arguments[:15])
-        u = arguments[0]
-        return _fit(y, u) if u.shape == y.shape else y, last.contiguous(), states
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            y, last, states = module(name).forward(*arguments[:15])
+        return _fit(y, arguments[0]) if y.shape == arguments[0].shape else y, last.contiguous(), states
 
     def run_backward(grad_y, grad_last, states, *given):
-        pairs = zip(given, _call(name, "backward", grad_y, grad_last, states, *given), strict=False)
+        with torch.autocast(states.device.type, enabled=False):
+            pairs = zip(given, module(name).backward(grad_y, grad_last, states, *given), strict=False)
         return tuple(states.new_empty(0) if x is None else _fit(y, x) for x, y in pairs)
 
     parts = {f"scan_{name}": (_FORWARD, run), f"scan_{name}_backward": (_BACKWARD, run_backward)}
     for own, (schema, function) in parts.items():
         _library.define(own + schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(own, function, "CompositeExplicitAutograd")
+        _library.impl(own, _untraced(function), "CompositeExplicitAutograd")
     op, backward_op = (getattr(torch.ops.nfhelpers, own).default for own in parts)
 
     @torch.library.register_fake(op)
     def _(*arguments):
         (u, delta, A, B, *_), keep_states = arguments, arguments[14]
         kept = module(name).states_shape(*delta.shape, B.shape[4]) if keep_states else (0,)
-        last = A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4])
         y = torch.empty_like(u) if u.shape == delta.shape else u.new_empty(delta.shape)
-        return y, last, A.new_empty(kept)
+        return y, A.new_empty(*delta.shape[:2], delta.shape[3], B.shape[4]), A.new_empty(kept)
 
     @torch.library.register_fake(backward_op)
     def _(grad_y, grad_last, states, *given):
@@ -100,8 +105,7 @@ def _register(name):
             _refuse()
         states, *given = ctx.saved_tensors
         grad_y = given[0].new_zeros(()).expand(ctx.shape) if grad_y is None else grad_y
-        run = twice if is_transformed() else backward_op
-        grads = run(grad_y, grad_last, states, *given, *ctx.options)
+        grads = (twice if is_transformed() else backward_op)(grad_y, grad_last, states, *given, *ctx.options)
         grads = (None if x is None else grad for x, grad in zip(given, grads, strict=False))
         return *grads, *[None] * 7  # order ... layout
 
