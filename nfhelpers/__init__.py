@@ -3,7 +3,6 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-
 _ROOMS = "checkpoint classical evaluate flow graphs images kernels metrics models plots run samplers".split()
 _ROOMS += "spectrograms train widgets".split()
 __all__ = ["__version__", "directional_scan", "selective_scan", *_ROOMS]

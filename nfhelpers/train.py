@@ -35,7 +35,6 @@ from nfhelpers.models import LocalMamba2D
 
 QUERY_COUNTS = 4  # that vary_queries draws from: each is a compilation and a graph of its own
 READ_EVERY = 10  # steps between looks at what a GPU has computed: the CPU waits for it then
-
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _SHUFFLE, _STEP, _ITEM, _DROPOUT, _VALIDATION = range(5)  # streams of random numbers
 _COLUMNS = "step epoch loss learning_rate gradient_norm".split()

@@ -32,10 +32,12 @@ _BACKWARD = f"(Tensor dy, Tensor? dlast, Tensor states, {_ARGS}, {_OPTIONS}) -> 
 
 def _untraced(function):
     """`function`, into which torch.compile, where it is in use, does not look."""
+    chosen = {None: function}
 
     def call(*arguments):
         disable = getattr(sys.modules.get("torch._dynamo"), "disable", None)
-        return (disable(function) if disable else function)(*arguments)
+        chosen[disable] = chosen.get(disable) or disable(function)
+        return chosen[disable](*arguments)
 
     return call
 
