@@ -64,7 +64,7 @@ test: install
 	TRITON_INTERPRET=1 $(PARALLEL) -p no:nbmake tests/test_triton.py
 	@# A smoke run trains into a new folder in runs/<notebook>/smoke; those of earlier tests are worth nothing.
 	rm -rf runs/[0-9]*_*/smoke
-	@# Each notebook runs once or, in a browser, twice: those not named here run in tests/test_notebooks.py.
+	@# Those that test_browser.py runs in a browser; the other notebooks run in test_notebooks.py.
 	NF_PRESET=smoke $(PARALLEL) --nbmake --nbmake-kernel=python3 --nbmake-timeout=300 \
 	    notebooks/0[46]_*.ipynb notebooks/solutions tests
 

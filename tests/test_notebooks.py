@@ -12,12 +12,12 @@ import pytest
 import run_all
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
+from test_browser import NOTEBOOKS as IN_BROWSER
 
 from nfhelpers import run
 
 NOTEBOOKS = sorted(run_all.FOLDER.glob("*.ipynb"))
 SOLUTIONS = sorted((run_all.FOLDER / "solutions").glob("*.ipynb"))
-KERNEL_ONLY = [path for path in NOTEBOOKS if path.stem[:2] not in ("04", "06")]  # see test_browser.py
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 with_solutions = pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=lambda path: path.stem)
 
@@ -107,7 +107,7 @@ print(len(panels))
 """
 
 
-@pytest.mark.parametrize("path", KERNEL_ONLY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in IN_BROWSER], ids=lambda p: p.stem)
 def test_a_kernel_runs_all_and_moves_the_widgets(path, monkeypatch):
     monkeypatch.setenv("NF_PRESET", "smoke")
     monkeypatch.setattr(run_all, "PEAK", MOVE)  # the last cell

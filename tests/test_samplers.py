@@ -341,7 +341,7 @@ def test_a_recorded_run_is_the_same_run(kind, bf16, device, monkeypatch):
     launched = run()
     assert len(recorded) == (1 if kind == "LocalMamba2D" else 3)
     monkeypatch.setattr(graphs, "RECORD_FROM", math.inf)
-    atol = (2e-2 if bf16 else 1e-6) * (kind == "MambaField" and device == "cuda")  # its sums are by atomics
+    atol = 1e-6 * (kind == "MambaField" and device == "cuda" and not bf16)  # its sums are by atomics
     assert all(torch.allclose(x, y, rtol=0, atol=atol) for x, y in zip(launched, run(), strict=True))
 
 

@@ -102,7 +102,7 @@ def _scan(backend, tensors, order, carried, reverse, softplus, tied):
             found = f"{x.dtype} {tuple(x.shape)} on {x.device}"
             raise ValueError(f"{name} is {found}; pass real numbers {shape} on {u.device}")
     if size["d"] % size["G"] or not size["l"]:
-        raise ValueError(f"{size['l']} steps, {size['d']} channels in {size['G']} groups: none, or unequal")
+        raise ValueError("no steps or unequal groups: {l} steps, {d} channels, {G} groups".format(**size))
     dtype = reference.compute_dtype(*tensors)
     uses = ["seq_idx"] * (carried is not None) + ["initial_state"] * (initial is not None)
     uses += ["float64"] * (dtype == torch.float64)
