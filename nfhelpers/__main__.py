@@ -225,11 +225,11 @@ def diagnose(options):
     for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
         print(f"device     {run.describe_device(name)}")
     print(f"selective scan on {device.type}: {kernels.choose_backend(device)}; errors against float64:")
-    for name, status in kernels.backend_status().items():
-        if status == "ok":
-            errors = kernels.self_check(name, "cpu" if name == "native" else device).values()
-            met = all(error < 1e-4 for error in errors)  # NaN is missed, too
-            rows.append((name, met, "  ".join(f"{error:.1e}" for error in errors)))
+    for name in kernels.BACKENDS:
+        place = torch.device("cpu") if name == "native" else device
+        if (status := kernels.backend_status(place.type)[name]) == "ok":
+            errors = kernels.self_check(name, place).values()  # of which NaN is no number below 1e-4
+            rows.append((name, all(x < 1e-4 for x in errors), "  ".join(f"{x:.1e}" for x in errors)))
         else:
             print(f"off    {name:<26} {status}")
     if options.model:

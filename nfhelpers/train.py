@@ -170,8 +170,7 @@ class _Run:
             print(f"{where}: {start} of {total} steps done, {per_epoch} an epoch{nothing}")
         self.bar = tqdm(desc="train", total=total, initial=start, disable=not (self.main and config.progress))
         self.model.train()
-        steps, places = range(start, total), self.steps.places
-        keys = ([(step, place) for place in part] for step in steps for part in places)
+        keys = ([(step, i) for i in part] for step in range(start, total) for part in self.steps.places)
         # With a generator of its own the loader takes nothing from the global one.
         options = {"generator": torch.Generator(), "pin_memory": self.cuda, "num_workers": config.num_workers}
         batches = iter(DataLoader(self.steps, batch_sampler=keys, worker_init_fn=_start_worker, **options))
@@ -201,7 +200,8 @@ class _Run:
             if start < total or not (self.folder / "latest").exists():
                 self.save()
         finally:
-            self.optimizer.zero_grad()  # gradients may lie in the memory of graphs
+            self.optimizer.zero_grad()  # gradients may lie in the memory of graphs,
+            vars(self).pop("add_gradient", None)  # which is free for the next run only without them
             self.bar.close()
             if config.num_workers:  # there is no public way, and an error's traceback would keep them
                 batches._shutdown_workers()

@@ -218,7 +218,7 @@ def test_history_log_and_folders_agree(reference):
     assert (result.steps, result.interrupted) == (16, False) and result.model is model and not model.training
     assert history["step"] == list(range(1, 17)) and history["val_step"] == [8, 16]
     assert history["epoch"] == [1 + k // 4 for k in range(16)]
-    log = pandas.read_csv(folder / "log.csv")
+    log = pandas.read_csv(folder / "log.csv", float_precision="round_trip")
     assert log.loss.tolist() == history["loss"] and log.step.tolist() == history["step"]
     assert log.val_psnr.dropna().tolist() == history["val_psnr"]
     assert min(history["val_loss"]) == history["val_loss"][-1]

@@ -117,7 +117,7 @@ def _scan(backend, tensors, order, carried, reverse, softplus, tied):
     mask = sum(1 << k for k, backwards in enumerate(reverse) if backwards)
     tensors = (u, delta, A, B, C, D, z, bias, initial, order, carried)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return OPERATIONS[name][transformed](*tensors, mask, softplus, tied, keep, layout)[:2]
+    return OPERATIONS[name][int(transformed)](*tensors, mask, softplus, tied, keep, layout)[:2]
 
 
 _DIMS = "bkld bKld KdN bKGlN bKGlN Kd bKld Kd bKdN aKl bl".split()
@@ -152,9 +152,9 @@ def _status(name, kind=None):
     return "ok" if kind in (None, where) else f"needs tensors on {where}, not on {kind}"
 
 
-def backend_status():
-    """{backend: "ok", or the reason why it cannot be used in this process}, in the order of BACKENDS."""
-    return {name: _status(name) for name in BACKENDS}
+def backend_status(kind=None):
+    """{backend: "ok", or why it cannot be used in this process (for tensors on "cpu" or "cuda")}."""
+    return {name: _status(name, kind) for name in BACKENDS}
 
 
 def choose_backend(device, backend=None, dtype=torch.float32):
