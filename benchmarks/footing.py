@@ -38,8 +38,7 @@ MODELS = {  # section of presets.toml, and what gives its preset gpu two million
     "field": ("field", {}),
 }
 EQUAL = {"data.train_images": 50_000, "data.validation_images": 500, "data.queries": 0.8}
-EQUAL |= {"train.batch_size": 128, "train.ema_decay": 0.999, "train.vary_queries": False}
-EQUAL |= {"train.compile": True, "train.num_workers": 8}
+EQUAL |= {"train.batch_size": 128, "train.ema_decay": 0.999, "train.compile": True, "train.num_workers": 8}
 
 
 class Turns(images.SparseFields):

@@ -228,7 +228,7 @@ def diagnose(options):
     for name in kernels.BACKENDS:
         place = torch.device("cpu") if name == "native" else device
         if (status := kernels.backend_status(place.type)[name]) == "ok":
-            errors = kernels.self_check(name, place).values()  # of which NaN is no number below 1e-4
+            errors = kernels.self_check(name, place).values()  # NaN < 1e-4 is False: missed
             rows.append((name, all(x < 1e-4 for x in errors), "  ".join(f"{x:.1e}" for x in errors)))
         else:
             print(f"off    {name:<26} {status}")

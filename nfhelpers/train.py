@@ -200,8 +200,8 @@ class _Run:
             if start < total or not (self.folder / "latest").exists():
                 self.save()
         finally:
-            self.optimizer.zero_grad()  # gradients may lie in the memory of graphs,
-            vars(self).pop("add_gradient", None)  # which is free for the next run only without them
+            self.optimizer.zero_grad()  # gradients may lie in the graphs' memory
+            vars(self).pop("add_gradient", None)  # which is free now, not when Python collects this object
             self.bar.close()
             if config.num_workers:  # there is no public way, and an error's traceback would keep them
                 batches._shutdown_workers()

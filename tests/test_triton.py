@@ -85,18 +85,18 @@ def test_directions_of_several_blocks_and_offsets_of_64_bits(monkeypatch):
     assert_matches_reference(directional_scan, arguments, orders=orders, reverse=[True, False])
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
-def test_segments_of_time_are_one_scan(monkeypatch, tied):
+@pytest.mark.parametrize("kind", ["free", "tied", "tied, in orders"])
+def test_segments_of_time_are_one_scan(monkeypatch, kind):
     """A GPU that is not full scans segments of 8 steps, the last one shorter; the same bits every time."""
     monkeypatch.setattr(triton_scan, "SHORTEST", 8)
     length = 25 if INTERPRETED else 1229
-    if tied:
+    if kind == "tied, in orders":
         arguments, orders = directional_problem(1, 2, 3, length, 4, tied=True)
         options = dict(orders=orders, reverse=[False, True], tied_decay=True)
         assert_matches_reference(directional_scan, arguments, **options)
     else:
-        options = dict(delta_softplus=True, return_last_state=True)
-        arguments = problem(1, 6, length, extras=ALL)
+        options = dict(delta_softplus=True, return_last_state=True, tied_decay=kind == "tied")
+        arguments = problem(1, 6, length, extras=ALL, tied=kind == "tied")
         assert_matches_reference(selective_scan, arguments, **options)
         options, arguments = options | dict(backend="triton"), to_device(arguments)
         assert_all_equal(*(outputs_and_gradients(selective_scan, arguments, **options) for _ in range(2)))

@@ -37,7 +37,7 @@ TILE = 512  # states of a program: 16 in each of 32 threads
 SHORTEST = 16  # steps of a segment, a multiple of STEPS
 WARPS = 16, 8  # on a multiprocessor, forward and backward: as many as registers allow
 WIDE_FROM = 2**31  # offsets that need 64 bits
-# No kernel is compiled anew for a value of these; nor for rows_ptr: loads by fours would spill registers.
+# No kernel is compiled anew for these (but see SEGMENTED); nor for rows_ptr: loads by fours would spill.
 NUMBERS = "L span segments begins group_dim reverse blocks_per_group order_b order_k".split()
 STRIDES = [f"{name}_{i}" for name in ("u", "dt", "z", "dy", "du", "ddt", "dz") for i in "bkl"]
 
@@ -639,7 +639,7 @@ def _arguments(warps, u, delta, A, B, C, D, z, bias, _, order, carried, reverse,
         **_strides(u=u, dt=delta, z=z),
         order_b=0 if order is None or order.shape[0] == 1 else order.stride(0),
         order_k=0 if order is None else order.stride(1),
-        # One segment as a constant: the tied scan without orders gains 5% by it, others lose up to 2%.
+        # One segment as a constant: the tied scan without orders gains 5% by it, others lose 1 to 2%.
         SEGMENTED=count > 1 or order is not None or not tied,
         L=length, span=span, segments=count, reverse=reverse, dim=channels,
         group_dim=channels // groups, num_state=states, blocks_per_group=blocks, SOFTPLUS=softplus, TIED=tied,
