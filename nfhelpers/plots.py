@@ -32,7 +32,7 @@ def subplots(rows=1, columns=1, width=4.4, height=3.2, title=None, plain=False, 
     axes = figure.subplots(rows, columns, **options)
     for ax in np.ravel(axes):
         ax.set(prop_cycle=cycler(color=COLOURS), axisbelow=True)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which="both", labelsize=8)
         ax.spines[["top", "right"]].set_visible(plain)
         if not plain:
             ax.grid(color="#dddddd")
