@@ -227,7 +227,7 @@ def diagnose(options):
     print(f"selective scan on {device.type}: {kernels.choose_backend(device)}; errors against float64:")
     for name in kernels.BACKENDS:
         place = torch.device("cpu") if name == "native" else device
-        if (status := kernels.backend_status(place.type)[name]) == "ok":
+        if (status := kernels.status_of(name, place.type)) == "ok":
             errors = kernels.self_check(name, place).values()  # NaN < 1e-4 is False: missed
             rows.append((name, all(x < 1e-4 for x in errors), "  ".join(f"{x:.1e}" for x in errors)))
         else:

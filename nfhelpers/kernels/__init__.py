@@ -141,7 +141,7 @@ def installed(name):
         return f"import failed: {type(error).__name__}: {error}"
 
 
-def _status(name, kind=None):
+def status_of(name, kind=None):
     """ "ok", or why the backend cannot be used here, with tensors on a device of this kind."""
     where = {"native": "cpu", "triton": "cuda", "mamba_ssm": "cuda"}.get(name)
     status = installed(name)
@@ -152,9 +152,9 @@ def _status(name, kind=None):
     return "ok" if kind in (None, where) else f"needs tensors on {where}, not on {kind}"
 
 
-def backend_status(kind=None):
-    """{backend: "ok", or why it cannot be used in this process (for tensors on "cpu" or "cuda")}."""
-    return {name: _status(name, kind) for name in BACKENDS}
+def backend_status():
+    """{backend: "ok", or the reason why it cannot be used in this process}, in the order of BACKENDS."""
+    return {name: status_of(name) for name in BACKENDS}
 
 
 def choose_backend(device, backend=None, dtype=torch.float32):
@@ -178,7 +178,7 @@ def _choose(kind, backend, uses=()):
         if name and name not in _HAVE[use]:
             raise ValueError(f"{source}={name!r} has no {use}; use one of {_HAVE[use]}")
         best = best if best in _HAVE[use] else _HAVE[use][0]
-    status = _status(name or best, kind)
+    status = status_of(name or best, kind)
     if name and status != "ok":
         raise ValueError(f"{source}={name!r} cannot be used: {status}")
     if status != "ok":
