@@ -14,6 +14,7 @@ images of the first source are kept. Matrices are trained by Muon (Jordan et al.
 import argparse
 import copy
 import functools
+import gc
 import json
 import math
 import time
@@ -285,8 +286,9 @@ class Trainer:
             step()
             step()
         torch.cuda.current_stream().wait_stream(side)
+        gc.collect()  # what still holds a gradient's node ties it to the stream where it was made
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):
             step()
         self.restart(before)
         return graph.replay

@@ -7,10 +7,11 @@
 #     bash benchmarks/reproduce.sh train-v1-photos means-photos  these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
-# Stages: train-NAME of each folder in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); then means-*, samples-*
-# (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
+# Stages: train-NAME of folders in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); then means-*,
+# samples-* (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
 # (autoencoders), generated-* (LocalMamba); scan, train-step, sampling; footing-NAME, models of fields at equal
-# seconds, and documents-NAME, at the design documents' sizes, with their tables, footing and documents.
+# seconds (v1-cifar10 and multidir-cifar10 in checkpoints/), and documents-NAME, at the design documents' sizes, with
+# their tables, footing and documents.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
 # was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages, flagships and autoencoders take minutes and
 # start again.

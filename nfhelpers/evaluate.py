@@ -58,23 +58,32 @@ def reconstruct(
     if isinstance(method, str):
         return classical.fill(method, observed, size)
 
-    asked = torch.ones(len(observed.mask), shape[0] * shape[1], dtype=torch.bool)  # (N, h*w)
-    if shape == own and not observed.mask.all():
-        asked = torch.from_numpy(~observed.mask.reshape(len(asked), -1))
-    query = grid_coords(*shape).expand(*asked.shape, 2)[asked].reshape(len(asked), -1, 2)  # (N, Nq, 2)
-    device = next(method.parameters(), query).device
-    batch = [part.to(device) for part in (query, observed.input_coords, observed.input_values)]
+    device, count = next(method.parameters(), torch.empty(0)).device, len(observed.mask)
+    batch = [grid_coords(*shape, device).expand(count, -1, -1)]  # (N, h*w, 2)
+    batch += [part.to(device) for part in (observed.input_coords, observed.input_values)]
+    if kept := shape == own and not observed.mask.all():
+        asked = torch.tensor(~observed.mask, device=device).flatten(1)  # (N, h*w)
+        batch[0] = batch[0][asked].view(count, -1, 2)  # (N, Nq, 2)
+    k = -(-shape[0] // own[0]) if kind == "mean" and getattr(method, "mixes_queries", False) else 1
+    if k > 1:  # every k-th row and column at a time: queries as far apart as in training
+        rows, columns = (torch.arange(-(-n // k) * k).clamp(max=n - 1).view(-1, k).T for n in shape)  # (k, n)
+        lattices = (rows[:, None, :, None] * shape[1] + columns[:, None]).flatten()
+        batch[0] = batch[0][:, lattices].view(count * k * k, -1, 2)
+        batch[1:] = [part.repeat_interleave(k * k, 0) for part in batch[1:]]
     options = dict(generator=torch.Generator().manual_seed(seed), progress=progress)
     if getattr(method, "takes_footprint", False):
         options["footprint"] = (shape[0] * shape[1]) ** -0.5
-    options["max_batch"] = max(1, TOKENS_PER_FORWARD // (query.shape[1] + observed.input_coords.shape[1]))
+    options["max_batch"] = max(1, TOKENS_PER_FORWARD // (batch[0].shape[1] + batch[1].shape[1]))
 
     def complete(values):  # (N, Nq, 3) -> (N, h, w, 3)
-        fields = torch.empty(*asked.shape, 3)
-        fields[asked] = to_image(values).float().cpu().flatten(0, 1)
-        if not asked.all():
-            fields[~asked] = torch.from_numpy(observed.images.reshape(*asked.shape, 3))[~asked]
-        return fields.reshape(-1, *shape, 3).numpy()
+        fields = to_image(values).float()
+        if kept:
+            fields, values = torch.tensor(observed.images, device=device).flatten(1, 2), fields
+            fields[asked] = values.flatten(0, 1)
+        if k > 1:
+            parts = fields.view(count, k, k, rows.shape[1], columns.shape[1], 3).permute(0, 3, 1, 4, 2, 5)
+            fields = parts.flatten(1, 2).flatten(2, 3)[:, : shape[0], : shape[1]]
+        return fields.reshape(count, *shape, 3).cpu().numpy()
 
     if kind == "mean":
         options |= {"draws": draws, "steps": 1 if steps is None else steps}

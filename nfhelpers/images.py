@@ -232,9 +232,9 @@ def _area_mean(sums, size, name):
     return np.rint(np.diff(np.diff(corners, axis=0), axis=1) * (size / side) ** 2).astype(np.uint8)
 
 
-def grid_coords(height, width) -> torch.Tensor:
+def grid_coords(height, width, device=None) -> torch.Tensor:
     """Pixel centres (x, y) = ((i + 0.5)/width, (j + 0.5)/height), row-major: float32 (height*width, 2)."""
-    y, x = ((torch.arange(side, dtype=torch.float32) + 0.5) / side for side in (height, width))
+    y, x = (torch.arange(0.5, side, device=device) / side for side in (height, width))
     return torch.cartesian_prod(y, x).flip(1)
 
 

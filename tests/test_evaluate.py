@@ -59,13 +59,19 @@ def test_observed_pixels_are_kept_and_only_the_others_asked(kind):
     np.testing.assert_allclose(evaluate.reconstruct(model, whole, kind=kind, steps=1), 0.5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("size", [8, None, 40])
 @pytest.mark.parametrize("kind", ["mean", "sample"])
-def test_an_exact_velocity_reconstructs_any_size(kind, size):
-    truth = [ramp(images.grid_coords(side, side)).reshape(1, side, side, 3) for side in (16, size or 16)]
-    observed = evaluate.observe(truth[0], 0.3)
-    made = evaluate.reconstruct(Posterior(ramp), observed, size, kind=kind, steps=2)
+def test_an_exact_velocity_reconstructs_any_size(kind, size, mixes):
+    """Queries that mix are asked as far apart as observed pixels: of 40 x 40 in 3 x 3 parts."""
+    truth = [ramp(images.grid_coords(side, side)).expand(2, -1, -1) for side in (16, size or 16)]
+    truth = [fields.reshape(2, side, side, 3) for fields, side in zip(truth, (16, size or 16), strict=True)]
+    observed, model = evaluate.observe(truth[0], 0.3), Posterior(ramp)
+    model.mixes_queries = mixes
+    made = evaluate.reconstruct(model, observed, size, kind=kind, steps=2)
     np.testing.assert_allclose(made, truth[1], atol=1e-5)
+    if size == 40:
+        assert set(model.asked) == ({(18, 14 * 14)} if mixes and kind == "mean" else {(2, 1600)})
 
 
 def test_means_and_samples_of_a_known_posterior():

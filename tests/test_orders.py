@@ -68,6 +68,14 @@ def test_lines_of_grids_survive_rounding(height, width, dtype):
         other = row if kind == "column" else column
         exact = torch.argsort(line * 2 * (height + width) + other, stable=True)
         assert torch.equal(point_order(coords, kind)[0], exact), kind
+        assert height != width or torch.equal(point_order(coords, kind, height)[0], exact), kind
+
+
+def test_bands_walk_points_of_two_grids_together():
+    both = torch.cat([grid(4, 4), grid(4, 4) + 0.05], dim=1)
+    for kind in POINT_ORDERS[:5]:
+        position = inverse_order(point_order(both, kind, bands=4))[0]
+        assert torch.equal((position[:16] - position[16:]).abs(), torch.ones(16, dtype=torch.int64)), kind
 
 
 @KINDS

@@ -14,14 +14,8 @@ from safetensors.torch import load_file
 import nfhelpers
 
 # name to import -> name to install, where they differ
-INSTALLED_AS = {
-    "PIL": "pillow",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-    "IPython": "ipython",
-    "mamba_ssm": "mamba-ssm",
-    "cycler": "matplotlib",
-}
+INSTALLED_AS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "IPython": "ipython"}
+INSTALLED_AS |= {"mamba_ssm": "mamba-ssm", "cycler": "matplotlib"}
 # name in pyproject.toml -> name on conda-forge, where they differ
 CONDA_NAMES = {"torch": "pytorch-gpu", "playwright": "playwright-python", "soundfile": "pysoundfile"}
 
@@ -44,11 +38,8 @@ def requirement(text):
 
 def declared(project, *extras):
     """{name: bound} of the core dependencies and the named extras."""
-    texts = [
-        *project["dependencies"],
-        *(t for extra in extras for t in project["optional-dependencies"][extra]),
-    ]
-    return dict(map(requirement, texts))
+    more = [text for extra in extras for text in project["optional-dependencies"][extra]]
+    return dict(map(requirement, project["dependencies"] + more))
 
 
 def imported_modules(folder):
@@ -56,11 +47,8 @@ def imported_modules(folder):
     modules = {}
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in names:
                 modules.setdefault(name, set()).add(path.name)
     return modules
@@ -176,10 +164,8 @@ def test_rooms_import_one_way(repository):
                 rooms = [alias.name for alias in node.names]
             else:
                 rooms = node.module.split(".")[1:2] if str(node.module).startswith("nfhelpers.") else []
-            assert all(other == room or floor_of.get(other, 99) < floor_of[room] for other in rooms), (
-                path,
-                rooms,
-            )
+            upwards = [x for x in rooms if x != room and floor_of.get(x, 99) >= floor_of[room]]
+            assert not upwards, (path, upwards)
 
 
 def test_shipped_weights_are_finite(repository):

@@ -13,30 +13,25 @@ GRID_ORDERS = ("h", "v", "w7")  # LocalMamba's; there is "w<N>" for any N, and e
 _HILBERT_BITS = 16
 
 
-def point_order(coords, kind):
+def point_order(coords, kind, bands=None):
     """Scan order (B, L) int64 of sets of points: coords (B, L, 2), (x, y) in [0, 1]; kind: of POINT_ORDERS.
 
     "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
     that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
-    order. Lines are told apart in float32, safely up to 700 x 700 pixels. A GPU's coordinates go unchecked.
+    order. Lines are told apart in float32, safely up to 700 x 700 pixels; bands: lines are so many to a side,
+    and points of two grids that lie in one are walked together. A GPU's coordinates go unchecked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")
     if _is_read(coords) and not bool(((coords >= 0) & (coords <= 1)).all()):  # NaN compares false
         raise ValueError(f"coords spans {coords.min():.4g} ... {coords.max():.4g}; pass (x, y) in [0, 1]")
     x, y = coords.detach().float().unbind(-1)  # (B, L) each
-    if kind == "row":
-        return _sort_by(_lines(y), x)
-    if kind == "column":
-        return _sort_by(_lines(x), y)
-    if kind == "diagonal":
-        return _sort_by(_lines(x + y), x)
-    if kind == "antidiagonal":
-        return _sort_by(_lines(x - y), x)
-    if kind == "serpentine":
-        row = _lines(y)
-        return _sort_by(row, torch.where(row % 2 == 0, x, -x))
-    return torch.argsort(_hilbert_index(x, y), dim=-1, stable=True)
+    if kind == "hilbert":
+        return torch.argsort(_hilbert_index(x, y), dim=-1, stable=True)
+    keys = {"column": (x, y), "diagonal": (x + y, x), "antidiagonal": (x - y, x)}
+    key, then = keys.get(kind, (y, x))
+    line = _lines(key) if bands is None else (key * bands + 0.5 * ("diagonal" in kind)).floor()
+    return _sort_by(line, torch.where(line % 2 == 0, x, -x) if kind == "serpentine" else then)
 
 
 def _is_read(x):
