@@ -247,7 +247,7 @@ class Trainer:
         cuda = {"fused": True, "capturable": True} if device.type == "cuda" else {}
         self.adam = torch.optim.AdamW(groups, self.rate, betas=(0.9, 0.99), **cuda)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.loss = torch.zeros((), device=device)
+        self.loss, self.side = torch.zeros((), device=device), None
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16, self.device.type == "cuda", cache_enabled=False)
@@ -280,13 +280,13 @@ class Trainer:
         if self.device.type != "cuda":
             return step
         before = [x.clone() for x in self.parameters]
-        side = torch.cuda.Stream()
+        self.side = side = self.side or torch.cuda.Stream()  # gradients' nodes keep the stream that made them
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step()
             step()
         torch.cuda.current_stream().wait_stream(side)
-        gc.collect()  # what still holds a gradient's node ties it to the stream where it was made
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             step()

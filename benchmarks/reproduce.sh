@@ -87,7 +87,9 @@ command_of() {
     footing | documents)
         local -n made=$1
         command=("$PYTHON" benchmarks/footing.py)
-        for word in "${made[@]}"; do command+=("$OUT/$1/$word.json"); done ;;
+        for word in "${made[@]}"; do # those that are trained
+            [ -n "${DRY:-}" ] || [ -e "$OUT/$1/$word.json" ] && command+=("$OUT/$1/$word.json")
+        done ;;
     footing-* | documents-*)
         command=("$PYTHON" benchmarks/footing.py "$what" --data "${CIFAR:-${sources[-1]}}" --out "$OUT/${1%%-*}")
         [[ $1 = documents-* ]] && command+=(--epochs 20 --preset full)

@@ -46,6 +46,7 @@ def reconstruct(
 
     method: a model of sparse fields or an autoencoder; one of `classical.METHODS`; or a `classical.Wiener`.
     size: side of the square fields; None: that of the images, where observed pixels are kept, unless all are.
+        Above it means of v1, four directions and V2 are asked for every k-th row and column at a time.
     kind: "mean", the posterior mean over `draws`, by one step each or `steps` of Heun's method; or "sample",
         as `samplers.sample` draws it: for several draws (draws, N, h, w, 3).
     """
@@ -64,9 +65,9 @@ def reconstruct(
     if kept := shape == own and not observed.mask.all():
         asked = torch.tensor(~observed.mask, device=device).flatten(1)  # (N, h*w)
         batch[0] = batch[0][asked].view(count, -1, 2)  # (N, Nq, 2)
-    k = -(-shape[0] // own[0]) if kind == "mean" and getattr(method, "mixes_queries", False) else 1
-    if k > 1:  # every k-th row and column at a time: queries as far apart as in training
-        rows, columns = (torch.arange(-(-n // k) * k).clamp(max=n - 1).view(-1, k).T for n in shape)  # (k, n)
+    mixed = size and kind == "mean" and getattr(method, "mixes_queries", False)
+    if (k := -(-max(shape) // min(own)) if mixed else 1) > 1:  # queries as far apart as in training
+        rows, columns = (torch.arange(-(-n // k) * k).clamp(max=n - 1).view(-1, k).T for n in shape)
         lattices = (rows[:, None, :, None] * shape[1] + columns[:, None]).flatten()
         batch[0] = batch[0][:, lattices].view(count * k * k, -1, 2)
         batch[1:] = [part.repeat_interleave(k * k, 0) for part in batch[1:]]

@@ -234,7 +234,7 @@ def _area_mean(sums, size, name):
 
 def grid_coords(height, width, device=None) -> torch.Tensor:
     """Pixel centres (x, y) = ((i + 0.5)/width, (j + 0.5)/height), row-major: float32 (height*width, 2)."""
-    y, x = (torch.arange(0.5, side, device=device) / side for side in (height, width))
+    y, x = (torch.arange(0.5, side, dtype=torch.float32, device=device) / side for side in (height, width))
     return torch.cartesian_prod(y, x).flip(1)
 
 

@@ -42,11 +42,8 @@ def wait_for_steps(process, folder, count):
 
 def weight_steps(folder):
     """Optimizer steps of the saved moments."""
-    return {
-        int(x)
-        for name, x in load_file(folder / "state.safetensors").items()
-        if name.startswith("optimizer.") and name.endswith(".step")
-    }
+    state = load_file(folder / "state.safetensors").items()
+    return {int(x) for name, x in state if name.startswith("optimizer.") and name.endswith(".step")}
 
 
 @pytest.mark.parametrize(("options", "target"), [((), 3), (("workers",), 10)])

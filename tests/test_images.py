@@ -282,10 +282,8 @@ def test_pixels_are_upright_and_what_is_transparent_stays_hidden(tmp_path):
 )
 def test_grey_levels_of_more_bits_keep_their_scale(tmp_path, kind):
     (suffix, dtype, scale), levels = kind.split(), random_images(1)[0, :, :, 0]
-    write(
-        tmp_path / f"x.{suffix}",
-        (levels * float(scale)).astype(dtype).clip(max=1 if dtype == "float32" else 65535),
-    )
+    top = 1 if dtype == "float32" else 65535
+    write(tmp_path / f"x.{suffix}", (levels * float(scale)).astype(dtype).clip(max=top))
     equal(load_image(tmp_path / f"x.{suffix}", 8)[..., 0], levels)
     write(tmp_path / "y.tif", levels.astype("float32" if dtype == "float32" else "int32"))
     with pytest.raises(ValueError, match=r"y\.tif"):  # 0 to 255, or dark

@@ -232,10 +232,8 @@ DIRECTIONS = [
 @pytest.mark.parametrize("size", DIRECTIONS, ids=size_name)
 def test_directions_match_reference(backend, size, backwards, tied):
     arguments, orders = directional_problem(**size, tied=tied)
-    reverse = [k % 2 == 0 for k in range(size["directions"])]
-    assert_directional(
-        backend, arguments, orders=orders, reverse=reverse if backwards else None, tied_decay=tied
-    )
+    reverse = [k % 2 == 0 for k in range(size["directions"])] if backwards else None
+    assert_directional(backend, arguments, orders=orders, reverse=reverse, tied_decay=tied)
 
 
 @WITH_REFERENCE
@@ -337,9 +335,8 @@ def test_memory_layout_of_the_inputs_does_not_matter(backend):
     assert_selective(backend, arguments, delta_softplus=True)
     assert_selective(backend, dense, delta_softplus=True)
     arguments, orders = directional_problem()
-    arguments |= dict(
-        B=arguments["B"][:, :1].expand(-1, 3, -1, -1), delta=arguments["delta"][:1].expand(2, -1, -1, -1)
-    )
+    arguments["B"] = arguments["B"][:, :1].expand(-1, 3, -1, -1)
+    arguments["delta"] = arguments["delta"][:1].expand(2, -1, -1, -1)
     assert_directional(backend, arguments, orders=orders.expand(2, -1, -1))
 
 
@@ -351,9 +348,8 @@ def test_gradcheck(tied, monkeypatch):
     check = functools.partial(torch.autograd.gradcheck, fast_mode=True)
     given = [x.requires_grad_() for x in arguments.values()]
     assert check(lambda *xs: selective_scan(**dict(zip(arguments, xs, strict=True)), **options), given)
-    arguments, orders = directional_problem(
-        2, 3, 2, 5, 2, shared="x A D delta_bias", tied=tied, dtype=torch.float64
-    )
+    kind = dict(shared="x A D delta_bias", tied=tied, dtype=torch.float64)
+    arguments, orders = directional_problem(2, 3, 2, 5, 2, **kind)
     options = dict(orders=orders, reverse=(False, True, False), tied_decay=tied, backend="chunked")
     given = [x.requires_grad_() for x in arguments.values()]
     assert check(lambda *xs: directional_scan(**dict(zip(arguments, xs, strict=True)), **options), given)
@@ -414,9 +410,8 @@ def test_mamba_ssm_itself(tied):
     assert_matches_reference(selective_scan, "mamba_ssm", arguments, **options)
     arguments, orders = directional_problem(extras="D delta_bias", tied=tied)
     arguments = {name: x.cuda() for name, x in arguments.items()}
-    assert_directional(
-        "mamba_ssm", arguments, orders=orders.cuda(), reverse=(True, False, True), tied_decay=tied
-    )
+    walks = dict(orders=orders.cuda(), reverse=(True, False, True), tied_decay=tied)
+    assert_directional("mamba_ssm", arguments, **walks)
     assert max(kernels.self_check("mamba_ssm", "cuda").values()) < 1e-4
 
 

@@ -11,8 +11,10 @@ from scipy.interpolate import RBFInterpolator
 from torch import nn
 from torch.nn import functional as F
 
+from nfhelpers import evaluate
 from nfhelpers.flow import flow_matching_loss, skip_weight
 from nfhelpers.images import grid_coords
+from nfhelpers.kernels.orders import inverse_order
 from nfhelpers.kernels.reference import selective_scan_reference
 from nfhelpers.models import FIELD_MODELS, initialise_from_v1, load_model
 from nfhelpers.models.base import Layers, evaluation_mode
@@ -179,6 +181,23 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, bidirectional, 
     fused = layer.fusion_norm(x + layer.fusion(torch.cat(parts, -1)))
     expected, found = layer.out_proj(fused * F.silu(z)), layer(tokens, orders)
     assert_equal_with_gradients(found, expected, [tokens, *layer.parameters()])
+
+
+def test_four_directions_walk_points_of_two_grids_together():
+    inputs = grid_coords(4, 4)[None]
+    queries = inputs + torch.tensor([0.01, 0.005])
+    walks = tiny_model("multidir").prepare(queries, inputs, torch.zeros(1, 16, 3)).scans[0]  # (4, 32)
+    inputs, queries = inverse_order(walks).split(16, dim=1)
+    assert torch.equal((inputs - queries).abs(), torch.ones(4, 16, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", ["v1", "multidir", "v2", "field"])
+def test_a_larger_mean_is_asked_at_the_observed_density_where_queries_mix(kind):
+    model, asked = tiny_model(kind), []
+    prepare = model.prepare
+    model.prepare = lambda query, *rest, **more: asked.append(query.shape) or prepare(query, *rest, **more)
+    evaluate.reconstruct(model, evaluate.observe(torch.full((1, 8, 8, 3), 0.5).numpy()), 16)
+    assert asked == [(1, 256, 2) if kind == "field" else (4, 64, 2)]
 
 
 def test_bidirectional_mamba_reads_both_ways_with_one_stack_each():

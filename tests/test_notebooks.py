@@ -129,9 +129,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_notebook(folder, name, *sources):
-    nbformat.write(
-        new_notebook(cells=list(map(new_code_cell, sources))), folder / "notebooks" / f"{name}.ipynb"
-    )
+    notebook = new_notebook(cells=list(map(new_code_cell, sources)))
+    nbformat.write(notebook, folder / "notebooks" / f"{name}.ipynb")
     return folder / "notebooks" / f"{name}.ipynb"
 
 
@@ -202,12 +201,7 @@ def test_problems_are_found():
     assert len(problems_of(text("ok"), count=2)) == 1
     bar = [new_output("stream", name="stderr", text=text) for text in ("start\n", "\r 0%", "\r100%\n")]
     assert [output.text for output in run_all.last_lines(bar)] == ["start\n100%\n"]
-    states = [f"train:  {n}%|#| {n}/100" for n in (17, 60, 100)]
-    bar = [
-        text(states[0]),
-        new_output("display_data", {}),
-        text("so far\n" + states[1]),
-        text("\r" + states[2]),
-    ]
+    a, b, c = (f"train:  {n}%|#| {n}/100" for n in (17, 60, 100))
+    bar = [text(a), new_output("display_data", {}), text("so far\n" + b), text("\r" + c)]
     shown = [output.get("text") for output in run_all.last_lines(bar)]
-    assert shown == [None, "so far\n" + states[2]]
+    assert shown == [None, "so far\n" + c]

@@ -183,6 +183,7 @@ def test_public_names_resolve():
 
 
 FIELDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
+FIELDS += ["v1-cifar10", "multidir-cifar10"]
 
 
 def test_every_checkpoint_has_a_card_and_is_small(repository):

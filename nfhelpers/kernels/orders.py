@@ -18,8 +18,8 @@ def point_order(coords, kind, bands=None):
 
     "diagonal" sorts by x + y, then x; "antidiagonal" by x - y, then x; "serpentine" walks every second row
     that holds a point backwards; "hilbert" follows Hilbert's curve (1891). Points that coincide keep their
-    order. Lines are told apart in float32, safely up to 700 x 700 pixels; bands: lines are so many to a side,
-    and points of two grids that lie in one are walked together. A GPU's coordinates go unchecked.
+    order. Lines are told apart in float32, safely up to 700 x 700 pixels; bands: in their place stripes of
+    width 1 / bands, so that points of two grids are walked together. A GPU's coordinates go unchecked.
     """
     if kind not in POINT_ORDERS:
         raise ValueError(f"kind={kind!r} is not an order of points; choose one of {POINT_ORDERS}")

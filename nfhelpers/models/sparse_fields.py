@@ -115,12 +115,12 @@ class SparseField(FieldModel):
 class TokenField(SparseField):
     """Base of the velocity fields that see observed points and queries as the tokens of one sequence.
 
-    Both point sets are sorted: the result does not depend on how they are listed. Subclasses have the blocks.
-    They predict what is left of the velocity after its linear part in x_t (`flow.skip_weight`): at t = 0 the
-    noise cancels, and one step estimates the posterior mean.
+    Both point sets are sorted: the result does not depend on how they are listed. Subclasses define `blocks`,
+    `cross_attention` and `decoder`, or their own `mix`. They predict what is left of the velocity after its
+    linear part in x_t (`flow.skip_weight`): at t = 0 the noise cancels, and one step is the posterior mean.
     """
 
-    mixes_queries = True  # what it says of one depends on how densely the others lie
+    mixes_queries = True  # an answer depends on how dense the other queries are: see `evaluate.reconstruct`
 
     def __init__(self, config: FieldConfig, order="row"):
         super().__init__()

@@ -8,7 +8,7 @@ from nfhelpers.models.layers import solve_positive, squared_distances
 RIDGE = 1e-8  # added to the diagonal of the system, whose entries are of order 1
 SHIFT = 2.0  # k of `thin_plate_spline`: from about 0.7 on, S is positive definite in the unit square
 LEVEL = 1e-13  # mean squared distance from a line below which points are on it
-BASIS_AT_ONCE = 2**18, 2**23  # basis functions of a sample at once, on a CPU as a cache holds, on a GPU
+BASIS_AT_ONCE = 2**18, 2**25  # basis functions: of a sample what a CPU's cache holds; of a batch on a GPU
 
 
 def thin_plate_spline(
@@ -34,7 +34,8 @@ def thin_plate_spline(
     N = level @ solve_positive(P.mT @ P + level, slopes)  # 1 for slopes across a line, else next to 0
     c = solve_positive(P.mT @ solved_P + N, P.mT @ solved_values)  # (B, 3, C)
     w = solved_values - solved_P @ c  # (B, I, C)
-    parts = query_coords.double().split(max(1, BASIS_AT_ONCE[points.is_cuda] // points.shape[1]), dim=1)
+    at_once = BASIS_AT_ONCE[1] // len(points) if points.is_cuda else BASIS_AT_ONCE[0]
+    parts = query_coords.double().split(max(1, at_once // points.shape[1]), dim=1)
     parts = [_radial(part, points) @ w + _affine(part) @ c for part in parts]  # (B, q, C) each
     return torch.cat(parts, dim=1).to(input_values.dtype)  # (B, Q, C)
 
