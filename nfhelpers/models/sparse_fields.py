@@ -59,6 +59,7 @@ class MultiDirectionalMambaDiffusionConfig(FieldConfig):
     """Settings of `MultiDirectionalMambaDiffusion`."""
 
     orders: tuple[str, ...] = ("row", "column", "diagonal", "antidiagonal")
+    bands: int = 32  # lines to a side that the orders follow: rows of the fields that it is trained on
     shared_weights: bool = False  # one S6 and a linear fusion, in place of one S6 an order and an MLP
     num_layers: int = 6
     num_heads: int = 8
@@ -174,8 +175,8 @@ class MultiDirectionalMambaDiffusion(TokenField):
     """v1 with scans in several directions of the plane, over observed points and queries jointly.
 
     In every direction a query follows the observed points that lie before it, where v1 has all of them far
-    back in its sequence. The walk is along bands: along exact lines the observed points would stand apart
-    from queries that are a quarter of a pixel off. The orders are computed once and serve all blocks.
+    back in its sequence. The walk is along bands, the rows of the training fields: along exact lines observed
+    points would stand apart from queries that are a quarter of a pixel off. All blocks share the orders.
     """
 
     def __init__(self, config: MultiDirectionalMambaDiffusionConfig):
@@ -190,8 +191,7 @@ class MultiDirectionalMambaDiffusion(TokenField):
     def prepare(self, *points):
         c = super().prepare(*points)
         coords = torch.cat([c.input_coords, c.query_coords], dim=1)  # (B, L, 2)
-        bands = round(coords.shape[1] ** 0.5)  # as many as a grid of these points has rows
-        scans = [point_order(coords, kind, bands) for kind in self.config.orders]
+        scans = [point_order(coords, kind, self.config.bands) for kind in self.config.orders]
         return c._replace(scans=torch.stack(scans, dim=1))
 
 
