@@ -111,6 +111,15 @@ def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
     assert painted.shape == (2, 32, 32, 3) and np.isfinite(painted).all()
 
 
+def test_a_unet_is_trained_and_scored_beside_a_flagship(bench, repository, tmp_path):
+    out = tmp_path / "x.json"
+    options = f"--data photos:1 --seconds 0.01 --masks 4 --scale 0.016 --images 2 --out {out}".split()
+    options += ["--beside", str(repository / "checkpoints" / "field-cifar10")]
+    bench("unet").main([*options, "--set", '{"widths": [8, 16], "blocks": 1}'])
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4 and all(20 < row["psnr"] < 30 for row in rows)  # at least the spline
+
+
 def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):
     environment = dict(PYTHON=sys.executable, DEVICE="cpu", DRY="1", OUT=str(tmp_path), PRESET="full")
     command = ["bash", repository / "benchmarks" / "reproduce.sh"]

@@ -222,9 +222,8 @@ def test_evaluate_compares_models_with_classical_methods(checkpoint, tmp_path, c
     assert {"linear", "biharmonic", "wiener"} == set(table[table.kind == "classical"].model)
     assert set(table.kind) == {"mean", "classical", "heun", "sde"}
     assert len(table) == 3 * 2 * (2 + 3 + 2 * 2)  # images, sizes, (means + classical + samples)
-    first, second = (
-        means[(means.model == str(path)) & (means["size"] == 24)] for path in (checkpoint, other)
-    )
+    large = means[means["size"] == 24]
+    first, second = (large[large.model == str(path)] for path in (checkpoint, other))
     assert (first.difference == 0).all()
     assert second.difference.to_numpy() == pytest.approx(second.psnr.to_numpy() - first.psnr.to_numpy())
     assert f"{second.difference.mean():.4f}" in capsys.readouterr().out

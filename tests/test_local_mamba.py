@@ -39,9 +39,8 @@ def tiny_model(trained=True, **settings):
 
 def arguments(batch=2, channels=1, height=12, width=8, classes=0, captions=0):
     generator = torch.Generator().manual_seed(1)
-    given = dict(
-        x=torch.randn(batch, channels, height, width, generator=generator), t=torch.linspace(0.1, 0.9, batch)
-    )
+    x = torch.randn(batch, channels, height, width, generator=generator)
+    given = dict(x=x, t=torch.linspace(0.1, 0.9, batch))
     if classes:
         given["labels"] = torch.randint(classes, (batch,), generator=generator)
     if captions:
@@ -183,9 +182,7 @@ def test_every_pixel_reaches_every_other_and_samples_are_independent():
 
 
 def test_the_twin_has_the_same_topology_and_knows_where_tokens_lie():
-    names = [
-        {name for name, _ in tiny_model(mixer=mixer).named_parameters()} for mixer in ("ssm", "attention")
-    ]
+    names = [{n for n, _ in tiny_model(mixer=m).named_parameters()} for m in ("ssm", "attention")]
     ssm, attention = ({name for name in all_ if ".mixer." not in name} for all_ in names)
     assert ssm == attention
     torch.manual_seed(0)

@@ -169,10 +169,8 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, bidirectional, 
         order = orders[:, direction]
         order = order.flip(-1) if direction >= 2 else order  # the second half walks backwards
         low, B, C = projected[:, :, s].split([layer.dt_rank, 3, 3], -1)
-        u, delta, B, C = (
-            values.take_along_dim(order[..., None], 1).mT  # (B, C, L), along the order
-            for values in (x, low @ layer.dt_weight[s].T, B, C)
-        )
+        carried = (x, low @ layer.dt_weight[s].T, B, C)  # then (B, C, L), along the order
+        u, delta, B, C = (values.take_along_dim(order[..., None], 1).mT for values in carried)
         rates, bias = -layer.A_log[s].exp(), layer.dt_bias[s]
         y = selective_scan_reference(u, delta, rates, B, C, layer.D[s], None, bias, True, tied_decay=tied)
         parts.append(torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), y.mT))

@@ -71,9 +71,8 @@ def test_softplus_is_exact_in_both_tails():
     delta = torch.linspace(-85, 85, 3401)
     one = torch.ones(1, 1, 1)
     given = delta[None, :, None].clone().requires_grad_()
-    y = selective_scan(
-        one.expand(1, 3401, 1), given, torch.zeros(3401, 1), one, one, delta_softplus=True, backend="native"
-    )
+    options = dict(delta_softplus=True, backend="native")
+    y = selective_scan(one.expand(1, 3401, 1), given, torch.zeros(3401, 1), one, one, **options)
     (slope,) = torch.autograd.grad(y.sum(), given)
     x = delta.double().numpy()
     bound = 4e-7 + 1.5e-7 * np.abs(x)  # rounding x log2(e) alone makes exp(x) uncertain by 1e-7 |x|
@@ -282,9 +281,8 @@ def test_two_processes_may_build_at_once(build, tmp_path):
     )
     environment = os.environ | dict(CXX=script(tmp_path / "waiting", wait))
     command = [sys.executable, "-c", program]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    options = dict(env=environment, stdout=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, **options) for _ in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["ok", "ok"]
     assert len(list(started.iterdir())) == 2
     assert [path.suffix for path in kept(tmp_path)] == [".so"]
