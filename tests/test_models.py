@@ -183,8 +183,8 @@ def test_directional_ssm_equals_scans_of_permuted_copies(shared, bidirectional, 
 
 def test_four_directions_walk_points_of_two_grids_together():
     inputs = grid_coords(4, 4)[None]
-    queries = inputs + torch.tensor([0.01, 0.005])
-    walks = tiny_model("multidir").prepare(queries, inputs, torch.zeros(1, 16, 3)).scans[0]  # (4, 32)
+    queries = inputs + torch.tensor([0.08, 0.04])
+    walks = tiny_model("multidir", bands=4).prepare(queries, inputs, torch.zeros(1, 16, 3)).scans[0]
     inputs, queries = inverse_order(walks).split(16, dim=1)
     assert torch.equal((inputs - queries).abs(), torch.ones(4, 16, dtype=torch.int64))
 
