@@ -19,6 +19,7 @@ import flagship
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from nfhelpers import evaluate, models, run
@@ -117,7 +118,8 @@ def main(arguments=None):
     )
     trainer.restart(weights)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), options.out.with_suffix(".pt"))
+    kept = {name: x.contiguous() for name, x in model.state_dict().items()}
+    save_file(kept, options.out.with_suffix(".safetensors"))
     test = load_images(options.data[0].rsplit(":", 1)[0], "test", SIDE, limit=options.images)
     seen, tables = evaluate.observe(test, 0.2, 0), {}
     methods = {"U-Net": model.eval()}
