@@ -286,7 +286,7 @@ class Trainer:
             step()
             step()
         torch.cuda.current_stream().wait_stream(side)
-        gc.collect()
+        gc.collect()  # an old graph of gradients would hold nodes of another stream
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             step()

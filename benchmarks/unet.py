@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import common
 import flagship
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -30,24 +29,32 @@ from nfhelpers.models.spline import thin_plate_spline
 SIDE = flagship.SIDE
 
 
-class Block(nn.Module):
-    """Two 3 x 3 convolutions and, if asked for, attention of all places, each added to its input."""
+def convolution(width, out):
+    """Norm, SiLU and a 3 x 3 convolution."""
+    return nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, out, 3, padding=1)
 
-    def __init__(self, width, attention=False):
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions, added to their input; at first they return zero."""
+
+    def __init__(self, width):
         super().__init__()
-        half = [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
-        self.layers = nn.Sequential(
-            *half, nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
-        self.norm = nn.GroupNorm(8, width) if attention else None
-        self.qkv, self.out = (nn.Conv2d(width, k * width, 1) if attention else None for k in (3, 1))
-        for last in (self.layers[-1], self.out) if attention else (self.layers[-1],):
-            zero(last)
+        self.layers = nn.Sequential(*convolution(width, width), *convolution(width, width))
+        zero(self.layers[-1])
 
     def forward(self, x):
-        x = x + self.layers(x)
-        if self.norm is None:
-            return x
+        return x + self.layers(x)
+
+
+class Attention(nn.Module):
+    """Attention of all places to all, four heads, added to its input; at first it returns zero."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv = nn.GroupNorm(8, width), nn.Conv2d(width, 3 * width, 1)
+        self.out = zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, x):  # (B, C, H, W)
         heads = self.qkv(self.norm(x)).flatten(2).mT.unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4)
         found = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2).mT  # (B, C, H * W)
         return x + self.out(found.unflatten(2, x.shape[2:]))
@@ -63,12 +70,10 @@ class UNet(nn.Module):
         self.embedding = nn.Conv2d(7, widths[0], 3, padding=1)
         self.down = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairs)
-        self.middle = nn.Sequential(Block(widths[-1], True), Block(widths[-1], True))
+        self.middle = nn.Sequential(*(layer(widths[-1]) for layer in 2 * [Block, Attention]))
         self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a, b in pairs)
         self.up = nn.ModuleList(nn.Sequential(*(Block(w) for _ in range(blocks))) for w in widths[:-1])
-        self.decoders = nn.Sequential(
-            nn.GroupNorm(8, widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1)
-        )
+        self.decoders = nn.Sequential(*convolution(widths[0], 3))
         zero(self.decoders[-1])
 
     def residual(self, index, values, start):
@@ -121,14 +126,12 @@ def main(arguments=None):
     kept = {name: x.contiguous() for name, x in model.state_dict().items()}
     save_file(kept, options.out.with_suffix(".safetensors"))
     test = load_images(options.data[0].rsplit(":", 1)[0], "test", SIDE, limit=options.images)
-    seen, tables = evaluate.observe(test, 0.2, 0), {}
     methods = {"U-Net": model.eval()}
     if options.beside:
         methods[options.beside.name] = models.load_model(options.beside).to(device).eval()
-    for name, method in methods.items():
-        tables[name] = evaluate.score(evaluate.reconstruct(method, seen), seen.images, model=name)
-    table = pd.concat(tables.values())
-    gain = table.pivot(index="image", columns="model", values="psnr").rsub(tables["U-Net"].psnr, axis=0)
+    table, _ = evaluate.compare(methods, test)
+    by_image = table.pivot(index="image", columns="model", values="psnr")
+    gain = by_image.rsub(by_image["U-Net"], axis=0)
     rows = table.groupby("model")[["psnr", "ssim"]].agg(["mean", "sem"])
     rows["U-Net minus it", "mean"], rows["U-Net minus it", "sem"] = gain.mean(), gain.sem()
     about = {"parameters": sum(p.numel() for p in model.parameters()), "held out": found}

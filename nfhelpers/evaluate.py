@@ -66,7 +66,8 @@ def reconstruct(
         asked = torch.tensor(~observed.mask, device=device).flatten(1)  # (N, h*w)
         batch[0] = batch[0][asked].view(count, -1, 2)  # (N, Nq, 2)
     mixed = size and kind == "mean" and getattr(method, "mixes_queries", False)
-    if (k := -(-max(shape) // min(own)) if mixed else 1) > 1:  # queries as far apart as in training
+    k = -(-max(shape) // min(own)) if mixed else 1
+    if k > 1:  # queries as far apart as in training: every k-th row and column
         rows, columns = (torch.arange(-(-n // k) * k).clamp(max=n - 1).view(-1, k).T for n in shape)
         lattices = (rows[:, None, :, None] * shape[1] + columns[:, None]).flatten()
         batch[0] = batch[0][:, lattices].view(count * k * k, -1, 2)

@@ -28,8 +28,7 @@ def point_order(coords, kind, bands=None):
     x, y = coords.detach().float().unbind(-1)  # (B, L) each
     if kind == "hilbert":
         return torch.argsort(_hilbert_index(x, y), dim=-1, stable=True)
-    keys = {"column": (x, y), "diagonal": (x + y, x), "antidiagonal": (x - y, x)}
-    key, then = keys.get(kind, (y, x))
+    key, then = {"column": (x, y), "diagonal": (x + y, x), "antidiagonal": (x - y, x)}.get(kind, (y, x))
     line = _lines(key) if bands is None else (key * bands + 0.5 * ("diagonal" in kind)).floor()
     return _sort_by(line, torch.where(line % 2 == 0, x, -x) if kind == "serpentine" else then)
 
