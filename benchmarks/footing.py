@@ -30,11 +30,11 @@ from nfhelpers import evaluate, images, models, run, train
 from nfhelpers.__main__ import setting
 
 PART = 100  # steps, which `fit` takes for an epoch: the seconds are met to half of them
-MODELS = {  # section of presets.toml, and what gives its preset gpu two million parameters (field: 6.8)
-    "v1": ("v1", {"model.d_model": 160}),
-    "multidir": ("multidir", {"model.d_model": 96}),
+MODELS = {  # section of presets.toml, and what differs from its preset gpu of two million parameters (field: 6.8)
+    "v1": ("v1", {}),
+    "multidir": ("multidir", {}),
     "lightweight": ("multidir", {"model.shared_weights": True, "model.d_model": 128}),
-    "v2": ("v2", {"model.d_model": 144, "model.num_layers": 6, "model.num_fourier_features": 256}),
+    "v2": ("v2", {}),
     "field": ("field", {}),
 }
 EQUAL = {"data.train_images": 50_000, "data.validation_images": 500, "data.queries": 0.8}

@@ -23,8 +23,8 @@ packages=(nbclient nbformat nbconvert ipykernel ipywidgets pooch soundfile
     jupyterlab_pygments mistune pandocfilters comm ipython ipython_pygments_lexers matplotlib-inline
     nest-asyncio2 pexpect ptyprocess prompt_toolkit wcwidth stack-data executing asttokens pure_eval
     widgetsnbextension jupyterlab_widgets cffi pycparser attrs psutil)
-checkpoints_1=(v1-photos multidir-photos)
-checkpoints_2=(v2-photos field-photos diffae-photos diffae-cifar10)
+checkpoints_1=(v1-cifar10 multidir-cifar10)
+checkpoints_2=(v2-cifar10 field-photos diffae-photos diffae-cifar10)
 checkpoints_3=(diffae-cifar10-128 diffae-cifar10-128-latent localmamba-fsdd)
 
 rm -rf .gpu

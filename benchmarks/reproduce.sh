@@ -4,14 +4,14 @@
 #
 #     bash benchmarks/reproduce.sh                               all stages, one after the other
 #     SLICE=480 bash benchmarks/reproduce.sh                     at most 8 minutes; the next call goes on
-#     bash benchmarks/reproduce.sh train-v1-photos means-photos  these stages only
+#     bash benchmarks/reproduce.sh footing-v1 means-photos       these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
-# Stages: train-NAME of folders in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); then means-*,
-# samples-* (posterior means and samples of all models of fields), scales-photos, pca-cifar10 and drawn-cifar10
-# (autoencoders), generated-* (LocalMamba); scan, train-step, sampling; footing-NAME, models of fields at equal
-# seconds (v1-cifar10 and multidir-cifar10 in checkpoints/), and documents-NAME, at the design documents' sizes, with
-# their tables, footing and documents.
+# Stages: train-NAME of folders in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); footing-NAME,
+# models of fields at equal seconds (v1-cifar10, multidir-cifar10 and v2-cifar10 of checkpoints/), with the table
+# footing; then means-*, samples-* (posterior means and samples of all models of fields), scales-photos, pca-cifar10
+# and drawn-cifar10 (autoencoders), generated-* (LocalMamba); scan, train-step, sampling; documents-NAME, at the
+# design documents' sizes, with the table documents.
 # A stage that is done leaves a mark in $OUT/done and is passed over. A training is resumed at the step where it
 # was stopped, by SLICE, Ctrl-C, SIGTERM or SIGKILL; the other stages, flagships and autoencoders take minutes and
 # start again.
@@ -47,19 +47,12 @@ device=()
 [ -n "${DEVICE:-}" ] && device=(--device "$DEVICE")
 
 # What the cards say, but for the preset: section of presets.toml, then settings.
-photos="data.source=photos data.train_images=16384 data.validation_images=64 train.batch_size=128"
-photos+=" train.learning_rate=1e-3 train.num_workers=4"
-fields="$photos train.epochs=9 train.evaluate_every=2 model.fourier_scale=4.0"
 declare -A recipes=(
-    [v1-photos]="v1 $fields model.d_model=256"
-    [multidir-photos]="multidir $fields model.d_model=160 model.num_layers=4 model.mlp_ratio=2.0"
-    [lightweight-photos]="multidir $fields model.d_model=192 model.num_layers=4 model.mlp_ratio=2.0 model.shared_weights=true"
-    [v2-photos]="v2 $fields model.num_layers=6"
     [localmamba-fsdd]="localmamba model.dims=[64,128,192] model.depths=[1,2,4] model.mlp_ratio=2.0
         model.mapping_width=128 train.epochs=80 train.learning_rate=1e-3"
 )
-names=(v1-photos multidir-photos lightweight-photos v2-photos localmamba-fsdd)
-models=("$OUT"/{v1,multidir,lightweight,v2}-photos/latest)
+names=(localmamba-fsdd)
+models=("$OUT"/footing/{v1,multidir,lightweight,v2}/best)
 if [ "$PRESET" = smoke ]; then
     sources=(photos) grids=(chirps --size 32) mean_images=2 images=2 steps=2 scales=(32 64) quick=(--quick) latent=()
 else
@@ -70,9 +63,8 @@ else
     scales=(32 64 96 128) quick=()
 fi
 footing=(v1 multidir lightweight v2 field) documents=(v1 multidir v2)
-stages=("${names[@]/#/train-}" "${sources[@]/#/means-}" "${sources[@]/#/samples-}" scales-photos
-    "${latent[@]}" "generated-${grids[0]}" scan train-step sampling
-    "${footing[@]/#/footing-}" footing "${documents[@]/#/documents-}" documents)
+stages=("${names[@]/#/train-}" "${footing[@]/#/footing-}" footing "${sources[@]/#/means-}" "${sources[@]/#/samples-}"
+    scales-photos "${latent[@]}" "generated-${grids[0]}" scan train-step sampling "${documents[@]/#/documents-}" documents)
 
 # command_of STAGE: what to run, in the array `command`.
 command_of() {

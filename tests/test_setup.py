@@ -182,8 +182,7 @@ def test_public_names_resolve():
         nfhelpers.selective_scam  # noqa: B018
 
 
-FIELDS = ["v1-photos", "multidir-photos", "lightweight-photos", "v2-photos", "field-photos", "field-cifar10"]
-FIELDS += ["v1-cifar10", "multidir-cifar10"]
+FIELDS = ["v1-cifar10", "multidir-cifar10", "v2-cifar10", "field-photos", "field-cifar10"]
 
 
 def test_every_checkpoint_has_a_card_and_is_small(repository):
