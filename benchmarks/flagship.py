@@ -14,7 +14,6 @@ images of the first source are kept. Matrices are trained by Muon (Jordan et al.
 import argparse
 import copy
 import functools
-import gc
 import json
 import math
 import time
@@ -233,6 +232,10 @@ class Trainer:
 
     def __init__(self, model, recipe, options, device):
         self.model, self.recipe, self.options, self.device = model, recipe, options, device
+        if device.type == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
+            # Gradients' nodes keep the stream that made them, and the default one cannot be recorded.
+            torch.cuda.synchronize()
+            torch.cuda.set_stream(torch.cuda.Stream())
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(named.values())
         self.muon = Muon([p for name, p in named.items() if is_matrix(name, p)], options.weight_decay)
@@ -247,7 +250,7 @@ class Trainer:
         cuda = {"fused": True, "capturable": True} if device.type == "cuda" else {}
         self.adam = torch.optim.AdamW(groups, self.rate, betas=(0.9, 0.99), **cuda)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.loss, self.side = torch.zeros((), device=device), None
+        self.loss = torch.zeros((), device=device)
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16, self.device.type == "cuda", cache_enabled=False)
@@ -280,15 +283,10 @@ class Trainer:
         if self.device.type != "cuda":
             return step
         before = [x.clone() for x in self.parameters]
-        self.side = side = self.side or torch.cuda.Stream()  # gradients' nodes keep the stream that made them
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        gc.collect()  # an old graph of gradients would hold nodes of another stream
+        step()
+        step()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             step()
         self.restart(before)
         return graph.replay

@@ -48,10 +48,13 @@ def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_at
 
     Half of the values' channels are turned, the others are the same wherever they come from.
     """
-    pairs = v.shape[-1] // 4
+    channels, pairs = v.shape[-1], v.shape[-1] // 4
     q, k = rotate(q, *at_query), rotate(k, *at_key)
     v = rotate(v, *(x[..., :pairs] for x in at_key))
-    y = attend(q, k, v)  # (B, H, Q, C)
+    if extra := -channels % 8:  # kernels of GPUs take eights of channels, else they store all logits
+        q = q * (1 + extra / channels) ** 0.5  # `attend` divides by the root of what it gets
+        q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
+    y = attend(q, k, v)[..., :channels]  # (B, H, Q, C)
     cos, sin = (x[..., :pairs] for x in at_query)
     return rotate(y, cos, -sin)  # (B, H, Q, C)
 
@@ -68,8 +71,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, d_model, num_heads, dropout):
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.query_norm = RMSNorm(d_model)
         self.input_norm = RMSNorm(d_model)
         self.to_query = nn.Linear(d_model, d_model)
@@ -89,8 +91,8 @@ class CrossAttention(nn.Module):
     def forward(self, queries, query_coords, inputs, input_coords, places=None):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> update of queries (B, Q, D)."""
         q = self._heads(self.to_query(self.query_norm(queries)))  # (B, H, Q, C)
-        k, v = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
-        k, v = self._heads(k), self._heads(v)  # (B, H, I, C)
+        both = self.to_key_value(self.input_norm(inputs)).chunk(2, dim=-1)
+        k, v = (self._heads(x) for x in both)  # (B, H, I, C)
         precision = 0.5 * torch.exp(-2 * self.log_sigma.float())  # (H,)
         at_once = max(1, self.LOGITS_AT_ONCE // (k.shape[1] * k.shape[2]))
 
@@ -119,8 +121,7 @@ class QuerySelfAttention(nn.Module):
 
     def __init__(self, d_model, num_heads, dropout):
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
+        self.num_heads, self.dropout = num_heads, dropout
         self.norm = RMSNorm(d_model)
         self.to_query_key_value = nn.Linear(d_model, 3 * d_model)
         self.to_out = nn.Linear(d_model, d_model, bias=False)
@@ -152,9 +153,8 @@ class PerceiverLayer(nn.Module):
 
     def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
-        across, among = places
-        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
-        queries = queries + self.self_attention(queries, query_coords, among)
+        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, places[0])
+        queries = queries + self.self_attention(queries, query_coords, places[1])
         return queries + self.mlp(self.mlp_norm(queries))  # (B, Q, D)
 
 
@@ -166,7 +166,7 @@ class LightweightPerceiver(nn.Module):
 
     def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
-        layer = (d_model, num_heads, mlp_ratio, dropout)
+        layer = d_model, num_heads, mlp_ratio, dropout
         self.layers = Layers(PerceiverLayer(*layer) for _ in range(iterations))
 
     def places(self, query_coords, input_coords):
