@@ -228,12 +228,14 @@ def copy_into(parameters, weights):
 
 
 class Trainer:
-    """A model and its optimizers; `update` is one step on all batches of the recipe."""
+    """A model and its optimizers; `update` is one step on all batches of the recipe.
+
+    From here on this thread works on a CUDA stream of its own: a graph is not recorded on the default one.
+    """
 
     def __init__(self, model, recipe, options, device):
         self.model, self.recipe, self.options, self.device = model, recipe, options, device
         if device.type == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
-            # Gradients' nodes keep the stream that made them, and the default one cannot be recorded.
             torch.cuda.synchronize()
             torch.cuda.set_stream(torch.cuda.Stream())
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}

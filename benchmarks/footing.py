@@ -30,7 +30,7 @@ from nfhelpers import evaluate, images, models, run, train
 from nfhelpers.__main__ import setting
 
 PART = 100  # steps, which `fit` takes for an epoch: the seconds are met to half of them
-MODELS = {  # section of presets.toml, and what differs from its preset gpu, of 2.1 million parameters
+MODELS = {  # section of presets.toml, and what differs from its preset gpu
     "v1": ("v1", {}),
     "multidir": ("multidir", {}),
     "lightweight": ("multidir", {"model.shared_weights": True, "model.d_model": 128}),

@@ -4,7 +4,7 @@
 #
 #     bash benchmarks/reproduce.sh                               all stages, one after the other
 #     SLICE=480 bash benchmarks/reproduce.sh                     at most 8 minutes; the next call goes on
-#     bash benchmarks/reproduce.sh footing-v1 means-photos       these stages only
+#     bash benchmarks/reproduce.sh footing-v1 footing            these stages only
 #     DRY=1 bash benchmarks/reproduce.sh                         print the commands
 #
 # Stages: train-NAME of folders in checkpoints/ (diffae-cifar10-128-latent comes with its autoencoder); footing-NAME,
@@ -52,14 +52,15 @@ declare -A recipes=(
         model.mapping_width=128 train.epochs=80 train.learning_rate=1e-3"
 )
 names=(localmamba-fsdd)
+declare -A mean_images
 models=("$OUT"/footing/{v1,multidir,lightweight,v2}/best)
 if [ "$PRESET" = smoke ]; then
-    sources=(photos) grids=(chirps --size 32) mean_images=2 images=2 steps=2 scales=(32 64) quick=(--quick) latent=()
+    sources=(photos) grids=(chirps --size 32) mean_images=([photos]=2) images=2 steps=2 scales=(32 64) quick=(--quick) latent=()
 else
     names+=(field-photos field-cifar10 diffae-photos diffae-cifar10 diffae-cifar10-128)
     latent=(pca-cifar10 drawn-cifar10)
     models+=("$OUT"/field-photos "$OUT"/field-cifar10)
-    sources=(photos cifar10) grids=(fsdd --size 64) mean_images=64 images=16 steps=50
+    sources=(photos cifar10) grids=(fsdd --size 64) mean_images=([photos]=64 [cifar10]=517) images=16 steps=50
     scales=(32 64 96 128) quick=()
 fi
 footing=(v1 multidir lightweight v2 field) documents=(v1 multidir v2)
@@ -108,7 +109,7 @@ command_of() {
         [ "$PRESET" = smoke ] && settings=("$section")
         for word in "${settings[@]:1}" "${set[@]}"; do command+=(--set "$word"); done ;;
     means-*)
-        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "$mean_images" "${device[@]}"
+        command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "${mean_images[$what]}" "${device[@]}"
             "${folder[@]}") ;;
     samples-*)
         command=("$PYTHON" -m nfhelpers evaluate "${models[@]}" --data "$what" --images "$images" --samplers heun
@@ -118,7 +119,7 @@ command_of() {
             "${device[@]}" "${folder[@]}") ;;
     pca-*)
         command=("$PYTHON" benchmarks/diffae.py "$OUT/diffae-cifar10" "$OUT/diffae-cifar10-128"
-            --data "$what" --images "$mean_images" "${device[@]}" "${result[@]}") ;;
+            --data "$what" --images "${mean_images[$what]}" "${device[@]}" "${result[@]}") ;;
     drawn-*)
         command=("$PYTHON" benchmarks/frechet.py "$OUT/diffae-cifar10-128" --flow "$OUT/diffae-cifar10-128-latent"
             --data "${LABELLED:-cifar10}" "${device[@]}" "${result[@]}") ;;

@@ -135,7 +135,8 @@ def test_every_command_of_the_whole_is_understood(repository, bench, tmp_path):
     assert trained == ["localmamba"] and len(lines) > 18
     shipped = {path.name.removesuffix("-latent") for path in (repository / "checkpoints").iterdir()}
     named = {Path(word).name for _, *words in lines for word in words}
-    assert shipped <= named | {f"{words[0]}-cifar10" for file, *words in lines if "footing" in file}
+    assert shipped <= named | {"v1-cifar10", "multidir-cifar10", "v2-cifar10"}
+    assert {"v1", "multidir", "v2"} <= {words[0] for file, *words in lines if "footing" in file}
     unknown = subprocess.run([*command, "train-v9"], env=os.environ | environment, capture_output=True)
     assert unknown.returncode == 2
 

@@ -51,8 +51,8 @@ def relative_attention(q, k, v, at_query, at_key, attend=F.scaled_dot_product_at
     channels, pairs = v.shape[-1], v.shape[-1] // 4
     q, k = rotate(q, *at_query), rotate(k, *at_key)
     v = rotate(v, *(x[..., :pairs] for x in at_key))
-    if extra := -channels % 8:  # kernels of GPUs take eights of channels, else they store all logits
-        q = q * (1 + extra / channels) ** 0.5  # `attend` divides by the root of what it gets
+    if extra := -channels % 8:  # GPU kernels need a multiple of 8 channels; without one all logits are stored
+        q = q * (1 + extra / channels) ** 0.5  # `attend` divides by the root of the padded width
         q, k, v = (F.pad(x, (0, extra)) for x in (q, k, v))
     y = attend(q, k, v)[..., :channels]  # (B, H, Q, C)
     cos, sin = (x[..., :pairs] for x in at_query)
@@ -153,8 +153,9 @@ class PerceiverLayer(nn.Module):
 
     def forward(self, queries, query_coords, inputs, input_coords, places):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
-        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, places[0])
-        queries = queries + self.self_attention(queries, query_coords, places[1])
+        across, among = places
+        queries = queries + self.cross_attention(queries, query_coords, inputs, input_coords, across)
+        queries = queries + self.self_attention(queries, query_coords, among)
         return queries + self.mlp(self.mlp_norm(queries))  # (B, Q, D)
 
 
@@ -166,7 +167,7 @@ class LightweightPerceiver(nn.Module):
 
     def __init__(self, d_model, num_heads, iterations, mlp_ratio, dropout):
         super().__init__()
-        layer = d_model, num_heads, mlp_ratio, dropout
+        layer = (d_model, num_heads, mlp_ratio, dropout)
         self.layers = Layers(PerceiverLayer(*layer) for _ in range(iterations))
 
     def places(self, query_coords, input_coords):
@@ -176,6 +177,5 @@ class LightweightPerceiver(nn.Module):
         """Queries (B, Q, D) at (B, Q, 2), inputs (B, I, D) at (B, I, 2) -> queries (B, Q, D)."""
         places = self.places(query_coords, input_coords) if places is None else places
         for layer, place in zip(self.layers, places, strict=True):
-            context = (query_coords, inputs, input_coords, place)
-            queries = self.layers.apply_layer(layer, queries, *context)  # (B, Q, D)
+            queries = self.layers.apply_layer(layer, queries, query_coords, inputs, input_coords, place)
         return queries
