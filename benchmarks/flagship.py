@@ -7,8 +7,9 @@
 x_train and x_test (N, 128, 128, 3); field-photos wants fields of 128 px.
 Phase 1 trains the velocity, part of each batch at t = 0, where it is the posterior mean. In phase 2 half of
 each batch learns whole steps: a frozen copy walks from z(tau) to z(tau') in three steps of Heun's method, the
-network learns to go there at once. The weights are averaged; those with the best posterior mean on held-out
-images of the first source are kept. Matrices are trained by Muon (Jordan et al. 2024), the rest by AdamW.
+network learns to go there at once. The weights are averaged; phase 1 keeps those with the best posterior
+mean on held-out images of the first source, phase 2 the last. Matrices are trained by Muon (Jordan et al.
+2024), the rest by AdamW.
 """
 
 import argparse
@@ -495,24 +496,32 @@ def main(arguments=None):
     )
     parser.add_argument("recipe", choices=RECIPES)
     add_options(parser)
-    parser.add_argument("--seconds", type=float, nargs=2, help="of the phases (the recipe's)")
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, help="of the phases (the recipe's); 0 leaves one out"
+    )
+    parser.add_argument("--init", type=Path, help="go on from a trained one, whose settings stay")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
     sources, validation = training_data(options, recipe, held_out=64)
-    model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set)).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    if options.init:
+        model = models.load_model(options.init).float()
+    else:
+        model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set))
+    model = model.to(device, memory_format=torch.channels_last)
     trainer = FieldTrainer(model, sources, recipe, options, device)
     score = held_out(model, validation, sorted({SIDE, max(recipe["batches"])}))
     seconds = options.seconds or recipe["seconds"]
-    steps = [trainer.recorded(trainer.velocity_loss), trainer.recorded(trainer.step_loss)]
-    _, weights = trainer.run(steps[0], seconds[0], options.rate[0], score)
-    copy_into(trainer.teacher.parameters(), weights)
-    trainer.restart(weights)
-    found, weights = trainer.run(steps[1], seconds[1], options.rate[1], score)
-    trainer.restart(weights)
-    model.config = replace(model.config, shortcut=True)
-    print(f"{found:.3f} dB on held-out images")
+    if seconds[0]:
+        step = trainer.recorded(trainer.velocity_loss)
+        _, weights = trainer.run(step, seconds[0], options.rate[0], score)
+        trainer.restart(weights)
+    if seconds[1]:
+        copy_into(trainer.teacher.parameters(), trainer.parameters)
+        trainer.run(trainer.recorded(trainer.step_loss), seconds[1], options.rate[1], score)
+        trainer.restart(trainer.average)
+        model.config = replace(model.config, shortcut=True)
+    print(f"{score(trainer.average):.3f} dB on held-out images")
     save(model, options.out)
 
 
