@@ -1,11 +1,11 @@
 """A U-Net as large as the flagship, trained likewise, that regresses the posterior mean.
 
-    python benchmarks/unet.py --data cifar10:0.7 windows.npz:0.3 --seconds 264 --out runs/unet-cifar10.json \
+    python benchmarks/unet.py --data cifar10:0.7 windows.npz:0.3 --seconds 684 --out runs/unet-cifar10.json \
         --beside checkpoints/field-cifar10
 
 Fields, masks, spline, Muon, averaged weights and the choice by held-out images are those of flagship.py; all
 fields are at t = 0. It scores test images of the first source, 20% observed, beside another model's means.
-The shipped field-cifar10 had 264 seconds of velocities, 60% of them at t = 0, and 130 of whole steps.
+The shipped field-cifar10 had 684 seconds of velocities, 60% of them at t = 0, and 310 of whole steps.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flagship.add_options(parser, rates=(1e-3,))
-    parser.add_argument("--seconds", type=float, default=264, help="of steps (264)")
+    parser.add_argument("--seconds", type=float, default=684, help="of steps (684)")
     parser.add_argument("--beside", type=Path, help="folder of a model that is scored likewise")
     parser.add_argument("--images", type=int, default=517, help="test images (517)")
     options = parser.parse_args(arguments)
