@@ -501,6 +501,8 @@ def main(arguments=None):
     )
     parser.add_argument("--init", type=Path, help="go on from a trained one, whose settings stay")
     options = parser.parse_args(arguments)
+    if options.init and options.set:
+        parser.error("--set is for a new model; that of --init keeps its settings")
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
     sources, validation = training_data(options, recipe, held_out=64)
@@ -516,6 +518,7 @@ def main(arguments=None):
         step = trainer.recorded(trainer.velocity_loss)
         _, weights = trainer.run(step, seconds[0], options.rate[0], score)
         trainer.restart(weights)
+        model.config = replace(model.config, shortcut=False)
     if seconds[1]:
         copy_into(trainer.teacher.parameters(), trainer.parameters)
         trainer.run(trainer.recorded(trainer.step_loss), seconds[1], options.rate[1], score)

@@ -101,7 +101,8 @@ command_of() {
         *) command+=(cifar10:1) ;;
         esac
         [ "$what" = diffae-cifar10-128 ] && command+=(--set '{"latent_dim": 128}' --seconds 400 430 230 40
-            --flow '{"width": 256, "depth": 4}') ;;
+            --flow '{"width": 256, "depth": 4}')
+        [ "$what" = field-cifar10 ] && command+=(--seconds 684 310) ;;
     train-*)
         read -r -d '' -a settings <<<"${recipes[$what]}"
         section=${settings[0]}

@@ -1,4 +1,4 @@
-"""Benchmarks: every row computes the same, the floor is the arithmetic it claims to be, the scripts run."""
+"""Benchmarks: every row computes the same, the scripts run."""
 
 import importlib
 import json
@@ -34,16 +34,6 @@ def test_plain_versions_agree_with_float64_and_a_wrong_one_is_found_out(bench, m
     assert max(errors.values()) < 1e-5
     monkeypatch.setitem(scan.PLAIN, "loop", lambda *arguments: 1.01 * scan.scan_loop(*arguments))
     assert scan.errors_of([scan.Row("loop")], torch.float32, torch.device("cpu"))["loop"] > 5e-3
-
-
-def test_floor_of_the_target_size(bench):
-    scan = bench("scan")
-    limits = dict(copy_bytes_per_second=3e12, exponentials_per_second=132 * 16 * 1.98e9)
-    case = scan.Case("v1", "v1", 64, 1024, 1228)
-    token = 64 * 1228 * 2  # bytes of one bfloat16 a token
-    bytes_forward, exponentials = scan.floors(case, False, torch.bfloat16, limits)["forward"]
-    assert bytes_forward == pytest.approx((3 * 1024 + 2 * 16) * token / 3e12)
-    assert exponentials == pytest.approx(64 * 1228 * 1024 * 18 / (132 * 16 * 1.98e9))
 
 
 def test_the_scan_benchmark_runs_from_end_to_end(bench, tmp_path, monkeypatch):
@@ -111,10 +101,20 @@ def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
     assert painted.shape == (2, 32, 32, 3) and np.isfinite(painted).all()
 
 
-def test_a_unet_is_trained_and_scored_beside_a_flagship(bench, repository, tmp_path):
-    out = tmp_path / "x.json"
-    options = f"--data photos:1 --seconds 0.01 --masks 4 --scale 0.016 --images 2 --out {out}".split()
-    options += ["--beside", str(repository / "checkpoints" / "field-cifar10")]
+def test_a_flagship_is_trained_phase_by_phase_and_a_unet_beside_it(bench, tmp_path):
+    small = ["--set", '{"widths": [8, 8], "blocks": [1, 1], "d_time": 16}']
+    options, first, again, out = (
+        "--data photos:1 --masks 4 --scale 0.016".split(),
+        *map(tmp_path.joinpath, "abc"),
+    )
+    flagship = ["field-cifar10", *options, "--out", str(first), "--seconds", "0.01"]
+    bench("flagship").main([*flagship, "0.01", *small])
+    going_on = [*flagship, "0", "--init", str(first), "--out", str(again)]
+    bench("flagship").main(going_on)
+    assert models.load_model(first).shortcut and not models.load_model(again).shortcut  # of phase 2
+    with pytest.raises(SystemExit):
+        bench("flagship").main([*going_on, *small])
+    options += ["--seconds", "0.01", "--images", "2", "--out", str(out), "--beside", str(first)]
     bench("unet").main([*options, "--set", '{"widths": [8, 16], "blocks": 1}'])
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 4 and all(20 < row["psnr"] < 30 for row in rows)
