@@ -103,10 +103,8 @@ def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
 
 def test_a_flagship_is_trained_phase_by_phase_and_a_unet_beside_it(bench, tmp_path):
     small = ["--set", '{"widths": [8, 8], "blocks": [1, 1], "d_time": 16}']
-    options, first, again, out = (
-        "--data photos:1 --masks 4 --scale 0.016".split(),
-        *map(tmp_path.joinpath, "abc"),
-    )
+    options = "--data photos:1 --masks 4 --scale 0.016".split()
+    first, again, out = map(tmp_path.joinpath, ("first", "again", "out.json"))
     flagship = ["field-cifar10", *options, "--out", str(first), "--seconds", "0.01"]
     bench("flagship").main([*flagship, "0.01", *small])
     going_on = [*flagship, "0", "--init", str(first), "--out", str(again)]
