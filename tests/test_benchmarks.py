@@ -1,4 +1,4 @@
-"""Benchmarks: every row computes the same, the scripts run."""
+"""Benchmarks: every row computes the same, the floor is the arithmetic it claims to be, the scripts run."""
 
 import importlib
 import json
@@ -36,6 +36,15 @@ def test_plain_versions_agree_with_float64_and_a_wrong_one_is_found_out(bench, m
     assert scan.errors_of([scan.Row("loop")], torch.float32, torch.device("cpu"))["loop"] > 5e-3
 
 
+def test_floor_of_the_target_size(bench):
+    scan, token = bench("scan"), 64 * 1228 * 2  # bytes of one bfloat16 a token
+    limits = dict(copy_bytes_per_second=3e12, exponentials_per_second=132 * 16 * 1.98e9)
+    case = scan.Case("v1", "v1", 64, 1024, 1228)
+    bytes_forward, exponentials = scan.floors(case, False, torch.bfloat16, limits)["forward"]
+    assert bytes_forward == pytest.approx((3 * 1024 + 2 * 16) * token / 3e12)
+    assert exponentials == pytest.approx(64 * 1228 * 1024 * 18 / (132 * 16 * 1.98e9))
+
+
 def test_the_scan_benchmark_runs_from_end_to_end(bench, tmp_path, monkeypatch):
     options = "--quick --device cpu --shapes v1 length --backends loop chunked --out".split()
     monkeypatch.setattr(sys, "argv", ["scan.py", *options, str(tmp_path / "scan.json")])
@@ -53,10 +62,8 @@ def test_exchanged_scans_give_the_same_gradients(bench, name, changes):
     for scan in ("chunked", "loop", "einsum", "none"):
         model = steps.make_model(name, "smoke", **changes)
         with steps.scanning(scan):
-            points = (batch[key] for key in ("input_coords", "input_values"))
-            model(
-                batch["query_values"], batch["query_coords"], torch.tensor([0.2, 0.7]), *points
-            ).square().sum().backward()
+            queries = batch["query_values"], batch["query_coords"], torch.tensor([0.2, 0.7])
+            model(*queries, batch["input_coords"], batch["input_values"]).square().sum().backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
         found[scan] = torch.cat([grad.flatten() for grad in grads])
     truth, different = found.pop("chunked"), found.pop("none")
@@ -102,16 +109,15 @@ def test_an_autoencoder_is_trained_in_all_phases(bench, tmp_path):
 
 
 def test_a_flagship_is_trained_phase_by_phase_and_a_unet_beside_it(bench, tmp_path):
-    small = ["--set", '{"widths": [8, 8], "blocks": [1, 1], "d_time": 16}']
-    options = "--data photos:1 --masks 4 --scale 0.016".split()
+    options, sizes = "--data photos:1 --masks 4 --scale 0.016".split(), '{"widths": [8, 8], "blocks": [1, 1]}'
     first, again, out = map(tmp_path.joinpath, ("first", "again", "out.json"))
     flagship = ["field-cifar10", *options, "--out", str(first), "--seconds", "0.01"]
-    bench("flagship").main([*flagship, "0.01", *small])
+    bench("flagship").main([*flagship, "0.01", "--set", sizes])
     going_on = [*flagship, "0", "--init", str(first), "--out", str(again)]
     bench("flagship").main(going_on)
     assert models.load_model(first).shortcut and not models.load_model(again).shortcut  # of phase 2
     with pytest.raises(SystemExit):
-        bench("flagship").main([*going_on, *small])
+        bench("flagship").main([*going_on, "--set", sizes])
     options += ["--seconds", "0.01", "--images", "2", "--out", str(out), "--beside", str(first)]
     bench("unet").main([*options, "--set", '{"widths": [8, 16], "blocks": 1}'])
     rows = json.loads(out.read_text())["rows"]

@@ -203,5 +203,4 @@ def test_problems_are_found():
     assert [output.text for output in run_all.last_lines(bar)] == ["start\n100%\n"]
     a, b, c = (f"train:  {n}%|#| {n}/100" for n in (17, 60, 100))
     bar = [text(a), new_output("display_data", {}), text("so far\n" + b), text("\r" + c)]
-    shown = [output.get("text") for output in run_all.last_lines(bar)]
-    assert shown == [None, "so far\n" + c]
+    assert [output.get("text") for output in run_all.last_lines(bar)] == [None, "so far\n" + c]

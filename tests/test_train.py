@@ -302,8 +302,7 @@ def test_accumulation_equals_a_whole_batch(reference, tmp_path):
 
 
 def test_two_processes_equal_one(reference, grid_reference, tmp_path):
-    process = worker(tmp_path, "fields", "grids", launch=TWO_PROCESSES)
-    assert process.wait(timeout=120) == 0
+    assert worker(tmp_path, "fields", "grids", launch=TWO_PROCESSES).wait(timeout=120) == 0
     assert {path.name for path in tmp_path.glob("*of*")} == {"0of2", "1of2"}
     assert_same_run(tmp_path / "fields", reference[0], 1e-5)
     assert_same_run(tmp_path / "grids", grid_reference[0], 1e-5, 1e-3)
