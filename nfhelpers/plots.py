@@ -131,8 +131,8 @@ def training_figure(history, fields=None, title=None):
 def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, label=None):
     """Maps of numbers beside each other, with one scale; NaN, and zeros if `log`, are grey.
 
-    values: dict of name -> (H, W). mark: (x, y), a pixel to mark by a cross. limits: (low, high) of the
-    colours, else those of the data. label: of the colour bar."""
+    values: dict of name -> (H, W), or a picture (H, W, 3) in [0, 1]. mark: (x, y), where to draw a cross.
+    limits: (low, high) of the colours, else those of the data. label: of the colour bar."""
     values = {name: _array(field) for name, field in values.items()}
     values = {name: np.where((field > 0) | (not log), field, np.nan) for name, field in values.items()}
     every = np.concatenate([field.ravel() for field in values.values()])
