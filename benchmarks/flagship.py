@@ -508,6 +508,9 @@ def main(arguments=None):
     sources, validation = training_data(options, recipe, held_out=64)
     if options.init:
         model = models.load_model(options.init).float()
+        finer = recipe["model"].get("finer", 0)
+        if not isinstance(model, models.MambaField) or model.config.finer < finer:
+            parser.error(f"{options.init} is no MambaField with {finer} finer levels")
     else:
         model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set))
     model = model.to(device, memory_format=torch.channels_last)

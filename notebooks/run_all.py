@@ -94,7 +94,9 @@ def run(path, preset, timeout):
     build.mkdir(parents=True, exist_ok=True)
     print(f"{path.name} ({preset}) ...", flush=True)
     if preset != "full":  # a finished training would be found and not repeated
-        shutil.rmtree(FOLDER.parent / "runs" / path.stem / preset, ignore_errors=True)
+        runs = FOLDER.parent / "runs"
+        for left in (runs / path.stem / preset, *runs.glob(f"{path.stem[:2]}_*/{preset}/solution-*")):
+            shutil.rmtree(left, ignore_errors=True)
     for figure in (FOLDER.parent / "build" / "figures").glob(f"{path.stem}_*.png"):
         figure.unlink()
     start = time.monotonic()
