@@ -505,14 +505,14 @@ def main(arguments=None):
         parser.error("--set is for a new model; that of --init keeps its settings")
     torch.manual_seed(0)
     device, recipe = run.default_device(), RECIPES[options.recipe]
-    sources, validation = training_data(options, recipe, held_out=64)
     if options.init:
         model = models.load_model(options.init).float()
         finer = recipe["model"].get("finer", 0)
         if not isinstance(model, models.MambaField) or model.config.finer < finer:
-            parser.error(f"{options.init} is no MambaField with {finer} finer levels")
+            parser.error(f"{options.init} is not a MambaField with at least {finer} finer levels")
     else:
         model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set))
+    sources, validation = training_data(options, recipe, held_out=64)
     model = model.to(device, memory_format=torch.channels_last)
     trainer = FieldTrainer(model, sources, recipe, options, device)
     score = held_out(model, validation, sorted({SIDE, max(recipe["batches"])}))

@@ -135,7 +135,7 @@ def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, la
     limits: (low, high) of the colours, else those of the data. label: of the colour bar."""
     values = {name: _array(field) for name, field in values.items()}
     values = {name: np.where((field > 0) | (not log), field, np.nan) for name, field in values.items()}
-    every = np.concatenate([field.ravel() for field in values.values()])
+    every = np.concatenate([field.ravel() for field in values.values() if field.ndim == 2])
     low, high = limits or (np.nanmin(every), np.nanmax(every))
     norm = LogNorm(low, high, clip=True) if log else Normalize(low, high)
     colours = colormaps[cmap].with_extremes(bad=str(GREY))

@@ -4,8 +4,9 @@ Each notebook runs from its first cell to its last in the kernel of this interpr
 build/figures. `--promote` (`make outputs`) then copies notebooks and figures of a good run into notebooks/
 and figures/, which is how committed outputs are made.
 
-What an earlier run left in runs/<notebook>/<preset> is removed first, so that the outputs are of a run that
-trained. Not so under full, where training takes hours: a run that was stopped goes on where it was.
+What an earlier run left in runs/<notebook>/<preset>, of solutions in solution-* there, is removed first, so
+that the outputs are of a run that trained. Not so under full, where training takes hours: a run that was
+stopped goes on where it was.
 
     python notebooks/run_all.py                       # all of them
     python notebooks/run_all.py 01_ssm_basics.ipynb --timeout 1200
@@ -94,8 +95,9 @@ def run(path, preset, timeout):
     build.mkdir(parents=True, exist_ok=True)
     print(f"{path.name} ({preset}) ...", flush=True)
     if preset != "full":  # a finished training would be found and not repeated
-        runs = FOLDER.parent / "runs"
-        for left in (runs / path.stem / preset, *runs.glob(f"{path.stem[:2]}_*/{preset}/solution-*")):
+        solution = f"{path.stem[:2]}_*/{preset}/solution-*"
+        pattern = solution if path.parent.name == "solutions" else f"{path.stem}/{preset}"
+        for left in (FOLDER.parent / "runs").glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
     for figure in (FOLDER.parent / "build" / "figures").glob(f"{path.stem}_*.png"):
         figure.unlink()

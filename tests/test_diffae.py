@@ -159,19 +159,16 @@ def test_phase_2_keeps_latents_decoding_and_statistics_and_then_moves_the_decode
         assert torch.equal(second.normalise(latents), first.normalise(latents))
         assert torch.equal(first.decode(coords, latent), decoded)
         assert (second.decode(coords, latent) - decoded).abs().max() > 1e-3
-    with pytest.raises(ValueError):
-        second_phase(second)
+    pytest.raises(ValueError, second_phase, second)
 
 
 def test_what_would_be_silently_wrong_is_refused():
     model, arguments = tiny(2), field()
     assert not torch.isfinite(model.normalise(torch.zeros(2, 6))).any()  # there are no statistics yet
-    with pytest.raises(ValueError):
-        MambaDiffusionAutoencoderConfig(phase=3)
-    with pytest.raises(ValueError):
-        model.encode(arguments["input_coords"], torch.cat([arguments["input_values"]] * 2, 1))
-    with pytest.raises(ValueError):
-        model.decode(arguments["query_coords"] - 1, torch.zeros(2, 6))
+    pytest.raises(ValueError, MambaDiffusionAutoencoderConfig, phase=3)
+    doubled = torch.cat([arguments["input_values"]] * 2, 1)
+    pytest.raises(ValueError, model.encode, arguments["input_coords"], doubled)
+    pytest.raises(ValueError, model.decode, arguments["query_coords"] - 1, torch.zeros(2, 6))
 
 
 def test_an_untrained_latent_network_is_the_velocity_between_gaussians(tmp_path):
