@@ -509,7 +509,7 @@ def main(arguments=None):
         model = models.load_model(options.init).float()
         finer = recipe["model"].get("finer", 0)
         if not isinstance(model, models.MambaField) or model.config.finer < finer:
-            parser.error(f"{options.init} is not a MambaField with at least {finer} finer levels")
+            parser.error(f"{options.init} is not a MambaField with {finer} or more finer levels")
     else:
         model = models.MambaField(models.MambaFieldConfig(**recipe["model"] | options.set))
     sources, validation = training_data(options, recipe, held_out=64)

@@ -131,7 +131,7 @@ def training_figure(history, fields=None, title=None):
 def maps(values, title=None, mark=None, cmap="magma", limits=None, log=False, label=None):
     """Maps of numbers beside each other, with one scale; NaN, and zeros if `log`, are grey.
 
-    values: dict of name -> (H, W), or a picture (H, W, 3) in [0, 1]. mark: (x, y), where to draw a cross.
+    values: dict of name -> (H, W), or a picture (H, W, 3) outside that scale. mark: (x, y) of a cross.
     limits: (low, high) of the colours, else those of the data. label: of the colour bar."""
     values = {name: _array(field) for name, field in values.items()}
     values = {name: np.where((field > 0) | (not log), field, np.nan) for name, field in values.items()}

@@ -4,9 +4,9 @@ Each notebook runs from its first cell to its last in the kernel of this interpr
 build/figures. `--promote` (`make outputs`) then copies notebooks and figures of a good run into notebooks/
 and figures/, which is how committed outputs are made.
 
-What an earlier run left in runs/<notebook>/<preset>, of solutions in solution-* there, is removed first, so
-that the outputs are of a run that trained. Not so under full, where training takes hours: a run that was
-stopped goes on where it was.
+What an earlier run left is removed first, so that the outputs are of a run that trained: of a notebook the
+folder runs/<notebook>/<preset>, of its solutions the folders solution-* in it. Not so under full, where
+training takes hours: a run that was stopped goes on where it was.
 
     python notebooks/run_all.py                       # all of them
     python notebooks/run_all.py 01_ssm_basics.ipynb --timeout 1200

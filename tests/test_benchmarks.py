@@ -116,8 +116,8 @@ def test_a_flagship_is_trained_phase_by_phase_and_a_unet_beside_it(bench, tmp_pa
     going_on = [*flagship, "0", "--init", str(first), "--out", str(again)]
     bench("flagship").main(going_on)
     assert models.load_model(first).shortcut and not models.load_model(again).shortcut  # of phase 2
-    for refused in ([*going_on, "--set", sizes], ["field-photos", *going_on[1:]]):  # which has finer levels
-        pytest.raises(SystemExit, bench("flagship").main, refused)
+    for wrong in ([*going_on, "--set", sizes], ["field-photos", "--data", "no.npz", *going_on[3:]]):
+        pytest.raises(SystemExit, bench("flagship").main, wrong)  # before data are read
     options += ["--seconds", "0.01", "--images", "2", "--out", str(out), "--beside", str(first)]
     bench("unet").main([*options, "--set", '{"widths": [8, 16], "blocks": 1}'])
     rows = json.loads(out.read_text())["rows"]
