@@ -73,7 +73,7 @@ def test_it_teaches_in_short_cells(path):
     assert {"exercises", "references"} <= set(re.findall(r"^#+ (\w+)$", prose, re.MULTILINE))
     assert not re.findall(r"seed 00|issue \d|\.\./shared", prose)
     called = (found[:2] for cell in code_cells(path) for found in calls(tree_of(cell)))
-    assert len({name for module, name in called if module == "evaluate"}) <= 6
+    assert len(used := {name for module, name in called if module == "evaluate"}) <= 6, used
 
 
 @every_notebook
